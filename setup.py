@@ -1,0 +1,72 @@
+"""Package metadata and the only place for dependency versions."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+BASE = [
+    # Tested pairs: Python 3.11 with jax 0.10.2 and flax 0.12.8; Python 3.12 with jax 0.11.2 and
+    # flax 0.12.12 (flax 0.12.8 does not import under jax 0.11).
+    "jax>=0.10.2,<0.11; python_version < '3.12'",
+    "flax>=0.12.8,<0.12.12; python_version < '3.12'",
+    "jax>=0.10.2,<0.12; python_version >= '3.12'",
+    "flax>=0.12.12,<0.13; python_version >= '3.12'",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "transformers>=5,<6",
+    "tokenizers>=0.22",
+    "tensorflow-datasets>=4.9.9,<5",
+    "array-record>=0.8",
+    "grain>=0.2.15,<0.3",
+    "ml-collections>=1.1",
+    "absl-py>=2",
+    "numpy>=2",
+    "openai[aiohttp]>=2,<4",
+    "aiohttp>=3.9",
+    "pillow>=11",
+    "pyarrow>=17",
+    "matplotlib>=3.9",
+    "regex>=2024.5.15",
+    "safetensors>=0.5",
+    "rich>=13",
+    "tensorboardX>=2.6.2",
+    "jaxtyping>=0.3",
+    "beartype>=0.20",
+]
+# torch: 2.13.0 resolves to a CPU build on a plain machine; newer ones pull gigabytes of CUDA.
+TEST = ["torch==2.13.0", "peft>=0.17", "pytest>=8", "hypothesis>=6.100", "selenium>=4.20"]
+DEV = ["ruff>=0.12", "mypy>=1.15"]
+
+setup(
+    name="speciarl-jax",
+    version="0.1.0",
+    description="Teaches vision-language models to be specific without being wrong, in JAX.",
+    long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["speciarl_jax", "speciarl_jax.*"]),
+    package_data={
+        "speciarl_jax": [
+            "data/field_guide/*.json",
+            "data/builders/*.json",
+            "data/builders/*.txt",
+            "judge/prompts/*",
+            "judge/data/*",
+            "report/*.html",
+            "report/*.css",
+            "report/*.js",
+            "tiny/*",
+        ]
+    },
+    install_requires=BASE,
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda13": ["jax[cuda13]"],
+        "gcp": ["google-cloud-aiplatform>=1.70", "google-auth>=2.30"],
+        "plan": ["libtpu"],
+        "test": TEST,
+        "dev": TEST + DEV,
+    },
+    entry_points={"console_scripts": ["speciarl=speciarl_jax.cli:main"]},
+)

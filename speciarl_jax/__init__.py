@@ -1,0 +1,1 @@
+"""SpeciaRL in JAX: train a vision-language model to be as specific as it can without being wrong."""

@@ -1,0 +1,302 @@
+"""Schema of a recipe: plain mutable dataclasses, one comment with the unit per field.
+
+A recipe under ``configs/`` builds a `Config`; the command line overrides single fields
+(``--config.train.num_steps=6``). `Config.validate` turns impossible combinations into one line
+that says what to set. Sub-configs go down to their rooms, never the whole config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from speciarl_jax.judge.config import JudgeConfig
+
+OBJECTIVES = ("grpo", "dr_grpo", "dapo", "gspo", "rloo", "sft")
+AGGREGATIONS = (
+    "token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+)
+REWARDS = ("dynamic", "single", "binary", "scale1", "scale2", "scale3")
+
+
+def _require(is_ok: bool, message: str) -> None:
+    if not is_ok:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Which policy, and how it computes."""
+
+    path: str = "tiny"  # Hugging Face directory or hub id; "tiny" is the checkpoint in the package
+    param_dtype: str = "float32"  # storage of the frozen base: float32 or bfloat16
+    compute_dtype: str = "float32"  # activations: float32 or bfloat16
+    remat: str = "none"  # none, dots (keep matmul outputs) or full (keep block inputs only)
+    train_base: bool = False  # True: full fine-tuning of the language model, no adapter
+    train_vision: bool = False  # True: gradients reach the vision tower and merger too
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """Low-rank adapter on linear layers."""
+
+    rank: int = 64  # r; 0 disables the adapter (only with model.train_base)
+    alpha: float = 32.0  # the update is scaled by alpha / rank
+    targets: str = r"^text/blocks/(.*/)?(q|k|v|o|gate|up|down)_proj$"  # regex on module paths
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where prompts come from and how images become patches."""
+
+    source: str = "field_guide_birds"  # a source name of `speciarl data list`
+    split: str = "train"
+    eval_sources: tuple[str, ...] = ("field_guide_birds",)
+    eval_split: str = "test"
+    in_domain: tuple[str, ...] = ("field_guide_birds",)  # averaged as in_domain in reports
+    num_train: int = 0  # images taken from the split, 0 for all
+    num_eval: int = 0  # images per evaluation source, 0 for all
+    data_dir: str = ""  # root of prepared data sets; "" for ~/.cache/speciarl/data
+    prompt: str = "specific"  # file name under configs/prompts/ (without .txt) or a path
+    min_pixels: int = 0  # image area limits, px; 0 takes the model's preprocessor_config.json
+    max_pixels: int = 0
+    max_prompt_tokens: int = 2048  # longer prompts are filtered out, image tokens included
+    num_workers: int = 0  # Grain worker processes
+    bad_image_budget_frac: float = 0.05  # stop if a larger share of images cannot be read
+    train_share: float = 0.0  # part of the split to train on, instead of num_train; 0 for all
+    indices: tuple[int, ...] = ()  # train on these positions of the split only
+    include_classes: tuple[str, ...] = ()  # train on these ground truths only
+    exclude_classes: tuple[str, ...] = ()  # but not on these
+    class_balanced: bool = False  # num_train or train_share evenly over classes
+    select_seed: int = 42  # of the subset; a smaller subset is part of a larger one
+    num_threads: int = 2  # decoding threads
+    cache_mb: int = 256  # resized images kept between epochs, MiB (num_workers=0 only)
+    prefetch_batches: int = 2  # finished batches held ready
+
+
+@dataclasses.dataclass
+class RolloutConfig:
+    """Sampling."""
+
+    group_size: int = 10  # N, rollouts per prompt
+    max_completion_tokens: int = 2048
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()  # e.g. ("</answer>",)
+    chunk_tokens: int = 32  # decode steps between two looks at which rollouts have finished
+    prompts_per_wave: int = 0  # prompts decoded together; 0: all of the batch
+    compact: bool = True  # drop finished rows from the decode batch between chunks
+
+
+@dataclasses.dataclass
+class AlgoConfig:
+    """Reward, advantage and loss."""
+
+    name: str = "grpo"  # one of OBJECTIVES, or a dotted path to an advantage function
+    reward: str = "dynamic"  # one of REWARDS, or a dotted path to a reward function
+    bar_support: float = 1.0  # m: answers that must reach the bar; below 1 a share of the group
+    label_noise: float = 0.0  # probability that a label moves one rung
+    failed_quorum_frac: float = 0.2  # a group with more failed labels than this share is dropped
+    failed_budget_frac: float = 0.5  # a step with more failed labels than this share stops the run
+    aggregation: str = "token-mean"
+    normalization: str = "global"  # or "verl": means per micro-batch, as verl computes them
+    verl_micro_batch: int = 0  # sequences in a verl micro-batch
+    verl_ranks: int = 1
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.2
+    clip_dual: float = 3.0  # c; 0 disables the dual clip
+    kl_coef: float = 0.01
+    entropy_coef: float = 0.0
+    norm_by_std: bool = True
+    overlong_buffer_tokens: int = 0  # DAPO: linear penalty over the last tokens; 0 disables
+    dynamic_sampling: bool = False  # DAPO: drop groups without spread, sample more
+    max_generation_batches: int = 10
+    old_logprobs: str = "recompute"  # or "rollout" with truncated importance sampling
+    importance_cap: float = 2.0
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """AdamW."""
+
+    learning_rate: float = 3e-5
+    schedule: str = "constant"  # constant, cosine or linear (to 0 at train.num_steps)
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_skipped_updates: int = 10  # non-finite gradients in a row before the run stops
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """The loop."""
+
+    num_steps: int = 165  # rollout batches (sft: updates)
+    prompts_per_step: int = 256  # P
+    prompts_per_update: int = 128  # mini-batch; prompts_per_step / this many updates per step
+    prompts_per_micro_batch: int = 8  # prompts in one forward-backward, per replica
+    async_steps: int = 0  # 1: the next rollout overlaps this update
+    table_every: int = 10  # steps between printed rollout tables, 0 for never
+    save_every: int = 10  # steps between checkpoints
+    keep_checkpoints: int = 3
+    eval_every: int = 0  # steps between validations, 0 for none
+    logprob_chunk_tokens: int = 1024  # tokens whose logits exist at once
+    mismatch_gate: float = 1e-3  # stop at step one if sampler and trainer disagree by more
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """Scoring before, during and after training."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    samples: int = 1
+    max_completion_tokens: int = 2048
+    prompts_per_batch: int = 64
+    format_failures: str = "wrong"  # wrong, separate or drop
+    bootstrap_samples: int = 2000
+    best_of: int = 0  # N of the base's best-of-N upper bound; 0 skips it
+    best_of_temperature: float = 1.0
+    best_of_top_p: float = 1.0
+    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
+    use_train_judge: bool = True  # False: score with eval.judge instead of judge
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Device mesh; axes data x fsdp x tensor. -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass
+class Config:
+    """One recipe."""
+
+    name: str = "unnamed"
+    seed: int = 0
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
+    algo: AlgoConfig = dataclasses.field(default_factory=AlgoConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def validate(self) -> None:
+        """Checks every field against its range and the fields against each other.
+
+        Raises:
+            ValueError: one line naming the field, its value, and what to set.
+        """
+        _check_model(self)
+        _check_algo(self)
+        _check_train(self)
+        self.judge.validate()
+        if not self.eval.use_train_judge:
+            self.eval.judge.validate()
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{field}={value!r}: expected one of {', '.join(choices)}")
+
+
+def _check_model(config: Config) -> None:
+    _check_choice("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
+    _check_choice("model.compute_dtype", config.model.compute_dtype, ("float32", "bfloat16"))
+    _check_choice("model.remat", config.model.remat, ("none", "dots", "full"))
+    _require(
+        config.lora.rank > 0 or config.model.train_base,
+        f"lora.rank={config.lora.rank}: nothing would be trained; set lora.rank >= 1 or "
+        "model.train_base=true",
+    )
+
+
+def _check_algo(config: Config) -> None:
+    algo = config.algo
+    if "." not in algo.name:
+        _check_choice("algo.name", algo.name, OBJECTIVES)
+    if "." not in algo.reward:
+        _check_choice("algo.reward", algo.reward, REWARDS)
+    _check_choice("algo.aggregation", algo.aggregation, AGGREGATIONS)
+    _check_choice("algo.normalization", algo.normalization, ("global", "verl"))
+    _check_choice("algo.old_logprobs", algo.old_logprobs, ("recompute", "rollout"))
+    _require(
+        algo.normalization == "global" or algo.verl_micro_batch > 0,
+        "algo.normalization='verl': set algo.verl_micro_batch to verl's sequences per micro-batch",
+    )
+    _require(algo.bar_support > 0, f"algo.bar_support={algo.bar_support}: set a number > 0")
+    _require(
+        0 <= algo.label_noise <= 1, f"algo.label_noise={algo.label_noise}: set it between 0 and 1"
+    )
+    _require(
+        algo.clip_dual == 0 or algo.clip_dual > 1,
+        f"algo.clip_dual={algo.clip_dual}: set it above 1, or 0 for no dual clip",
+    )
+    size = config.rollout.group_size
+    if algo.name != "sft":
+        _require(
+            size >= 2,
+            f"rollout.group_size={size}: every advantage would be 0; set rollout.group_size >= 2",
+        )
+
+
+def _check_train(config: Config) -> None:
+    train, rollout = config.train, config.rollout
+    for field in ("num_steps", "prompts_per_step", "prompts_per_update", "prompts_per_micro_batch"):
+        value = getattr(train, field)
+        _require(value >= 1, f"train.{field}={value}: set it to at least 1")
+    _require(
+        train.prompts_per_step % train.prompts_per_update == 0,
+        f"train.prompts_per_step={train.prompts_per_step} is not a multiple of "
+        f"train.prompts_per_update={train.prompts_per_update}",
+    )
+    _require(
+        train.prompts_per_update % train.prompts_per_micro_batch == 0,
+        f"train.prompts_per_update={train.prompts_per_update} is not a multiple of "
+        f"train.prompts_per_micro_batch={train.prompts_per_micro_batch}",
+    )
+    _require(train.async_steps in (0, 1), f"train.async_steps={train.async_steps}: set 0 or 1")
+    _require(
+        rollout.max_completion_tokens >= 1,
+        f"rollout.max_completion_tokens={rollout.max_completion_tokens}: set it to at least 1",
+    )
+    _require(
+        rollout.temperature > 0,
+        f"rollout.temperature={rollout.temperature}: training samples; set it above 0",
+    )
+    _check_choice(
+        "eval.format_failures", config.eval.format_failures, ("wrong", "separate", "drop")
+    )
+
+
+def parse_recipe_arg(arg: str | None, allowed: dict[str, str]) -> dict[str, str]:
+    """Parses the text after the colon of ``--config=recipe.py:reward=binary,seed=1``.
+
+    Args:
+        arg: ``key=value`` pairs separated by commas, or None.
+        allowed: default for each key the recipe understands.
+
+    Raises:
+        ValueError: a key the recipe does not understand, or a part without ``=``.
+    """
+    values = dict(allowed)
+    for part in filter(None, (arg or "").split(",")):
+        key, _, value = part.partition("=")
+        if key not in allowed or not value:
+            known = ", ".join(f"{k}={v}" for k, v in allowed.items())
+            raise ValueError(f"recipe argument {part!r}: expected key=value out of {known}")
+        values[key] = value
+    return values

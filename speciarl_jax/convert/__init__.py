@@ -1,0 +1,1 @@
+"""Weights in and out of Hugging Face and PEFT format, and parity with transformers."""

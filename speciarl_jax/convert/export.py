@@ -1,0 +1,166 @@
+"""A policy out to a Hugging Face directory, the adapter merged or left out."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from speciarl_jax.arch import Arch
+from speciarl_jax.convert.adapter import adapted_layers, whole_policy
+from speciarl_jax.convert.loading import INDEX_FILE, SINGLE_FILE, checkpoint_files, open_shard
+from speciarl_jax.convert.names import (
+    HUB,
+    Entry,
+    checkpoint_entries,
+    find_layout,
+    spell_key,
+    to_hf,
+)
+from speciarl_jax.policy.model import Policy, PolicyParts
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_SIDE_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
+_NOT_COPIED = {INDEX_FILE, "adapter_config.json"}
+_DTYPE_FIELDS = ("dtype", "torch_dtype")
+
+
+def save_hf(
+    policy_or_parts: Policy | PolicyParts,
+    source_dir: str | pathlib.Path,
+    out_dir: str | pathlib.Path,
+    dtype: str = "bfloat16",
+    *,
+    merge_adapter: bool = True,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes safetensors, and copies configuration, tokenizer and processor files.
+
+    Keys are spelled as in `source_dir`. A policy loaded in the dtype it is saved in comes back bit
+    for bit. The host holds one shard at a time.
+
+    Args:
+        policy_or_parts: the policy, whole or taken apart.
+        source_dir: model directory that the policy was made from; gives all other files.
+        out_dir: created if need be; must not hold a model yet.
+        dtype: of the tensors written, ``bfloat16`` or ``float32``.
+        merge_adapter: fold the adapter into the weights, W + scale A B computed in float32; False
+            writes the base model.
+        max_shard_bytes: size at which a new shard begins.
+
+    Raises:
+        ValueError: another dtype, an `out_dir` that holds a model, a `source_dir` of another
+            architecture, or parameters that this process does not hold whole.
+    Source: transformers save_pretrained (file names, index).
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
+    policy = whole_policy(policy_or_parts)
+    source, out = pathlib.Path(source_dir), pathlib.Path(out_dir)
+    if Arch.from_dir(source) != policy.arch:
+        raise ValueError(f"{source}: its config.json describes another architecture than the policy")
+    if any(out.glob("*.safetensors")):
+        raise ValueError(f"{out}: already holds a model; give an empty directory")
+    out.mkdir(parents=True, exist_ok=True)
+    entries = checkpoint_entries(policy.arch)
+    shards = _plan_shards(entries, _DTYPES[dtype].itemsize, max_shard_bytes)
+    layout = _source_layout(source)
+    reader = _Reader(policy, _DTYPES[dtype], merge_adapter)
+    weight_map, total = {}, 0
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE_FILE
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {spell_key(entry.key, layout): reader.read(entry) for entry in shard}
+        save_file(tensors, out / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    copy_side_files(source, out, dtype)
+
+
+def copy_side_files(source: pathlib.Path, out: pathlib.Path, dtype: str | None = None) -> None:
+    """Copies everything but weights: configuration, tokenizer, processor, chat template.
+
+    Args:
+        source: model directory.
+        out: existing directory.
+        dtype: written into config.json where that names one; None copies it as it is.
+    """
+    for file in sorted(source.iterdir()) if source.resolve() != out.resolve() else []:
+        if file.is_file() and file.suffix in _SIDE_SUFFIXES and file.name not in _NOT_COPIED:
+            shutil.copyfile(file, out / file.name)
+    if dtype is not None:
+        config = json.loads((source / "config.json").read_text())
+        renamed = _with_dtype(config, dtype)
+        if renamed != config:
+            (out / "config.json").write_text(json.dumps(renamed, indent=2) + "\n")
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in _DTYPE_FIELDS and value is not None else _with_dtype(value, dtype)
+        for key, value in config.items()
+    }
+
+
+def _source_layout(source: pathlib.Path) -> str:
+    """Spelling of the keys of `source`, the hub's if it holds no weights of that format."""
+    if not any(source.glob("*.safetensors")):
+        return HUB
+    keys: list[str] = []
+    for file in checkpoint_files(source):
+        with open_shard(file) as shard:
+            keys += shard.keys()
+    return find_layout(keys)
+
+
+def _plan_shards(entries: list[Entry], itemsize: int, max_bytes: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        nbytes = int(np.prod(entry.hf_shape)) * itemsize
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += nbytes
+    return shards
+
+
+class _Reader:
+    """Reads single Hugging Face tensors off a policy."""
+
+    def __init__(self, policy: Policy, dtype: np.dtype, merge_adapter: bool) -> None:
+        self._variables = dict(nnx.to_flat_state(nnx.state(policy)))
+        self._dtype = dtype
+        layers = adapted_layers(policy) if merge_adapter else []
+        self._adapted = {(*name.split("/"), "kernel"): layer for name, layer in layers}
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """One tensor, in Hugging Face's layout."""
+        value = _one_layer(self._variables[entry.path].get_value(), entry.layer)
+        layer = self._adapted.get(entry.path)
+        if layer is not None:
+            low_a = _one_layer(layer.lora_a[...], entry.layer)
+            low_b = _one_layer(layer.lora_b[...], entry.layer)
+            delta = low_a.astype(np.float32) @ low_b.astype(np.float32)
+            value = value.astype(np.float32) + np.float32(layer.lora_scale) * delta
+        return to_hf(value.astype(self._dtype), entry)
+
+
+def _one_layer(array: jax.Array, layer: int | None) -> np.ndarray:
+    if not array.is_fully_addressable:
+        raise ValueError("export: parameters are spread over several processes; export from one")
+    return np.asarray(array if layer is None else array[layer])

@@ -1,0 +1,299 @@
+"""Hugging Face checkpoints into a policy, one piece at a time.
+
+Target arrays are created empty in their final place (device and sharding), then filled: the host
+holds one piece of one tensor, never a model. What is wrong with a checkpoint is found from the
+file headers, all of it, before anything is read.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from speciarl_jax.arch import Arch
+from speciarl_jax.convert.names import (
+    SAME,
+    Entry,
+    Path,
+    canonical_key,
+    checkpoint_entries,
+    to_ours,
+)
+from speciarl_jax.convert.orbax_dir import is_converted, load_params
+from speciarl_jax.policy.layers import Dtypes
+from speciarl_jax.policy.model import Policy, abstract_policy
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_PIECE_BYTES = 64 * 2**20  # of a tensor, on the host at once
+_STAGE_BYTES = 4 * 2**20  # parameters up to this size are assembled on the host: norms, biases
+_NUMPY_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
+    """The local directory of a checkpoint: `path` itself, or a download of the hub id `path`.
+
+    Raises:
+        ValueError: neither a directory nor a hub id that can be fetched (offline included).
+    """
+    if pathlib.Path(path).is_dir():
+        return pathlib.Path(path)
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model.path={str(path)!r}: no such directory, and fetching it from the Hugging Face "
+            f"hub failed ({type(error).__name__}); give a local directory, or a hub id with "
+            "network access"
+        ) from error
+
+
+def checkpoint_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files of a model directory, single or sharded, in order.
+
+    Raises:
+        ValueError: none, a broken index, or a shard that the index names and nobody has.
+    """
+    index = path / INDEX_FILE
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{index}: not a safetensors index ({error})") from error
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise ValueError(f"{index}: shards not found: {', '.join(missing)}")
+        return [path / name for name in names]
+    if (path / SINGLE_FILE).is_file():
+        return [path / SINGLE_FILE]
+    raise ValueError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def open_shard(file: pathlib.Path) -> Any:
+    """A memory-mapped safetensors file, to be used in a `with` statement.
+
+    Raises:
+        ValueError: not a whole safetensors file.
+    """
+    try:
+        return safe_open(file, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+
+
+def checkpoint_dtype(path: str | pathlib.Path) -> str:
+    """``float32`` or ``bfloat16``, as the token embedding is stored.
+
+    Raises:
+        ValueError: no token embedding, or it has another dtype.
+    """
+    for file in checkpoint_files(pathlib.Path(path)):
+        with open_shard(file) as shard:
+            for key in shard.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                if canonical_key(key) == "model.embed_tokens.weight":
+                    name = shard.get_slice(key).get_dtype()
+                    if name in ("F32", "BF16"):
+                        return str(_NUMPY_DTYPES[name])
+                    raise ValueError(f"{file}: {key} is {name}, expected F32 or BF16")
+    raise ValueError(f"{path}: no shard holds the token embedding")
+
+
+def load_policy(
+    path: str | pathlib.Path, dtypes: Dtypes, shardings: nnx.State | None = None
+) -> Policy:
+    """Loads a checkpoint.
+
+    Args:
+        path: a model directory with ``config.json`` and safetensors, a hub id, or a directory that
+            `speciarl convert` wrote.
+        dtypes: storage and compute dtype; tensors are cast to the former.
+        shardings: one Sharding per parameter in a state shaped like ``nnx.state(policy)``; None
+            puts everything on jax's default device.
+
+    Returns:
+        The policy, without adapter.
+
+    Raises:
+        ValueError: no checkpoint there, or its keys, shapes or dtypes differ from what
+            ``config.json`` asks for; the message lists every difference.
+    Source: own.
+    """
+    directory = resolve_checkpoint(path)
+    if is_converted(directory):
+        return load_params(directory, dtypes, shardings)
+    arch = Arch.from_dir(directory)
+    files = checkpoint_files(directory)
+    entries = {entry.key: entry for entry in checkpoint_entries(arch)}
+    _check_headers(files, entries, arch)
+    policy = abstract_policy(arch, dtypes)
+    targets = _Targets(nnx.state(policy), shardings)
+    repeated_heads = []
+    for file in files:
+        with open_shard(file) as shard:
+            for key in shard.keys():  # noqa: SIM118
+                entry = entries.get(canonical_key(key))
+                if entry is None:
+                    repeated_heads.append((file, key))
+                else:
+                    targets.fill(entry, shard.get_slice(key))
+    nnx.update(policy, targets.finish())
+    for file, key in repeated_heads:
+        _check_tied_head(file, key, policy.text.embedding[...])
+    return policy
+
+
+def _check_headers(files: list[pathlib.Path], entries: dict[str, Entry], arch: Arch) -> None:
+    problems: list[str] = []
+    seen: collections.Counter[str] = collections.Counter()
+    for file in files:
+        with open_shard(file) as shard:
+            for key in shard.keys():  # noqa: SIM118
+                canonical = canonical_key(key)
+                seen[canonical] += 1
+                problems += _header_problems(key, canonical, shard.get_slice(key), entries, arch)
+    problems += [f"missing: {key}" for key in entries if key not in seen]
+    problems += [f"twice: {key}" for key, count in seen.items() if count > 1]
+    if problems:
+        listing = "\n  ".join(sorted(problems))
+        raise ValueError(
+            f"{files[0].parent}: checkpoint does not fit its config.json, "
+            f"{len(problems)} problems:\n  {listing}"
+        )
+
+
+def _header_problems(
+    key: str, canonical: str, header: Any, entries: dict[str, Entry], arch: Arch
+) -> list[str]:
+    entry = entries.get(canonical)
+    shape = tuple(header.get_shape())
+    if entry is None and canonical == "lm_head.weight" and arch.text.tie_word_embeddings:
+        expected = (arch.text.vocab_size, arch.text.hidden_size)
+    elif entry is None:
+        return [f"unknown: {key}"]
+    else:
+        expected = entry.hf_shape
+    found = []
+    if shape != expected:
+        found.append(f"shape: {key} is {shape}, expected {expected}")
+    if header.get_dtype() not in _NUMPY_DTYPES:
+        found.append(f"dtype: {key} is {header.get_dtype()}, expected F32, F16 or BF16")
+    return found
+
+
+def _check_tied_head(file: pathlib.Path, key: str, embedding: jax.Array) -> None:
+    """A tied checkpoint may repeat the embedding as its head, but not hold another one."""
+    with open_shard(file) as shard:
+        head = shard.get_slice(key)
+        for start, stop in _row_ranges(embedding.shape, embedding.dtype):
+            rows = np.asarray(head[start:stop]).astype(embedding.dtype)
+            if not np.array_equal(rows, np.asarray(embedding[start:stop])):
+                raise ValueError(
+                    f"{file}: config.json says tie_word_embeddings, but {key} differs from the "
+                    "embedding; set tie_word_embeddings to false in config.json"
+                )
+
+
+def _row_ranges(shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[tuple[int, int]]:
+    row_bytes = max(1, math.prod(shape[1:]) * np.dtype(dtype).itemsize)
+    step = max(1, _PIECE_BYTES // row_bytes)
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+class _Targets:
+    """The policy's parameters while they are being filled.
+
+    Small parameters are staged on the host; large ones live in their final place from the start
+    and take each piece by a donated in-place update.
+    """
+
+    def __init__(self, state: nnx.State, shardings: nnx.State | None) -> None:
+        self._variables: dict[Path, Any] = dict(nnx.to_flat_state(state))
+        self._shardings: dict[Path, Sharding | None] = dict.fromkeys(self._variables)
+        if shardings is not None:
+            for path, leaf in nnx.to_flat_state(shardings):
+                self._shardings[path] = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        self._arrays: dict[Path, Any] = {}
+
+    def fill(self, entry: Entry, tensor: Any) -> None:
+        """Reads one tensor, `tensor` being safetensors' slice reader, into its place."""
+        spec = self._variables[entry.path].get_value()
+        if math.prod(spec.shape) * spec.dtype.itemsize <= _STAGE_BYTES:
+            staged = self._arrays.setdefault(entry.path, np.empty(spec.shape, spec.dtype))
+            target = staged if entry.layer is None else staged[entry.layer]
+            target[...] = to_ours(tensor[:], entry.transform)
+            return
+        sharding = self._shardings[entry.path]
+        if entry.path not in self._arrays:
+            self._arrays[entry.path] = _zeros(spec.shape, spec.dtype, sharding)
+        row_axis = int(entry.layer is not None) if entry.transform == SAME else len(spec.shape) - 1
+        ranges = [(0, entry.hf_shape[0])]
+        if not _is_split(sharding, row_axis):
+            ranges = list(_row_ranges(entry.hf_shape, spec.dtype))
+        for start, stop in ranges:
+            offsets = np.zeros(len(spec.shape), np.int32)
+            offsets[row_axis] = start
+            if entry.layer is not None:
+                offsets[0] = entry.layer
+            piece = np.ascontiguousarray(to_ours(tensor[start:stop], entry.transform), spec.dtype)
+            piece = piece.reshape((1,) * (len(spec.shape) - piece.ndim) + piece.shape)
+            write = _writer(sharding)
+            self._arrays[entry.path] = write(self._arrays[entry.path], piece, offsets)
+            self._arrays[entry.path].block_until_ready()  # or pieces pile up on the host
+
+    def finish(self) -> nnx.State:
+        """The filled state; staged parameters move to their place."""
+        for path, array in self._arrays.items():
+            if isinstance(array, np.ndarray):
+                self._arrays[path] = jax.device_put(array, self._shardings[path])
+        return nnx.from_flat_state(
+            [(path, var.replace(self._arrays[path])) for path, var in self._variables.items()]
+        )
+
+
+def _is_split(sharding: Sharding | None, axis: int) -> bool:
+    """Whether an axis is spread over devices, so that pieces must cover it whole."""
+    if not isinstance(sharding, NamedSharding):
+        return False
+    spec = sharding.spec
+    return axis < len(spec) and spec[axis] is not None
+
+
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None) -> jax.Array:
+    make = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+    return make()
+
+
+@functools.lru_cache(maxsize=64)
+def _writer(sharding: Sharding | None) -> Any:
+    """In-place write of a piece at an offset, for parameters placed by `sharding`."""
+
+    def write(buffer: jax.Array, piece: jax.Array, offsets: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(buffer, piece, tuple(offsets))
+
+    replicated = None
+    if isinstance(sharding, NamedSharding):
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    placed = (sharding, sharding, replicated)  # a piece has the parameter's rank, so its layout
+    return jax.jit(write, donate_argnums=0, in_shardings=placed, out_shardings=sharding)

@@ -1,0 +1,1 @@
+"""Data: sources, prompts, images, positions and the loader. Host side; starts no jax backend."""

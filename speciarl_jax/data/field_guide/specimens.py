@@ -1,0 +1,185 @@
+"""Specimens: which species, how hard, and the picture that follows from the seed.
+
+A share of the pictures is hard: the subject is a flat silhouette (no colour, no pattern), so that
+at best the genus can honestly be told; tiny, blurred or overgrown ones show the family only.
+`honest_level` records the deepest level that is drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from speciarl_jax.data.field_guide import draw_aircraft, draw_birds, draw_dogs, draw_flowers
+from speciarl_jax.data.field_guide.backgrounds import (
+    GLOW,
+    MIST,
+    SETTINGS,
+    Setting,
+    paint_background,
+    paint_foliage,
+)
+from speciarl_jax.data.field_guide.scene import OVERSAMPLE, PALETTE, Canvas, Colour, Look, mix
+from speciarl_jax.data.field_guide.taxonomy import Species, load_taxonomy
+
+SPLITS = ("warmup", "train", "val", "test")
+MIN_SIDE_PX, MAX_SIDE_PX = 84, 168
+HARD_KINDS = {"genus": ("backlight", "mist"), "family": ("distance", "foliage", "blur")}
+PAINTERS: dict[str, Callable[[Canvas, Look], None]] = {
+    "finch": draw_birds.draw_finch,
+    "wren": draw_birds.draw_wren,
+    "heron": draw_birds.draw_heron,
+    "ibis": draw_birds.draw_ibis,
+    "aster": draw_flowers.draw_aster,
+    "cosmos": draw_flowers.draw_cosmos,
+    "tulip": draw_flowers.draw_tulip,
+    "bellflower": draw_flowers.draw_bellflower,
+    "twinjet": draw_aircraft.draw_twinjet,
+    "deltajet": draw_aircraft.draw_deltajet,
+    "biplane": draw_aircraft.draw_biplane,
+    "seaplane": draw_aircraft.draw_seaplane,
+    "whippet": draw_dogs.draw_whippet,
+    "beagle": draw_dogs.draw_beagle,
+    "husky": draw_dogs.draw_husky,
+    "corgi": draw_dogs.draw_corgi,
+}
+
+# Unit positions of the parts by which a family's two genera differ: foliage hides them.
+GENUS_PARTS: dict[str, tuple[tuple[float, float], ...]] = {
+    "songbird": ((-0.6, -0.6), (-0.85, 0.5), (0.85, -0.25)),
+    "wader": ((0.8, -0.45), (0.75, -0.8), (0.3, -0.5)),
+    "daisy": ((0.5, -0.5), (-0.5, -0.5), (0.5, 0.35), (-0.5, 0.35)),
+    "lily": ((0.0, -0.75), (-0.6, -0.55), (0.5, -0.5), (-0.45, 0.65), (0.5, 0.7)),
+    "jet": ((0.1, -0.5), (0.1, 0.5), (-0.85, -0.35), (-0.85, 0.35), (-0.4, 0.0)),
+    "propplane": ((0.2, -0.5), (0.4, 0.65), (-0.4, 0.65)),
+    "hound": ((-0.75, -0.5), (-0.85, 0.3), (0.1, 0.3)),
+    "spitz": ((-0.45, 0.75), (0.3, 0.75), (-0.75, -0.3)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Specimen:
+    """One picture to be: it is fully determined by these fields.
+
+    Attributes:
+        species: What is shown.
+        is_hard: Whether colours and pattern are hidden.
+        honest_level: Deepest level that can be told: species, genus or family.
+        seed: (seed, domain number, split number, index): unique to the specimen.
+    """
+
+    species: Species
+    is_hard: bool
+    honest_level: str
+    seed: tuple[int, ...]
+
+
+def draw_specimens(
+    domain: str, split: str, count: int, seed: int = 0, hard_frac: float = 0.2
+) -> list[Specimen]:
+    """Returns a shuffled, class-balanced list of specimens.
+
+    Args:
+        domain: bird, flower, aircraft or dog.
+        split: One of `SPLITS`; no seed is shared between splits.
+        count: Number of specimens.
+        seed: Non-negative seed of the data set.
+        hard_frac: Share of hard specimens, in [0, 1]; their number is exact.
+
+    Raises:
+        ValueError: Unknown domain or split, negative count, or hard_frac out of range.
+    """
+    domains = load_taxonomy().domains
+    if domain not in domains:
+        raise ValueError(f"domain={domain!r}: expected one of {', '.join(domains)}")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+    if count < 0 or not 0.0 <= hard_frac <= 1.0:
+        raise ValueError(f"count={count}, hard_frac={hard_frac}: need count >= 0, share in [0, 1]")
+    key = (seed, list(domains).index(domain), SPLITS.index(split))
+    rng = np.random.default_rng(key)
+    members = [domains[domain][k] for k in rng.permutation(len(domains[domain]))]
+    order = rng.permutation(count)
+    levels = np.full(count, "species", dtype=object)
+    hard = rng.permutation(count)[: round(count * hard_frac)]
+    levels[hard] = np.where(np.arange(len(hard)) % 2 == 0, "genus", "family")
+    return [
+        Specimen(members[place % len(members)], level != "species", level, (*key, index))
+        for index, (place, level) in enumerate(zip(order.tolist(), levels.tolist(), strict=True))
+    ]
+
+
+def render(specimen: Specimen) -> Image.Image:
+    """Returns the specimen's RGB picture; each side is 84 to 168 px. Deterministic."""
+    rng = np.random.default_rng(specimen.seed)
+    width, height = rng.integers(MIN_SIDE_PX, MAX_SIDE_PX + 1, 2).tolist()
+    settings = SETTINGS[specimen.species.domain]
+    setting = settings[rng.integers(len(settings))]
+    kind = str(rng.choice(HARD_KINDS[specimen.honest_level])) if specimen.is_hard else "clear"
+    setting = {"backlight": GLOW, "mist": MIST}.get(kind, setting)
+    image = paint_background((width * OVERSAMPLE, height * OVERSAMPLE), setting, rng)
+    canvas = _place(image, specimen.species, kind, rng)
+    PAINTERS[specimen.species.genus](canvas, _look(specimen.species, kind, setting, rng))
+    if kind == "foliage":
+        covered = canvas.to_pixels(np.asarray(GENUS_PARTS[specimen.species.family]))
+        paint_foliage(image, canvas.centre, canvas.scale, covered, rng)
+    image = image.reduce(OVERSAMPLE)
+    blur_px = {
+        "distance": rng.uniform(1.1, 1.5),
+        "blur": canvas.scale / OVERSAMPLE * rng.uniform(0.24, 0.3),
+        "mist": 0.7,
+    }.get(kind)
+    if blur_px is not None:
+        image = image.filter(ImageFilter.GaussianBlur(blur_px))
+    return _relight(image, rng)
+
+
+def encode_png(specimen: Specimen) -> bytes:
+    """Returns the specimen's picture as PNG bytes."""
+    buffer = io.BytesIO()
+    render(specimen).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _place(image: Image.Image, species: Species, kind: str, rng: np.random.Generator) -> Canvas:
+    """Chooses the subject's size, position, turn and direction."""
+    side = min(image.size)
+    scale = side * rng.uniform(0.37, 0.46)
+    if kind == "distance":
+        scale = OVERSAMPLE * rng.uniform(6.0, 8.0)
+    slack = np.maximum(np.asarray(image.size) / 2 - scale * 1.08, 0.0)
+    shift = rng.uniform(-1.0, 1.0, 2) * slack
+    tilt = 28.0 if species.family == "jet" else 9.0
+    return Canvas(
+        image=image,
+        centre=(image.width / 2 + shift[0], image.height / 2 + shift[1]),
+        scale=scale,
+        degrees=rng.uniform(-tilt, tilt),
+        is_flipped=bool(rng.integers(2)),
+    )
+
+
+def _look(species: Species, kind: str, setting: Setting, rng: np.random.Generator) -> Look:
+    """Colours with a little jitter; one flat colour for hard pictures."""
+    colour = np.asarray(PALETTE[species.parts[0][1]]) + rng.integers(-10, 11, 3)
+    red, green, blue = np.clip(colour, 0, 255).tolist()
+    silhouette: Colour | None = None
+    if kind == "backlight":
+        silhouette = mix((58, 46, 56), (104, 84, 84), rng.uniform())
+    elif kind == "mist":
+        silhouette = mix((150, 158, 164), (120, 128, 138), rng.uniform())
+    elif kind != "clear":
+        silhouette = mix(mix(setting.sky[1], (52, 60, 66), 0.9), (88, 94, 94), rng.uniform())
+    pattern = species.parts[1][1] if silhouette is None else "plain"
+    return Look((red, green, blue), pattern, float(rng.uniform(-0.05, 0.05)), silhouette)
+
+
+def _relight(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Scales brightness and warmth by a table per channel."""
+    gain = rng.uniform(0.84, 1.08) * (1.0 + rng.uniform(-0.04, 0.04, 3))
+    table = np.clip(np.arange(256)[None] * gain[:, None], 0, 255).astype(np.uint8)
+    return image.point(table.ravel().tolist())

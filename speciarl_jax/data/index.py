@@ -1,0 +1,249 @@
+"""Which examples of a source can be prompts: decided once, before the first step.
+
+Every image is decoded and every prompt measured, so that nothing can fail, or change the order of
+prompts, in the middle of a run. The result can be kept on disk; the resized pixels are kept in
+memory within a budget, so that the first epoch does not do the work again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import threading
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+
+from speciarl_jax.data.decode import BadImageError
+from speciarl_jax.data.prompts import PromptBuilder
+from speciarl_jax.types import Example
+
+_NAMES_IN_ERROR = 10
+_LOG = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Random access to examples. May have ``fingerprint() -> str``, its identity on disk."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: int, /) -> Example:
+        """The index-th example, 0 <= index < len."""
+
+
+class PixelCache:
+    """Resized images by index, first come first kept, within a byte budget. Safe for threads.
+
+    Nothing is evicted: under a fresh permutation each epoch, any fixed subset hits as often as the
+    best eviction policy would, and costs nothing. A copy sent to another process is empty and
+    stays so.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        """Starts empty.
+
+        Args:
+            budget_bytes: 0 keeps nothing.
+        """
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self._kept: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def get(self, index: int) -> np.ndarray | None:
+        """Kept pixels, [h, w, 3] uint8, or None."""
+        return self._kept.get(index)
+
+    def put(self, index: int, pixels: np.ndarray) -> None:
+        """Keeps `pixels` if they fit."""
+        with self._lock:
+            fits = self.used_bytes + pixels.nbytes <= self.budget_bytes
+            if fits and index not in self._kept:
+                self._kept[index] = pixels
+                self.used_bytes += pixels.nbytes
+
+    def __reduce__(self) -> tuple[type[PixelCache], tuple[int]]:
+        """Pickles as an empty cache without a budget."""
+        return PixelCache, (0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """An example that is left out, and why."""
+
+    prompt_id: str
+    image_name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptIndex:
+    """The usable examples of a source, in source order.
+
+    Attributes:
+        kept: [K] int64 indices into the source.
+        num_tokens: [K] int32 prompt lengths (the longest over a prompt pool).
+        num_windows: [K] int32 vision windows.
+        bad: unreadable images.
+        over_long: prompts above the token limit.
+        fingerprint: hash of the kept prompt ids; a saved position is valid only with the same one.
+    """
+
+    kept: np.ndarray
+    num_tokens: np.ndarray
+    num_windows: np.ndarray
+    bad: tuple[Skipped, ...]
+    over_long: tuple[Skipped, ...]
+    fingerprint: str
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """All examples that were left out."""
+        return self.bad + self.over_long
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    prompt_id: str
+    image_name: str
+    tokens: int
+    windows: int
+    error: str
+
+
+def build_index(
+    source: Source,
+    builder: PromptBuilder,
+    max_prompt_tokens: int,
+    bad_image_budget_frac: float = 0.05,
+    cache: PixelCache | None = None,
+    index_dir: str | pathlib.Path | None = None,
+    num_threads: int = 2,
+) -> PromptIndex:
+    """Reads every example once and lists those that can be prompts.
+
+    Args:
+        source: the examples.
+        builder: measures prompts; its limits decide the image tokens.
+        max_prompt_tokens: longer prompts are left out, image tokens included.
+        bad_image_budget_frac: largest share of unreadable images that is accepted.
+        cache: receives resized images.
+        index_dir: where the result is kept for the next run; None keeps it nowhere. Used only if
+            the source has a ``fingerprint()``.
+        num_threads: decoding threads.
+
+    Raises:
+        ValueError: an empty source, a prompt id that occurs twice, more unreadable images than the
+            budget allows (with names), or no prompt short enough.
+    """
+    if not len(source):
+        raise ValueError("the data source is empty: choose another split or selection")
+    file = _index_file(source, builder, index_dir)
+    rows = _load_rows(file, len(source))
+    if rows is None:
+        rows = _measure(source, builder, cache, num_threads)
+        _save_rows(file, rows)
+    _check_unique(row.prompt_id for row in rows)
+    bad = [Skipped(r.prompt_id, r.image_name, r.error) for r in rows if r.error]
+    over_long = [
+        Skipped(r.prompt_id, r.image_name, f"{r.tokens} prompt tokens > {max_prompt_tokens}")
+        for r in rows
+        if not r.error and r.tokens > max_prompt_tokens
+    ]
+    _check_budget(bad, len(rows), bad_image_budget_frac)
+    kept = [i for i, r in enumerate(rows) if not r.error and r.tokens <= max_prompt_tokens]
+    if not kept:
+        shortest = min(r.tokens for r in rows if not r.error)
+        raise ValueError(
+            f"no prompt fits into data.max_prompt_tokens={max_prompt_tokens}: the shortest has "
+            f"{shortest} tokens, image included; raise data.max_prompt_tokens or lower "
+            "data.max_pixels"
+        )
+    digest = hashlib.sha256("\n".join(rows[i].prompt_id for i in kept).encode())
+    return PromptIndex(
+        kept=np.asarray(kept, np.int64),
+        num_tokens=np.asarray([rows[i].tokens for i in kept], np.int32),
+        num_windows=np.asarray([rows[i].windows for i in kept], np.int32),
+        bad=tuple(bad),
+        over_long=tuple(over_long),
+        fingerprint=digest.hexdigest()[:16],
+    )
+
+
+def _measure(
+    source: Source, builder: PromptBuilder, cache: PixelCache | None, num_threads: int
+) -> list[_Row]:
+    def measure(index: int) -> _Row:
+        example = source[index]
+        try:
+            pixels = builder.read_pixels(example.image)
+        except BadImageError as error:
+            return _Row(example.prompt_id, example.image_name, 0, 0, str(error))
+        if cache is not None:
+            cache.put(index, pixels)
+        return _Row(example.prompt_id, example.image_name, *builder.size_of(pixels), "")
+
+    with concurrent.futures.ThreadPoolExecutor(max(num_threads, 1)) as pool:
+        return list(pool.map(measure, range(len(source))))
+
+
+def _check_unique(prompt_ids: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for prompt_id in prompt_ids:
+        if prompt_id in seen:
+            raise ValueError(
+                f"prompt id {prompt_id!r} occurs twice in the data: a group would mix two prompts; "
+                "rename one of the images, or do not list a source twice"
+            )
+        seen.add(prompt_id)
+
+
+def _check_budget(bad: list[Skipped], total: int, budget_frac: float) -> None:
+    if len(bad) <= budget_frac * total:
+        if bad:
+            _LOG.warning("%d of %d images cannot be read and are skipped", len(bad), total)
+        return
+    names = "; ".join(f"{s.image_name or s.prompt_id}: {s.reason}" for s in bad[:_NAMES_IN_ERROR])
+    more = f"; and {len(bad) - _NAMES_IN_ERROR} more" if len(bad) > _NAMES_IN_ERROR else ""
+    raise ValueError(
+        f"{len(bad)} of {total} images cannot be read, more than data.bad_image_budget_frac="
+        f"{budget_frac} allows ({names}{more}); repair or remove them, or raise the budget"
+    )
+
+
+def _index_file(
+    source: Source, builder: PromptBuilder, index_dir: str | pathlib.Path | None
+) -> pathlib.Path | None:
+    identity = getattr(source, "fingerprint", None)
+    if index_dir is None or identity is None:
+        return None
+    key = hashlib.sha256(f"{identity()}/{builder.fingerprint()}".encode()).hexdigest()[:24]
+    return pathlib.Path(index_dir) / f"index-{key}.json"
+
+
+def _load_rows(file: pathlib.Path | None, expected: int) -> list[_Row] | None:
+    """Rows of an earlier run; None if there are none or the file is damaged."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        content: Any = json.loads(file.read_text())
+        rows = [_Row(*row) for row in content]
+    except (ValueError, TypeError):
+        return None
+    return rows if len(rows) == expected else None
+
+
+def _save_rows(file: pathlib.Path | None, rows: list[_Row]) -> None:
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps([dataclasses.astuple(row) for row in rows]))
+    os.replace(temporary, file)

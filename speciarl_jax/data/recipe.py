@@ -1,0 +1,96 @@
+"""From a recipe's data section to sources, a prompt builder and loaders."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from speciarl_jax.arch import Arch
+from speciarl_jax.config import DataConfig
+from speciarl_jax.data.images import ImageLimits
+from speciarl_jax.data.index import Source
+from speciarl_jax.data.loader import PromptLoader
+from speciarl_jax.data.prompts import PromptBuilder, PromptTemplate, Tokenizer
+from speciarl_jax.data.selection import Selection, open_selected
+from speciarl_jax.data.sources import resolve_data_dir
+
+
+def open_train_source(data: DataConfig) -> Source:
+    """The examples to train on.
+
+    Raises:
+        ValueError: see `selection.open_selected`.
+    """
+    selection = Selection(
+        indices=tuple(data.indices),
+        count=data.num_train,
+        share=data.train_share,
+        include_classes=tuple(data.include_classes),
+        exclude_classes=tuple(data.exclude_classes),
+        is_balanced=data.class_balanced,
+        seed=data.select_seed,
+    )
+    return open_selected(data.source, data.split, data.data_dir, selection)
+
+
+def open_eval_source(data: DataConfig, name: str) -> Source:
+    """The examples of one evaluation source: a fixed subset of `num_eval`, or all if fewer.
+
+    Raises:
+        ValueError: see `selection.open_selected`.
+    """
+    source = open_selected(name, data.eval_split, data.data_dir, Selection())
+    if not 0 < data.num_eval < len(source):
+        return source
+    selection = Selection(count=data.num_eval, seed=data.select_seed)
+    return open_selected(name, data.eval_split, data.data_dir, selection)
+
+
+def make_builder(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    arch: Arch,
+    model_dir: str | pathlib.Path,
+    seed: int = 0,
+    recipe_dir: str | pathlib.Path | None = None,
+) -> PromptBuilder:
+    """A prompt builder for a recipe and a model directory.
+
+    Raises:
+        ValueError: see `PromptTemplate.load`, `ImageLimits.from_dir`, `PromptBuilder`.
+    """
+    limits = ImageLimits.from_dir(model_dir, arch.vision)
+    return PromptBuilder(
+        tokenizer,
+        arch,
+        limits.override(data.min_pixels, data.max_pixels),
+        PromptTemplate.load(data.prompt, recipe_dir),
+        seed,
+    )
+
+
+def make_loader(
+    data: DataConfig, source: Source, builder: PromptBuilder, batch_size: int, **options: Any
+) -> PromptLoader:
+    """A loader with the recipe's limits and workers.
+
+    Args:
+        data: the recipe's data section.
+        source: examples.
+        builder: encodes them.
+        batch_size: prompts per batch over all hosts.
+        **options: of `PromptLoader`: seed, shuffle, num_epochs, pad_id, process_index, ...
+
+    Raises:
+        ValueError: see `PromptLoader`.
+    """
+    settings: dict[str, Any] = {
+        "max_prompt_tokens": data.max_prompt_tokens,
+        "bad_image_budget_frac": data.bad_image_budget_frac,
+        "num_workers": data.num_workers,
+        "num_threads": data.num_threads,
+        "prefetch_batches": data.prefetch_batches,
+        "cache_bytes": data.cache_mb * 2**20,
+        "index_dir": resolve_data_dir(data.data_dir) / "index",
+    }
+    return PromptLoader(source, builder, batch_size, **(settings | options))

@@ -1,0 +1,202 @@
+"""Verdicts that last: one SQLite file in WAL mode, written as each verdict arrives.
+
+The key is a hash of everything that could change a label: model, revision, prompt wording,
+sampling parameters and the two normalised texts. Only labels are kept, never failures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from speciarl_jax.judge.base import JudgeError, Pair
+from speciarl_jax.types import Category, Verdict
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS verdicts (
+    key BLOB PRIMARY KEY, category INTEGER NOT NULL, judge TEXT NOT NULL,
+    ground_truth TEXT NOT NULL, answer TEXT NOT NULL, scope TEXT NOT NULL, created REAL NOT NULL
+) WITHOUT ROWID
+"""
+_CHUNK = 500  # keys in one SELECT
+_FIELDS = ("key", "category", "judge", "ground_truth", "answer", "scope", "created")
+
+
+class KeyMaker:
+    """Cache keys of one judge: everything but the pair is hashed once."""
+
+    def __init__(self, **settings: str | float) -> None:
+        """Fixes the settings that belong to the key (model, revision, prompt, sampling)."""
+        self.scope = json.dumps(settings, sort_keys=True)
+        self._prefix = hashlib.sha256(self.scope.encode() + b"\0")
+
+    def key(self, pair: Pair) -> bytes:
+        """16 bytes for a normalised pair (which holds no NUL)."""
+        digest = self._prefix.copy()
+        digest.update(f"{pair.ground_truth}\0{pair.answer}".encode("utf-8", "surrogatepass"))
+        return digest.digest()[:16]
+
+
+def open_database(path: str, schema: str) -> sqlite3.Connection:
+    """Opens (creating if needed) a WAL-mode database; `""` is a private one in memory.
+
+    Raises:
+        JudgeError: the folder is missing, or the file is no database.
+    """
+    try:
+        connection = sqlite3.connect(
+            path or ":memory:", timeout=30.0, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute(schema)
+    except sqlite3.Error as error:
+        raise JudgeError(
+            f"judge database {path}: {error}; use another path or move the file away"
+        ) from error
+    return connection
+
+
+class VerdictCache:
+    """A durable map from key to label, with the most recent part in memory."""
+
+    def __init__(self, path: str = "", memory_entries: int = 500_000) -> None:
+        """Opens the file.
+
+        Args:
+            path: SQLite file, made if missing; `""` keeps verdicts in memory only.
+            memory_entries: labels held in memory at most; older ones are read from the file.
+
+        Raises:
+            JudgeError: the file cannot be opened.
+        """
+        self.path = path
+        self._db = open_database(path, _SCHEMA)
+        self._memory: dict[bytes, Verdict] = {}
+        self._memory_entries = memory_entries
+
+    def get_many(self, keys: Sequence[bytes]) -> dict[bytes, Verdict]:
+        """Verdicts, marked as cached, of those keys that are known."""
+        memory = self._memory
+        found = {key: memory[key] for key in keys if key in memory}
+        missing = [key for key in keys if key not in found] if len(found) < len(keys) else []
+        for start in range(0, len(missing), _CHUNK):
+            chunk = missing[start : start + _CHUNK]
+            marks = ",".join("?" * len(chunk))
+            query = f"SELECT key, category, judge FROM verdicts WHERE key IN ({marks})"
+            for key, category, judge in self._db.execute(query, chunk):
+                found[key] = self._remember(key, category, judge)
+        return found
+
+    def put(self, key: bytes, pair: Pair, category: Category, judge: str, scope: str) -> None:
+        """Stores a label, durably before it returns; a label already there stays.
+
+        Raises:
+            JudgeError: the file cannot be written (disk full, read-only).
+        """
+        row = (key, int(category), judge, pair.ground_truth, pair.answer, scope, time.time())
+        self._write([row])
+        self._remember(key, int(category), judge)
+
+    def _write(self, rows: Iterable[tuple[object, ...]]) -> int:
+        """Inserts rows in one transaction; returns how many were new."""
+        before = self._db.total_changes
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT OR IGNORE INTO verdicts VALUES (?,?,?,?,?,?,?)", rows)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise JudgeError(f"judge cache {self.path}: cannot be written: {error}") from error
+        return self._db.total_changes - before
+
+    def _remember(self, key: bytes, category: int, judge: str) -> Verdict:
+        """Keeps a label in memory, dropping the oldest if there are too many."""
+        if len(self._memory) >= self._memory_entries:
+            del self._memory[next(iter(self._memory))]
+        verdict = self._memory[key] = Verdict(Category(category), judge, is_cached=True)
+        return verdict
+
+    def __len__(self) -> int:
+        """Number of labels."""
+        return int(self._db.execute("SELECT count(*) FROM verdicts").fetchone()[0])
+
+    def stats(self) -> dict[str, object]:
+        """Number of labels in all, by category, by judge and by scope."""
+        by_category = self._db.execute("SELECT category, count(*) FROM verdicts GROUP BY 1")
+        by_judge = self._db.execute("SELECT judge, count(*) FROM verdicts GROUP BY 1")
+        by_scope = self._db.execute("SELECT scope, count(*) FROM verdicts GROUP BY 1")
+        return {
+            "labels": len(self),
+            "bytes": Path(self.path).stat().st_size if self.path else 0,
+            "by_category": {Category(number).label: count for number, count in by_category},
+            "by_judge": dict(by_judge.fetchall()),
+            "by_scope": dict(by_scope.fetchall()),
+        }
+
+    def rows(self) -> Iterator[dict[str, object]]:
+        """Every label as one JSON-ready object, ordered by ground truth and answer."""
+        query = f"SELECT {', '.join(_FIELDS)} FROM verdicts ORDER BY ground_truth, answer, key"
+        for row in self._db.execute(query):
+            values = dict(zip(_FIELDS, row, strict=True))
+            yield {**values, "key": row[0].hex(), "category": Category(row[1]).label}
+
+    def export(self, path: str | Path) -> int:
+        """Writes every label as a line of JSON; returns how many."""
+        count = 0
+        with Path(path).open("w", encoding="utf-8") as file:
+            for row in self.rows():
+                file.write(json.dumps(row) + "\n")
+                count += 1
+        return count
+
+    def import_(self, path: str | Path) -> int:
+        """Reads lines that `export` wrote; labels already here stay. All or nothing.
+
+        Returns:
+            Number of new labels.
+
+        Raises:
+            JudgeError: a line is not of that form; the message names it.
+        """
+        rows = []
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    item = json.loads(line)
+                    values = [item[field] for field in _FIELDS]
+                    values[0] = bytes.fromhex(values[0])
+                    values[1] = int(Category.from_label(values[1]))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise JudgeError(
+                        f"{path} line {number}: not an exported verdict: {error}"
+                    ) from error
+                rows.append(tuple(values))
+        return self._write(rows)
+
+    def purge(self, judge: str = "", older_than_s: float = 0.0) -> int:
+        """Deletes labels of a judge (all judges if empty) older than an age; returns how many."""
+        before = self._db.total_changes
+        self._db.execute(
+            "DELETE FROM verdicts WHERE (? = '' OR judge = ?) AND created <= ?",
+            (judge, judge, time.time() - older_than_s),
+        )
+        self._memory.clear()
+        return self._db.total_changes - before
+
+    def snapshot(self, path: str | Path) -> None:
+        """Copies the whole cache into one consistent file, for a save on object storage."""
+        target = sqlite3.connect(str(path))
+        try:
+            self._db.backup(target)
+        finally:
+            target.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()

@@ -1,0 +1,66 @@
+"""Pairs that need no model: equal after normalisation, or equal by a synonym table."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from speciarl_jax.judge.base import JudgeError, Pair
+from speciarl_jax.judge.parse import normalize
+from speciarl_jax.types import Category
+
+
+class Cascade:
+    """Exact match, then synonym table; None means: ask the model."""
+
+    def __init__(self, synonyms: dict[str, frozenset[int]] | None = None) -> None:
+        """Starts with a table from normalised name to the numbers of its synonym groups."""
+        self._groups = synonyms or {}
+
+    @classmethod
+    def from_file(cls, path: str) -> Cascade:
+        """Reads a synonym table: CSV rows or a JSON list of lists; names of a row are equal.
+
+        Raises:
+            JudgeError: the file is missing, not of that form, or a name is empty.
+        """
+        groups: dict[str, set[int]] = {}
+        for number, names in enumerate(_read_rows(Path(path)), start=1):
+            for name in names:
+                if not normalize(name):
+                    raise JudgeError(f"synonyms {path} row {number}: the name {name!r} is empty")
+                groups.setdefault(normalize(name), set()).add(number)
+        return cls({name: frozenset(rows) for name, rows in groups.items()})
+
+    def decide(self, pair: Pair) -> tuple[Category, str] | None:
+        """Category and judge name for a normalised pair, or None if a model must decide."""
+        if pair.ground_truth == pair.answer:
+            return Category.SPECIFIC, "exact"
+        truth = self._groups.get(pair.ground_truth)
+        if truth and truth & self._groups.get(pair.answer, frozenset()):
+            return Category.SPECIFIC, "synonym"
+        return None
+
+
+def _read_rows(path: Path) -> list[list[str]]:
+    """Rows of equal names.
+
+    Raises:
+        JudgeError: the file is missing or not of its form.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".json":
+            value = json.loads(text)
+        else:
+            value = [
+                [cell for cell in row if cell.strip()] for row in csv.reader(text.splitlines())
+            ]
+    except (OSError, ValueError, csv.Error) as error:
+        raise JudgeError(f"synonyms {path}: cannot be read: {error}; set judge.synonyms") from error
+    if not isinstance(value, list) or not all(
+        isinstance(row, list) and all(isinstance(name, str) for name in row) for row in value
+    ):
+        raise JudgeError(f"synonyms {path}: expected a list of lists of names")
+    return [row for row in value if row]

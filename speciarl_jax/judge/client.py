@@ -1,0 +1,384 @@
+"""The judge's client: what happens to a pair between the rollout and its label.
+
+    normalise -> recording -> exact / synonym -> cache -> same pair in flight -> ask -> cache
+
+Asking goes through a queue served by at most `concurrency` workers. A request that fails goes
+back into the queue after a jittered wait; it costs the pair one of its retries only if the judge
+has answered somebody else in the meantime, for otherwise the judge is out and not the pair, and an
+outage is waited for (see `EndpointPool`), never turned into failures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import random
+import time
+import types
+from collections.abc import Sequence
+
+from speciarl_jax.judge.base import JudgeError, Outcome, Pair, as_cached, failure, spread
+from speciarl_jax.judge.cache import KeyMaker, VerdictCache
+from speciarl_jax.judge.cascade import Cascade
+from speciarl_jax.judge.config import JudgeConfig
+from speciarl_jax.judge.endpoints import Endpoint, EndpointPool, key_source, open_endpoints
+from speciarl_jax.judge.limiter import RateLimiter
+from speciarl_jax.judge.parse import normalize
+from speciarl_jax.judge.prompt import load_prompt
+from speciarl_jax.judge.recording import Recording
+from speciarl_jax.judge.request import AskError, Reply, read_labels
+from speciarl_jax.judge.server import LocalJudgeServer
+from speciarl_jax.judge.stats import ClientStats
+from speciarl_jax.judge.verdict_log import VerdictLog
+from speciarl_jax.types import FailureKind, Verdict
+
+
+@dataclasses.dataclass(eq=False)
+class _Ask:
+    """A pair that waits for its label; everybody who wants that label awaits `future`."""
+
+    key: bytes
+    pair: Pair
+    future: asyncio.Future[Outcome]
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """One request to make: a pair, or several with a batch prompt."""
+
+    asks: list[_Ask]
+    strikes: int = 0
+    attempts: int = 0
+    unparsable: int = 0
+    seen_successes: int = -1
+
+
+class JudgeClient:
+    """Labels pairs through OpenAI-compatible endpoints; an asynchronous context manager.
+
+    Example:
+        async with JudgeClient(config) as judge:
+            outcomes = await judge.label(pairs)
+    """
+
+    def __init__(self, config: JudgeConfig) -> None:
+        """Checks the settings; files, servers and connections open on entry.
+
+        Raises:
+            ValueError: a setting is impossible.
+        """
+        config.validate()
+        self._config = config
+        self._prompt = load_prompt(config.prompt)
+        if config.pairs_per_request > 1 and not self._prompt.is_batch:
+            raise ValueError(
+                f"judge.pairs_per_request={config.pairs_per_request} needs a batch prompt: set "
+                f"judge.prompt=six_way_batch_v1 (now {config.prompt})"
+            )
+        self._api_key = key_source(config) if config.mode != "replay" else "none"
+        self._keys = KeyMaker(
+            model=config.model, revision=config.revision, prompt=self._prompt.fingerprint,
+            temperature=config.temperature, structured=config.structured,
+            thinking=config.thinking, max_reply_tokens=config.max_reply_tokens,
+        )  # fmt: skip
+        self._cascade = Cascade.from_file(config.synonyms) if config.synonyms else Cascade()
+        self._judge_name = config.model
+        self._stats = ClientStats()
+        self._jitter = random.Random()
+        self._queue: collections.deque[_Job] = collections.deque()
+        self._workers: set[asyncio.Task[None]] = set()
+        self._in_flight: dict[bytes, _Ask] = {}
+        self._max_workers = max(1, config.concurrency // config.num_hosts)
+        self._limiter = RateLimiter(
+            config.requests_per_minute / config.num_hosts,
+            config.tokens_per_minute / config.num_hosts,
+        )
+        self._server: LocalJudgeServer | None = None
+        self._pool: EndpointPool | None = None
+        self._is_closed = False
+
+    async def __aenter__(self) -> JudgeClient:
+        """Opens cache, log, recording and connections; starts the embedded server if asked.
+
+        Raises:
+            JudgeError: a file cannot be opened, or the embedded server does not start.
+        """
+        config = self._config
+        self._cache = VerdictCache(config.cache_path)
+        self._log = VerdictLog(config.log_path) if config.log_path else None
+        self._recording = Recording(config.recording) if config.mode != "live" else None
+        if config.mode == "replay":
+            return self
+        urls = config.endpoints
+        if config.kind == "taxonomy" and not urls:
+            self._server = LocalJudgeServer(config.taxonomy_path)
+            urls = (await asyncio.to_thread(self._server.start),)
+        endpoints, self._http = open_endpoints(urls, config, self._prompt, self._api_key)
+        self._pool = EndpointPool(endpoints, config)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        """Stops workers, server and connections; closes the files."""
+        self._is_closed = True
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
+        self._fail_all(JudgeError("judge client closed while pairs were waiting"))
+        if self._pool is not None:
+            await self._pool.close()
+            await self._http.aclose()
+        if self._server is not None:
+            await asyncio.to_thread(self._server.stop)
+        for file in (self._cache, self._log, self._recording):
+            if file is not None:
+                file.close()
+
+    async def label(self, pairs: Sequence[Pair], step: int = 0) -> list[Outcome]:
+        """Labels every pair, in the order given.
+
+        Args:
+            pairs: raw text; identical ones (after normalisation) are asked once.
+            step: training step, for the verdict log and the recording.
+
+        Returns:
+            One `Verdict` or `Failure` per pair.
+
+        Raises:
+            JudgeDownError: no endpoint answered within the pause budget.
+            ReplayMissError: replay mode, and the recording does not hold a pair.
+            JudgeError: cache or log cannot be written.
+        """
+        started = time.monotonic()
+        positions: dict[Pair, int] = {}
+        normal = [Pair(normalize(pair.ground_truth), normalize(pair.answer)) for pair in pairs]
+        order = [positions.setdefault(pair, len(positions)) for pair in normal]
+        outcomes = await self._label_distinct(list(positions), step)
+        self._stats.wait_s += time.monotonic() - started
+        results = spread(outcomes, order)
+        self._stats.count(results)
+        if self._log is not None:
+            self._log.add(step, normal, results)
+        return results
+
+    async def _label_distinct(self, pairs: list[Pair], step: int) -> list[Outcome]:
+        """Outcomes of distinct normalised pairs."""
+        keys = [self._keys.key(pair) for pair in pairs]
+        if self._config.mode == "replay":
+            assert self._recording is not None
+            found = [self._recording.replay(k, step, p) for k, p in zip(keys, pairs, strict=True)]
+            return found
+        cached = self._cache.get_many(keys)
+        outcomes: list[Outcome | None] = []
+        waiting: list[tuple[int, _Ask, bool]] = []
+        fresh: list[_Ask] = []
+        for key, pair in zip(keys, pairs, strict=True):
+            outcome = cached.get(key) or self._settle(key, pair, step)
+            if outcome is None:
+                ask, is_new = self._join(key, pair)
+                waiting.append((len(outcomes), ask, is_new))
+                if is_new:
+                    fresh.append(ask)
+            outcomes.append(outcome)
+        if fresh and self._pool is not None and not self._workers:
+            self._pool.renew()
+        self._submit(fresh)
+        await _all_done([ask.future for _, ask, _ in waiting])
+        for index, ask, is_new in waiting:
+            outcome = ask.future.result()
+            outcomes[index] = outcome if is_new else as_cached(outcome)
+        done = [outcome for outcome in outcomes if outcome is not None]
+        if self._recording is not None:
+            for key, pair, outcome in zip(keys, pairs, done, strict=True):
+                self._recording.add(key, step, pair, outcome)
+        return done
+
+    def _settle(self, key: bytes, pair: Pair, step: int) -> Outcome | None:
+        """The outcome of a pair that is not in the cache and still needs no request, or None."""
+        if not pair.answer or not pair.ground_truth:
+            side = "ground truth" if pair.answer else "answer"
+            return failure(
+                FailureKind.UNPARSABLE, f"{side} is empty after normalisation: a format failure"
+            )
+        if len(pair.answer) > self._config.max_answer_chars:
+            return failure(
+                FailureKind.TOO_LONG,
+                f"answer has {len(pair.answer)} characters, more than judge.max_answer_chars="
+                f"{self._config.max_answer_chars}",
+            )
+        if self._config.has_cascade and (decided := self._cascade.decide(pair)) is not None:
+            return Verdict(decided[0], decided[1], is_cached=True)
+        if self._recording is not None and (old := self._recording.find(key, step)) is not None:
+            return old
+        return None
+
+    def _join(self, key: bytes, pair: Pair) -> tuple[_Ask, bool]:
+        """The pending question about a pair, and whether it is a new one."""
+        ask = self._in_flight.get(key)
+        if ask is not None:
+            return ask, False
+        ask = _Ask(key, pair, asyncio.get_running_loop().create_future())
+        ask.future.add_done_callback(_retrieve)
+        self._in_flight[key] = ask
+        return ask, True
+
+    def _submit(self, asks: list[_Ask]) -> None:
+        """Queues new questions, several to a request if the prompt allows."""
+        size = self._config.pairs_per_request
+        for start in range(0, len(asks), size):
+            self._enqueue(_Job(asks[start : start + size]))
+
+    def _enqueue(self, job: _Job) -> None:
+        """Puts a job into the queue and sees that somebody serves it."""
+        if self._is_closed:
+            return
+        self._queue.append(job)
+        if len(self._workers) < self._max_workers:
+            worker = asyncio.create_task(self._work())
+            self._workers.add(worker)
+            worker.add_done_callback(self._worker_done)
+
+    def _worker_done(self, worker: asyncio.Task[None]) -> None:
+        """Hands a worker's error to everybody who waits, so that nobody waits for ever."""
+        self._workers.discard(worker)
+        if not worker.cancelled() and (error := worker.exception()) is not None:
+            self._fail_all(error)
+
+    def _fail_all(self, error: BaseException) -> None:
+        """Ends all pending questions with `error`."""
+        self._queue.clear()
+        asks, self._in_flight = list(self._in_flight.values()), {}
+        for ask in asks:
+            if not ask.future.done():
+                ask.future.set_exception(error)
+
+    async def _work(self) -> None:
+        """Serves the queue until it is empty."""
+        assert self._pool is not None
+        while self._queue:
+            job = self._queue.popleft()
+            if all(ask.future.done() for ask in job.asks):
+                continue  # the judge was given up while this one waited for its next try
+            pairs = [ask.pair for ask in job.asks]
+            tokens = self._estimate(pairs)
+            await self._limiter.acquire(tokens)
+            endpoint = await self._pool.acquire()
+            result = await self._ask(endpoint, pairs)
+            if isinstance(result, Reply):
+                self._limiter.correct(result.prompt_tokens + result.completion_tokens - tokens)
+                self._receive(job, result)
+            else:
+                self._retry_or_fail(job, result)
+
+    def _estimate(self, pairs: list[Pair]) -> float:
+        """Tokens of a request, about: four characters each, and the reply's limit."""
+        if not self._config.tokens_per_minute:
+            return 0.0
+        text = sum(len(pair.ground_truth) + len(pair.answer) + 50 for pair in pairs)
+        fixed = len(self._prompt.system) + len(self._prompt.user)
+        return (fixed + text) / 4 + self._config.max_reply_tokens * len(pairs)
+
+    async def _ask(self, endpoint: Endpoint, pairs: list[Pair]) -> Reply | AskError:
+        """One request to one endpoint, counted and timed."""
+        assert self._pool is not None
+        started = time.monotonic()
+        result: Reply | AskError = AskError(FailureKind.SERVER, "cancelled", is_retryable=False)
+        try:
+            result = await endpoint.ask(pairs)
+        finally:
+            self._pool.release(endpoint, result if isinstance(result, AskError) else None)
+        self._stats.request(time.monotonic() - started, result)
+        return result
+
+    def _receive(self, job: _Job, reply: Reply) -> None:
+        """Takes the labels out of a reply; what is no label is asked again, one pair at a time."""
+        labels = read_labels(self._prompt, reply, len(job.asks))
+        if labels is not None:
+            for ask, category in zip(job.asks, labels, strict=True):
+                self._cache.put(ask.key, ask.pair, category, self._judge_name, self._keys.scope)
+                self._finish(ask, Verdict(category, self._judge_name))
+            return
+        job.unparsable += 1
+        if job.unparsable <= self._config.unparsable_retries:
+            self._again(job, 0.0)
+            return
+        self._give_up(
+            job, FailureKind.UNPARSABLE, f"judge replied {reply.text[:60]!r}, which is no category"
+        )
+
+    def _retry_or_fail(self, job: _Job, error: AskError) -> None:
+        """Decides whether a failed request is tried again."""
+        assert self._pool is not None
+        if not error.is_retryable:
+            self._give_up(job, error.kind, error.message)
+            return
+        job.attempts += 1
+        if self._pool.num_successes != job.seen_successes and not error.is_hard:
+            job.strikes += 1
+        job.seen_successes = self._pool.num_successes
+        if job.strikes > self._config.max_retries:
+            self._give_up(job, error.kind, f"after {job.attempts} tries: {error.message}")
+            return
+        wait = 0.0
+        if error.retry_after_s <= self._config.retry_after_max_s:
+            wait = error.retry_after_s
+        self._again(job, wait)
+
+    def _again(self, job: _Job, at_least_s: float) -> None:
+        """Queues a job once more after a jittered wait that doubles each time."""
+        config = self._config
+        ceiling = min(config.backoff_max_s, config.backoff_s * 2 ** min(job.strikes, 20))
+        wait = at_least_s + self._jitter.uniform(0.5, 1.0) * ceiling
+        self._stats.retries += 1
+        asyncio.get_running_loop().call_later(wait, self._enqueue, job)
+
+    def _give_up(self, job: _Job, kind: FailureKind, message: str) -> None:
+        """Ends a job without a label; the pairs of a batch get a try of their own first."""
+        if len(job.asks) > 1:
+            for ask in job.asks:
+                self._enqueue(_Job([ask]))
+            return
+        ask = job.asks[0]
+        self._finish(ask, failure(kind, f"{ask.pair.answer!r}: {message}"))
+
+    def _finish(self, ask: _Ask, outcome: Outcome) -> None:
+        """Gives a pair's outcome to everybody who waits for it."""
+        self._in_flight.pop(ask.key, None)
+        if not ask.future.done():
+            ask.future.set_result(outcome)
+
+    async def check_health(self, deadline_s: float = 60.0) -> None:
+        """Waits until an endpoint labels a probe; does nothing in replay mode.
+
+        Raises:
+            JudgeError: none does within `deadline_s`; at once for a refused key or model.
+        """
+        if self._pool is not None:
+            await self._pool.check(deadline_s)
+
+    def stats(self) -> dict[str, float]:
+        """Metrics since the client opened, under `judge/`."""
+        pool = self._pool
+        return {
+            **self._stats.metrics(),
+            "judge/pause_s": pool.pause_s if pool else 0.0,
+            "judge/endpoints_up": float(pool.num_up) if pool else 0.0,
+            "judge/limited_s": self._limiter.waited_s,
+        }
+
+
+def _retrieve(future: asyncio.Future[Outcome]) -> None:
+    """Marks an exception as seen: the caller may have been cancelled."""
+    if not future.cancelled():
+        future.exception()
+
+
+async def _all_done(futures: list[asyncio.Future[Outcome]]) -> None:
+    """Waits for all futures; being cancelled leaves them running for others."""
+    if futures:
+        await asyncio.wait(futures)

@@ -1,0 +1,62 @@
+"""Google credentials as an API key that renews itself, for Gemini and Vertex AI endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from typing import Any
+
+from speciarl_jax.judge.base import JudgeError
+
+_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+
+
+class GoogleToken:
+    """Application default credentials; calling it gives a valid access token.
+
+    openai asks for the key before each request; a token is fetched only when the old one is
+    about to expire, in a thread, and once for all requests that wait for it.
+    """
+
+    def __init__(self) -> None:
+        """Loads the libraries; credentials are found on first use.
+
+        Raises:
+            ValueError: google-auth (with requests) is not installed.
+        """
+        try:
+            self._auth: Any = importlib.import_module("google.auth")
+            transport: Any = importlib.import_module("google.auth.transport.requests")
+        except ImportError as error:
+            raise ValueError(
+                f"judge.auth=google needs google-auth and requests ({error}): "
+                "pip install 'speciarl-jax[gcp]'"
+            ) from error
+        self._new_request = transport.Request
+        self._credentials: Any = None
+        self._lock = asyncio.Lock()
+
+    async def __call__(self) -> str:
+        """A token that is valid now.
+
+        Raises:
+            JudgeError: there are no credentials, or they were refused.
+        """
+        if self._credentials is None or not self._credentials.valid:
+            async with self._lock:
+                if self._credentials is None or not self._credentials.valid:
+                    await asyncio.to_thread(self._refresh)
+        return str(self._credentials.token)
+
+    def _refresh(self) -> None:
+        """Fetches a token; runs in a thread."""
+        exceptions = self._auth.exceptions
+        try:
+            if self._credentials is None:
+                self._credentials, _ = self._auth.default(scopes=[_SCOPE])
+            self._credentials.refresh(self._new_request())
+        except exceptions.GoogleAuthError as error:
+            raise JudgeError(
+                f"judge.auth=google: {error}; run `gcloud auth application-default login` or set "
+                "GOOGLE_APPLICATION_CREDENTIALS"
+            ) from error

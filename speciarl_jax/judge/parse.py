@@ -1,0 +1,130 @@
+"""From completion to answer, from answer to judge text, from judge reply to category."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+
+from speciarl_jax.types import Category
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+# Python's \w is letters, numbers and the underscore; the rest of the class is Unicode's Pd.
+_DASHES = (
+    "\\-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u2e5d\u301c\u3030\u30a0"
+    "\ufe31\ufe32\ufe58\ufe63\uff0d\U00010ead"
+)
+_NOT_KEPT = re.compile(rf"(?:[^\w\s{_DASHES}]|_)+")
+_ASCII_TABLE = {
+    code: chr(code).lower() if chr(code).isalnum() or chr(code) == "-" else " "
+    for code in range(128)
+}
+_THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
+_WRAPPING = " \t\r\n\"'`*"
+_NAMES = {
+    spelling: category
+    for category in Category
+    for spelling in (
+        category.label,
+        category.label.replace("_", " "),
+        category.label.replace("_", "-"),
+    )
+}
+BINARY_NAMES = {"correct": Category.SPECIFIC, "incorrect": Category.WRONG}
+
+
+def normalize(text: str) -> str:
+    """Text as the judge sees it: NFC, letters, numbers, dashes and single spaces, lower case.
+
+    Every character that is not a letter, a number, dash punctuation or white space becomes a
+    space, so no quote, brace, tag or newline survives; then lower case, white space collapsed
+    and stripped. The result may be empty, which the caller treats as a format failure.
+
+    Source: SpeciaRL released code, text cleaning before the judge (method.md section 1).
+    """
+    if text.isascii():
+        return " ".join(text.translate(_ASCII_TABLE).split())
+    kept = _NOT_KEPT.sub(" ", unicodedata.normalize("NFC", text))
+    return " ".join(kept.lower().split())
+
+
+def extract_answer(completion: str) -> str | None:
+    """The policy's answer: the first `<answer>…</answer>`, stripped.
+
+    Returns:
+        The raw text between the tags, or None (a format failure) if there is no such element
+        or if nothing of it is left after `normalize`.
+
+    Source: SpeciaRL released code, format reward; the emptiness rule is method.md section 1.
+    """
+    match = _ANSWER.search(completion)
+    if match is None:
+        return None
+    answer = match.group(1).strip()
+    return answer if normalize(answer) else None
+
+
+def _lookup(text: object, names: dict[str, Category]) -> Category | None:
+    """One name, bare: quotes, emphasis and one full stop around it are forgiven."""
+    if not isinstance(text, str):
+        return None
+    bare = text.strip(_WRAPPING).removesuffix(".").strip(_WRAPPING)
+    return names.get(" ".join(bare.lower().split()))
+
+
+def _json_or_none(text: str) -> object:
+    """`text` parsed as JSON, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _names(is_binary: bool) -> dict[str, Category]:
+    return BINARY_NAMES if is_binary else _NAMES
+
+
+def parse_category(reply: str, is_binary: bool = False) -> Category | None:
+    """Reads a judge's reply strictly: it must be exactly one category name and nothing else.
+
+    Accepted: the name in any case, with underscore, space or dash, with quotes or a full stop
+    around it, or as the JSON object `{"category": name}`; a leading `<think>` block is dropped.
+    A reply that names two categories, or explains itself, is not a label.
+
+    Args:
+        reply: the text the judge's model wrote.
+        is_binary: the prompt asked for `correct` / `incorrect`; these count as specific / wrong.
+
+    Returns:
+        The category, or None if the reply is not exactly one name.
+    """
+    text = _THINKING.sub("", reply).strip()
+    if text.startswith("{"):
+        value = _json_or_none(text)
+        if not isinstance(value, dict) or set(value) != {"category"}:
+            return None
+        return _lookup(value["category"], _names(is_binary))
+    return _lookup(text, _names(is_binary))
+
+
+def parse_batch(reply: str, count: int, is_binary: bool = False) -> list[Category] | None:
+    """Reads the reply to a batch prompt: a JSON list of exactly `count` names.
+
+    The list may be wrapped as `{"categories": [...]}`, the form a JSON schema asks for.
+
+    Args:
+        reply: the text the judge's model wrote.
+        count: number of pairs that were sent.
+        is_binary: as in `parse_category`.
+
+    Returns:
+        The categories in the order asked, or None if anything is missing, extra or unknown.
+    """
+    value = _json_or_none(_THINKING.sub("", reply).strip())
+    if isinstance(value, dict) and set(value) == {"categories"}:
+        value = value["categories"]
+    if not isinstance(value, list) or len(value) != count:
+        return None
+    found = [_lookup(item, _names(is_binary)) for item in value]
+    labels = [category for category in found if category is not None]
+    return labels if len(labels) == count else None

@@ -1,0 +1,158 @@
+"""Judge prompts: versioned files, a registry, and the safe way to put untrusted text in one.
+
+A prompt file is TOML: `name`, `labels` (six_way | binary), `form` (single | batch), `system`,
+`user` and a list of `[[examples]]`. The user message ends with `{payload}`, which is replaced by
+one line of JSON. Untrusted text is normalised, cut to a length and JSON-encoded, so it holds no
+quote, brace or newline and cannot end the line it stands on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from speciarl_jax.judge.base import Pair
+from speciarl_jax.judge.parse import BINARY_NAMES
+from speciarl_jax.types import Category
+
+PROMPT_DIR = Path(__file__).parent / "prompts"
+_FIELDS = {"name", "labels", "form", "system", "user", "examples"}
+_PAYLOAD = "{payload}"
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgePrompt:
+    """One wording of the question.
+
+    Attributes:
+        name: file stem; versions are separate files (`six_way_v1`, `six_way_v2`).
+        is_binary: the judge answers correct / incorrect instead of one of six categories.
+        is_batch: several pairs a request, a JSON list of names back.
+        system: system message, few-shot examples included.
+        user: user message, ends with the payload's place holder.
+        fingerprint: hash of the whole wording; part of every cache key.
+    """
+
+    name: str
+    is_binary: bool
+    is_batch: bool
+    system: str
+    user: str
+    fingerprint: str
+
+    @property
+    def labels(self) -> list[str]:
+        """The names the judge may answer with."""
+        return list(BINARY_NAMES) if self.is_binary else [category.label for category in Category]
+
+    def messages(self, pairs: Sequence[Pair]) -> list[dict[str, str]]:
+        """Chat messages that ask about `pairs`, which are normalised already.
+
+        Raises:
+            ValueError: a single-form prompt got another number of pairs than one.
+        """
+        if not self.is_batch and len(pairs) != 1:
+            raise ValueError(
+                f"prompt {self.name}: expected 1 pair, got {len(pairs)}; use a batch prompt"
+            )
+        user = self.user.replace(_PAYLOAD, encode_payload(pairs, self.is_batch))
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": user}]
+
+
+def encode_payload(pairs: Sequence[Pair], is_batch: bool) -> str:
+    """One line of ASCII JSON: an object for a single pair, a list of objects for a batch."""
+    items: list[dict[str, Any]] = [
+        {"ground_truth": pair.ground_truth, "answer": pair.answer} for pair in pairs
+    ]
+    if not is_batch:
+        return json.dumps(items[0])
+    return json.dumps([{"id": number, **item} for number, item in enumerate(items, start=1)])
+
+
+def read_payload(messages: object) -> tuple[list[Pair], bool] | None:
+    """The pairs in a chat request made by `JudgePrompt.messages`, and whether it is a batch.
+
+    Only the last line of the last message counts: JSON text never holds a newline, so untrusted
+    text cannot make a line of its own.
+
+    Returns:
+        None if the request does not carry a payload of that shape.
+    """
+    if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
+        return None
+    content = messages[-1].get("content")
+    if not isinstance(content, str):
+        return None
+    try:
+        value = json.loads(content.rsplit("\n", 1)[-1])
+    except (ValueError, RecursionError):
+        return None
+    items = value if isinstance(value, list) else [value]
+    pairs = []
+    for item in items:
+        if not isinstance(item, dict):
+            return None
+        truth, answer = item.get("ground_truth"), item.get("answer")
+        if not isinstance(truth, str) or not isinstance(answer, str):
+            return None
+        pairs.append(Pair(truth, answer))
+    return pairs, isinstance(value, list)
+
+
+def prompt_names() -> list[str]:
+    """Names of the prompts that ship with the package."""
+    return sorted(path.stem for path in PROMPT_DIR.glob("*.toml"))
+
+
+@functools.lru_cache(maxsize=64)
+def load_prompt(name: str) -> JudgePrompt:
+    """Loads a prompt by registered name, or by the path of a `.toml` file of the same form.
+
+    Raises:
+        ValueError: no such prompt, a field missing or unknown, or a user message that does not
+            end with the payload on a line of its own.
+    """
+    path = Path(name) if name.endswith(".toml") else PROMPT_DIR / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(prompt_names())
+        raise ValueError(
+            f"judge.prompt={name!r}: no such prompt; expected one of {known} or a .toml file"
+        )
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"judge prompt {path}: not valid TOML: {error}") from error
+    return _build(path, raw)
+
+
+def _build(path: Path, raw: dict[str, Any]) -> JudgePrompt:
+    """Checks a parsed file and renders its examples into the system message."""
+    if set(raw) != _FIELDS:
+        odd = ", ".join(sorted(set(raw) ^ _FIELDS))
+        raise ValueError(f"judge prompt {path}: fields missing or unknown: {odd}")
+    choices = {"labels": ("six_way", "binary"), "form": ("single", "batch")}
+    for field, allowed in choices.items():
+        if raw[field] not in allowed:
+            raise ValueError(f"judge prompt {path}: {field}={raw[field]!r}; expected {allowed}")
+    user = raw["user"].strip()
+    if not user.endswith("\n" + _PAYLOAD) or user.count(_PAYLOAD) != 1:
+        raise ValueError(f"judge prompt {path}: user must end with a line holding only {_PAYLOAD}")
+    is_batch = raw["form"] == "batch"
+    shots = "\n".join(_example(item) for item in raw["examples"])
+    system = f"{raw['system'].strip()}\n\nExamples:\n{shots}" if shots else raw["system"].strip()
+    digest = hashlib.sha256(json.dumps([system, user, raw["labels"], is_batch]).encode())
+    return JudgePrompt(
+        raw["name"], raw["labels"] == "binary", is_batch, system, user, digest.hexdigest()[:16]
+    )
+
+
+def _example(item: dict[str, str]) -> str:
+    """One few-shot line: the pair as JSON, an arrow, the label."""
+    pair = {"ground_truth": item["ground_truth"], "answer": item["answer"]}
+    return f"{json.dumps(pair)} -> {item['category']}"

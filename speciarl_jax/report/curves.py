@@ -1,0 +1,175 @@
+"""Curves over training steps. Every function draws into given axes and says whether it drew.
+
+`runs` maps a run's name to its series (`series.read_series`); with one run the lines of a panel
+are its metrics, with several each run has its own colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from speciarl_jax.report.series import Series
+from speciarl_jax.report.style import LIGHT, RUNGS, line_color, readable
+
+AVERAGES = ("out_of_domain", "in_domain", "fine_grained", "very_fine_grained", "all")
+_WINDOW = 5  # steps in the moving average drawn over the raw values
+
+
+def _arrays(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    steps, values = zip(*points, strict=True)
+    return np.asarray(steps, float), np.asarray(values, float)
+
+
+def _thin(points: Sequence[tuple[int, float]], most: int = 600) -> Sequence[tuple[int, float]]:
+    """Evenly chosen points, the last one included, so that a long run stays a small drawing."""
+    if len(points) <= most:
+        return points
+    return [points[i] for i in np.linspace(0, len(points) - 1, most).astype(int)]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average, shorter at the ends."""
+    window = np.ones(min(_WINDOW, len(values)))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _line(
+    ax: Axes, points: Sequence[tuple[int, float]], label: str, colour: str, *, is_noisy: bool
+) -> None:
+    x, y = _arrays(_thin(points))
+    if is_noisy and len(y) >= 2 * _WINDOW:
+        ax.plot(x, y, color=colour, alpha=0.28, linewidth=1.0)
+        ax.plot(x, _smooth(y), color=colour, label=label)
+    else:
+        marker = "o" if len(y) < 12 else None
+        ax.plot(x, y, color=colour, label=label, marker=marker, markersize=3.5)
+
+
+def _finish(ax: Axes, title: str, *, has_legend: bool = True) -> None:
+    ax.set_title(title)
+    ax.set_xlabel("step")
+    ax.margins(x=0.02)
+    if has_legend and len(ax.get_legend_handles_labels()[1]) > 1:
+        ax.legend()
+
+
+def draw_named(
+    ax: Axes, runs: Mapping[str, Series], names: Sequence[str], title: str, *, floor: bool = False
+) -> bool:
+    """Draws metrics by name, one line per run and metric; labels say what differs.
+
+    Args:
+        ax: where to.
+        runs: series by run.
+        names: metrics; those a run lacks are left out.
+        title: of the panel.
+        floor: True puts 0 at the bottom.
+    """
+    present = [n for n in names if any(n in series for series in runs.values())]
+    index = 0
+    for run, series in runs.items():
+        for name in present:
+            if name not in series:
+                continue
+            short = readable(name.split("/", 1)[-1])
+            label = short if len(runs) == 1 else run if len(present) == 1 else f"{run}: {short}"
+            _line(ax, series[name], label, line_color(index), is_noisy=True)
+            index += 1
+    if index and floor:
+        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    _finish(ax, title)
+    return index > 0
+
+
+def eval_groups(series: Series) -> list[str]:
+    """Averages that were evaluated while training, or the data sets where there is none."""
+    groups = list(dict.fromkeys(n.split("/")[1] for n in series if n.count("/") == 2
+                                and n.startswith("eval/")))  # fmt: skip
+    averages = [a for a in AVERAGES if a in groups]
+    if {"in_domain", "out_of_domain"} <= set(averages):
+        averages.remove("all") if "all" in averages else None
+    return averages or groups
+
+
+def draw_metric(ax: Axes, runs: Mapping[str, Series], metric: str, title: str) -> bool:
+    """Draws one evaluation metric over steps, a line per run and average."""
+    index = 0
+    for run, series in runs.items():
+        for group in eval_groups(series):
+            points = series.get(f"eval/{group}/{metric}")
+            if not points:
+                continue
+            label = readable(group) if len(runs) == 1 else f"{run}: {readable(group)}"
+            _line(ax, points, label, line_color(index), is_noisy=False)
+            index += 1
+    _widen(ax)
+    _finish(ax, title)
+    return index > 0
+
+
+def _widen(ax: Axes, span: float = 0.1) -> None:
+    """Keeps noise small: a share's axis covers at least `span`."""
+    low, high = ax.get_ylim()
+    if high - low < span:
+        low = max(0.0, min((low + high - span) / 2, 1.0 - span))
+        ax.set_ylim(low, low + span)
+
+
+def draw_categories(ax: Axes, series: Series, title: str) -> bool:
+    """Draws the shares of the categories, stacked, best on top of worst."""
+    present = [r for r in RUNGS if f"category/{r}_frac" in series]
+    if not present:
+        return False
+    points = [dict(series[f"category/{r}_frac"]) for r in present]
+    steps = sorted(set().union(*points))
+    shares = np.array([[p.get(s, 0.0) for s in steps] for p in points])
+    if len(steps) >= 2 * _WINDOW:
+        shares = np.array([_smooth(row) for row in shares])
+    x = np.asarray(steps, float)
+    if len(x) == 1:
+        x, shares = np.array([x[0] - 0.5, x[0] + 0.5]), np.repeat(shares, 2, axis=1)
+    ax.stackplot(
+        x,
+        shares,
+        colors=[LIGHT[r] for r in present],
+        labels=[readable(r) for r in present],
+        edgecolor=LIGHT["paper"],
+        linewidth=0.5,
+    )
+    ax.set_ylim(0, max(1e-9, float(shares.sum(0).max())))
+    ax.set_xlim(x[0], x[-1])
+    ax.grid(visible=False)
+    _finish(ax, title, has_legend=False)
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return True
+
+
+def draw_time(ax: Axes, series: Series, title: str) -> bool:
+    """Draws seconds per step, stacked by part."""
+    names = [n for n in series if n.startswith("time/") and n.endswith("_s")]
+    parts = [n for n in names if not n.endswith(("step_s", "total_s"))] or names
+    if not parts:
+        return False
+    points = [dict(series[n]) for n in parts]
+    steps = sorted(set().union(*points))
+    seconds = np.array([[p.get(s, 0.0) for s in steps] for p in points])
+    labels = [readable(n.removeprefix("time/").removesuffix("_s")) for n in parts]
+    colours = [line_color(i) for i in range(len(parts))]
+    if len(steps) < 2:
+        ax.bar(labels, seconds[:, 0], color=colours)
+    else:
+        ax.stackplot(steps, seconds, labels=labels, colors=colours, alpha=0.85)
+        # The first step compiles; it must not flatten all the others.
+        ax.set_ylim(0, 1.25 * float(np.percentile(seconds.sum(0), 97)) or 1.0)
+    ax.set_ylabel("s")
+    _finish(ax, title)
+    return True
+
+
+def length_names(series: Series) -> list[str]:
+    """Names of the token lengths a run logs, at most three."""
+    return [n for n in series if n.startswith("rollout/") and "tokens" in n][:3]

@@ -1,0 +1,231 @@
+"""Packs rollouts and thumbnails into the page: an index read at once, texts read when opened.
+
+Everything is deflated and base64-encoded, so no byte of an answer can be mistaken for markup.
+Completions lie in chunks of their own; the page inflates one when a reader opens an answer in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from speciarl_jax.predictions import Prediction
+from speciarl_jax.report import thumbnails
+from speciarl_jax.report.load import Run
+from speciarl_jax.report.style import RUNGS
+
+_CHUNK_ROWS = 400
+_LENGTHS = (20_000, 6_000, 2_500, 1_000, 400, 150)  # characters of a completion, widest first
+_PREDICTION_CHARS = 400  # of a prediction in the index; the completion has all of it
+FORMAT_CODE, JUDGE_CODE = 0, len(RUNGS) - 1
+
+
+@dataclasses.dataclass
+class Gallery:
+    """What goes into the page, all of it base64 text.
+
+    Attributes:
+        index: columns of all rows, see `_index`.
+        completions: chunks, one after the other; the index knows where each begins.
+        images: JPEGs, one after the other.
+        shown: number of rows in the page.
+        total: number of rows there are.
+        notes: what was shortened or left out, for the reader.
+    """
+
+    index: str
+    completions: str
+    images: str
+    shown: int
+    total: int
+    notes: list[str]
+
+
+_Key = tuple[str, str]
+
+
+@dataclasses.dataclass
+class _Group:
+    """The answers of one stage to one image."""
+
+    run: int
+    stage: int
+    rows: list[Prediction]
+
+    @property
+    def key(self) -> _Key:
+        """What names the image, in whichever run."""
+        return self.rows[0].dataset, self.rows[0].prompt_id
+
+
+def _find_image(runs: Sequence[Run], rows: dict[int, Prediction]) -> Path | None:
+    """The image's file in the first run that has one."""
+    found = (thumbnails.find_image(runs[n].path, p.image, p.prompt_id) for n, p in rows.items())
+    return next(filter(None, found), None)
+
+
+def _deflate(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 9)).decode()
+
+
+def _dump(value: object) -> bytes:
+    # A lone surrogate cannot be encoded; it becomes "?" rather than an error.
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def build_gallery(runs: Sequence[Run], max_rollouts: int, budget_bytes: int) -> Gallery:
+    """Packs the rows of all runs within a budget.
+
+    Evaluations come first; training rollouts fill what is left, whole groups from evenly spaced
+    steps. Thumbnails shrink and completions are cut where the budget asks for it.
+
+    Args:
+        runs: loaded runs.
+        max_rollouts: rows in the page at most.
+        budget_bytes: for all three texts together.
+    """
+    stages, groups, total = _choose(runs, max_rollouts)
+    notes = []
+    shown = sum(len(g.rows) for g in groups)
+    if shown < total:
+        notes.append(f"{shown:,} of {total:,} rollouts are in this page (--max_rollouts).")
+    firsts: dict[_Key, dict[int, Prediction]] = {}
+    for g in groups:
+        firsts.setdefault(g.key, {}).setdefault(g.run, g.rows[0])
+    keys = list(firsts)
+    files = [_find_image(runs, rows) for rows in firsts.values()]
+    images, spans, side = thumbnails.pack(files, int(0.6 * budget_bytes))
+    missing = sum(1 for _, length in spans if not length)
+    if missing:
+        notes.append(f"{missing:,} of {len(keys):,} images have no thumbnail.")
+    index: dict[str, object] = _index(runs, stages, groups, firsts)
+    index["thumbs"] = [n for span in spans for n in span]
+    left = budget_bytes - len(images) - len(_deflate(_dump(index)))
+    completions, starts, limit = _pack_completions([r for g in groups for r in g.rows], left)
+    if limit < _LENGTHS[0]:
+        notes.append(f"Completions are cut after {limit:,} characters to keep the page small.")
+    if files and side < thumbnails.SIDE_PX:
+        notes.append(f"Thumbnails are {side} px to keep the page small.")
+    index |= {"chunks": starts, "chunk_rows": _CHUNK_ROWS, "side": side}
+    return Gallery(_deflate(_dump(index)), completions, images, shown, total, notes)
+
+
+def _choose(
+    runs: Sequence[Run], max_rollouts: int
+) -> tuple[list[tuple[int, str]], list[_Group], int]:
+    """Stages as (run, name), the groups that fit, and the number of rows there are."""
+    stages: list[tuple[int, str]] = []
+    evaluated: list[_Group] = []
+    sampled: list[_Group] = []
+    for number, run in enumerate(runs):
+        for stage in run.stages:
+            stages.append((number, stage.name))
+            evaluated += _groups(number, len(stages) - 1, stage.predictions)
+        if run.rollouts:
+            stages.append((number, "training"))
+            sampled += _groups(number, len(stages) - 1, run.rollouts)
+    total = sum(len(g.rows) for g in evaluated + sampled)
+    return stages, _fit(evaluated, max_rollouts) + _fit(
+        sampled, max_rollouts - sum(len(g.rows) for g in evaluated)
+    ), total  # fmt: skip
+
+
+def _groups(run: int, stage: int, rows: Iterable[Prediction]) -> list[_Group]:
+    groups: dict[tuple[int | None, str, str], _Group] = {}
+    for row in rows:
+        key = (row.step, row.dataset, row.prompt_id)
+        groups.setdefault(key, _Group(run, stage, [])).rows.append(row)
+    return list(groups.values())
+
+
+def _fit(groups: list[_Group], most: int) -> list[_Group]:
+    """Evenly spaced groups with at most `most` rows."""
+    rows = sum(len(g.rows) for g in groups)
+    if rows <= most:
+        return groups
+    kept: list[_Group] = []
+    used, budget = 0, 0.0
+    for group in groups:
+        budget += max(most, 0) * len(group.rows) / rows
+        if used + len(group.rows) <= budget:
+            kept.append(group)
+            used += len(group.rows)
+    return kept
+
+
+def code(p: Prediction) -> int:
+    """Place of a row in `style.RUNGS`."""
+    if p.is_format_failure:
+        return FORMAT_CODE
+    return JUDGE_CODE if p.category is None else 1 + int(p.category)
+
+
+class _Strings:
+    """Table of the distinct strings."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def add(self, text: str | None) -> int:
+        """Number of a string, -1 for None."""
+        return -1 if text is None else self.numbers.setdefault(text, len(self.numbers))
+
+
+def _index(
+    runs: Sequence[Run],
+    stages: Sequence[tuple[int, str]],
+    groups: Sequence[_Group],
+    firsts: dict[_Key, dict[int, Prediction]],
+) -> dict[str, object]:
+    """Columns; strings are numbers into `strings`, rows of a group follow each other."""
+    strings = _Strings()
+    image_number = {key: i for i, key in enumerate(firsts)}
+    rows = [row for group in groups for row in group.rows]
+    index: dict[str, object] = {
+        "rungs": list(RUNGS),
+        "runs": [run.name for run in runs],
+        "stages": [[run, strings.add(name)] for run, name in stages],
+        "image_dataset": [strings.add(dataset) for dataset, _ in firsts],
+        "image_id": [strings.add(prompt_id) for _, prompt_id in firsts],
+        "image_truth": [
+            strings.add(next(iter(rows.values())).ground_truth) for rows in firsts.values()
+        ],
+        "group_stage": [g.stage for g in groups],
+        "group_image": [image_number[g.key] for g in groups],
+        "group_step": [-1 if g.rows[0].step is None else g.rows[0].step for g in groups],
+        "group_size": [len(g.rows) for g in groups],
+        "codes": "".join(str(code(row)) for row in rows),
+        "reward": [_short(row.reward) for row in rows],
+        "advantage": [_short(row.advantage) for row in rows],
+        "prediction": [strings.add(_cut(row.prediction, _PREDICTION_CHARS)) for row in rows],
+        "failure": [strings.add(_cut(row.failure, _PREDICTION_CHARS)) for row in rows],
+    }
+    index["strings"] = list(strings.numbers)
+    return index
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _cut(text: str | None, most: int) -> str | None:
+    return text if text is None or len(text) <= most else text[:most] + "…"
+
+
+def _pack_completions(rows: Sequence[Prediction], budget: int) -> tuple[str, list[int], int]:
+    """The chunks, where each begins (and the end), and the length at which texts were cut."""
+    for limit in _LENGTHS:
+        parts = [
+            _deflate(_dump([_cut(r.completion, limit) for r in rows[i : i + _CHUNK_ROWS]]))
+            for i in range(0, len(rows), _CHUNK_ROWS)
+        ]
+        if sum(map(len, parts)) <= budget or limit == _LENGTHS[-1]:
+            break
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + len(part))
+    return "".join(parts), starts, limit

@@ -1,0 +1,158 @@
+"""Reads run directories for the report.
+
+    metrics.jsonl                one object per step
+    config.json                  the recipe, nested
+    eval/<stage>/predictions.jsonl, metrics.json     stage: base, trained, best_of, ...
+    rollouts/step_000010.jsonl   sampled while training
+    predictions.jsonl, metrics.json                  what `speciarl eval` writes: one stage, "eval"
+    thumbnails/                  see `thumbnails.save_thumbnail`
+
+Everything is optional, but there must be a metrics.jsonl or one predictions.jsonl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from speciarl_jax import scoring
+from speciarl_jax.predictions import Prediction, read_predictions
+from speciarl_jax.report.series import Series, read_series
+
+_FIRST, _LAST = ("base",), ("best_of", "trained")
+
+
+@dataclasses.dataclass
+class Stage:
+    """One evaluation of a run: its rows and its metrics."""
+
+    name: str
+    predictions: list[Prediction]
+    metrics: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything the report knows about one run directory.
+
+    Attributes:
+        name: short and unique among the runs of a report.
+        path: the directory.
+        series: curves of metrics.jsonl, empty without one.
+        config: content of config.json, empty without one.
+        stages: evaluations, base first, trained last.
+        rollouts: rows sampled while training, in order of steps.
+    """
+
+    name: str
+    path: Path
+    series: Series
+    config: dict[str, Any]
+    stages: list[Stage]
+    rollouts: list[Prediction]
+
+    def stage(self, name: str) -> Stage | None:
+        """The evaluation of that name, if there is one."""
+        return next((s for s in self.stages if s.name == name), None)
+
+    @property
+    def final(self) -> Stage | None:
+        """The evaluation that speaks for the run: trained, else the last one."""
+        return self.stage("trained") or (self.stages[-1] if self.stages else None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON object file; empty if there is none.
+
+    Raises:
+        ValueError: not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def load_run(path: str | Path, name: str = "") -> Run:
+    """Reads one run directory.
+
+    Args:
+        path: the directory, or one evaluation below it (``RUN/eval/base``).
+        name: shown in the report; the directory's name if empty.
+
+    Raises:
+        ValueError: no such directory, nothing in it, or a file that cannot be read (named).
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such run directory")
+    config = read_json(path / "config.json")
+    in_domain = _in_domain(config)
+    series = read_series(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else {}
+    stages = [_read_stage(p, p.name, in_domain) for p in _stage_dirs(path)]
+    if (path / "predictions.jsonl").is_file():
+        stages.append(_read_stage(path, "eval", in_domain))
+    if not series and not stages:
+        raise ValueError(
+            f"{path}: neither metrics.jsonl nor predictions.jsonl nor eval/*/predictions.jsonl; "
+            "is this a run directory?"
+        )
+    rollouts = [p for file in sorted((path / "rollouts").glob("step_*.jsonl"))
+                for p in _with_step(read_predictions(file), file)]  # fmt: skip
+    return Run(name or path.resolve().name, path, series, config, stages, rollouts)
+
+
+def load_runs(paths: list[str]) -> list[Run]:
+    """Reads several run directories and gives them different names.
+
+    Raises:
+        ValueError: as `load_run`.
+    """
+    names = [Path(p).resolve().name for p in paths]
+    runs: list[Run] = []
+    for i, path in enumerate(paths):
+        name = names[i]
+        if names.count(name) > 1:
+            name = f"{Path(path).resolve().parent.name}/{name}"
+        if name in [r.name for r in runs]:
+            name = f"{name} ({i + 1})"
+        runs.append(load_run(path, name))
+    return runs
+
+
+def _in_domain(config: dict[str, Any]) -> list[str]:
+    data = config.get("data")
+    names = data.get("in_domain", []) if isinstance(data, dict) else []
+    return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
+
+
+def _stage_dirs(path: Path) -> list[Path]:
+    def order(folder: Path) -> tuple[int, str]:
+        name = folder.name
+        return (0 if name in _FIRST else 1 + _LAST.index(name) + 1 if name in _LAST else 1), name
+
+    folders = [p.parent for p in (path / "eval").glob("*/predictions.jsonl")]
+    return sorted(folders, key=order)
+
+
+def _read_stage(path: Path, name: str, in_domain: list[str]) -> Stage:
+    predictions = read_predictions(path / "predictions.jsonl")
+    metrics = read_json(path / "metrics.json")
+    if "datasets" not in metrics or "averages" not in metrics:
+        metrics = scoring.metrics_json(predictions, in_domain=in_domain)
+    return Stage(name, predictions, metrics)
+
+
+def _with_step(rows: list[Prediction], file: Path) -> list[Prediction]:
+    """Fills in the step from the file's name where the rows do not say it."""
+    number = file.stem.removeprefix("step_")
+    if not number.isdigit():
+        return rows
+    return [r if r.step is not None else dataclasses.replace(r, step=int(number)) for r in rows]

@@ -1,0 +1,1 @@
+"""Rollouts: encode once, prefill once, fork N, decode, hand finished answers out as they come."""

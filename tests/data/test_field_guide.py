@@ -1,0 +1,190 @@
+import collections
+import re
+
+import numpy as np
+import pytest
+
+from speciarl_jax.data.field_guide import answers, specimens, taxonomy
+from speciarl_jax.data.field_guide.contact_sheet import contact_sheet
+
+DOMAINS = ("bird", "flower", "aircraft", "dog")
+SHARES = {"generic": 0.6, "genus": 0.25, "species": 0.15}
+COMPLETION = re.compile(r"<think>([a-z ,]+)\. ([a-z]+)</think><answer>([a-z ]+)</answer>")
+
+
+def _nodes(node):
+    yield node
+    for child in node.get("children", []):
+        yield from _nodes(child)
+
+
+def test_taxonomy_has_four_domains_of_two_families_two_genera_six_species():
+    domains = taxonomy.load_taxonomy().domains
+    assert tuple(domains) == DOMAINS
+    for members in domains.values():
+        genera = collections.Counter((one.family, one.genus) for one in members)
+        assert len(genera) == 4
+        assert set(genera.values()) == {6}
+        assert len({family for family, _ in genera}) == 2
+
+
+def test_parts_within_a_genus_tell_every_species_apart_but_no_single_part_does():
+    by_genus = collections.defaultdict(list)
+    for one in taxonomy.load_taxonomy().species:
+        by_genus[one.genus].append(one)
+    for members in by_genus.values():
+        assert len({one.parts for one in members}) == len(members)
+        colours = collections.Counter(one.parts[0][1] for one in members)
+        assert set(colours.values()) == {2}
+        assert sum(one.parts[1][1] == "plain" for one in members) == 3
+
+
+def test_a_modifier_means_the_same_part_everywhere():
+    meaning = collections.defaultdict(set)
+    for one in taxonomy.load_taxonomy().species:
+        modifier = one.name.split()[0]
+        assert one.name == f"{modifier} {one.genus}"
+        pattern = one.parts[1][1]
+        meaning[modifier].add(one.parts[0][1] if pattern == "plain" else pattern)
+    assert len(meaning) == 11
+    assert all(len(found) == 1 for found in meaning.values())
+
+
+def test_names_and_synonyms_are_unique_over_the_whole_tree():
+    nodes = list(_nodes(taxonomy.load_tree()))[1:]
+    names = [text.lower() for node in nodes for text in (node["name"], *node["synonyms"])]
+    doubles = [name for name, times in collections.Counter(names).items() if times > 1]
+    assert doubles == []
+    assert all(node["synonyms"] for node in nodes)
+
+
+def test_find_returns_the_species_and_refuses_unknown_names():
+    assert taxonomy.load_taxonomy().find("banded heron").family == "wader"
+    with pytest.raises(KeyError, match="pink heron"):
+        taxonomy.load_taxonomy().find("pink heron")
+
+
+def test_every_genus_has_a_painter():
+    genera = {one.genus for one in taxonomy.load_taxonomy().species}
+    assert genera == set(specimens.PAINTERS)
+    families = {one.family for one in taxonomy.load_taxonomy().species}
+    assert families == set(specimens.GENUS_PARTS)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_rendering_is_deterministic_and_in_range(domain):
+    drawn = specimens.draw_specimens(domain, "train", 48, seed=3)
+    assert drawn == specimens.draw_specimens(domain, "train", 48, seed=3)
+    pictures = [specimens.render(one) for one in drawn]
+    for picture in pictures:
+        assert picture.mode == "RGB"
+        assert all(84 <= side <= 168 for side in picture.size)
+        assert np.asarray(picture).std() > 3.0
+    assert len({picture.size for picture in pictures}) > 24
+    assert specimens.encode_png(drawn[5]) == specimens.encode_png(drawn[5])
+    assert specimens.encode_png(drawn[5]).startswith(b"\x89PNG")
+
+
+def test_hard_pictures_do_not_depend_on_colour_or_pattern():
+    hard = [one for one in specimens.draw_specimens("bird", "test", 60) if one.is_hard]
+    members = taxonomy.load_taxonomy().domains["bird"]
+    for one in hard:
+        siblings = [other for other in members if other.genus == one.species.genus]
+        sibling = siblings[siblings.index(one.species) - 1]
+        swapped = specimens.Specimen(sibling, True, one.honest_level, one.seed)
+        assert specimens.render(one).tobytes() == specimens.render(swapped).tobytes()
+
+
+def test_specimens_are_balanced_shuffled_and_hard_as_asked():
+    drawn = specimens.draw_specimens("dog", "val", 240, hard_frac=0.25)
+    counts = collections.Counter(one.species.name for one in drawn)
+    assert len(counts) == 24
+    assert set(counts.values()) == {10}
+    assert sum(one.is_hard for one in drawn) == 60
+    levels = collections.Counter(one.honest_level for one in drawn)
+    assert levels == {"species": 180, "genus": 30, "family": 30}
+    assert [one.species.name for one in drawn[:24]] != [one.species.name for one in drawn[24:48]]
+
+
+def test_no_seed_is_shared_between_splits_or_domains():
+    seeds = [
+        one.seed
+        for domain in DOMAINS
+        for split in specimens.SPLITS
+        for one in specimens.draw_specimens(domain, split, 30)
+    ]
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize(
+    ("domain", "split", "count", "hard_frac", "match"),
+    [
+        ("cat", "train", 1, 0.2, "domain='cat'"),
+        ("bird", "dev", 1, 0.2, "split='dev'"),
+        ("bird", "train", -1, 0.2, "count=-1"),
+        ("bird", "train", 1, 1.5, "hard_frac=1.5"),
+    ],
+)
+def test_bad_arguments_are_refused(domain, split, count, hard_frac, match):
+    with pytest.raises(ValueError, match=match):
+        specimens.draw_specimens(domain, split, count, hard_frac=hard_frac)
+
+
+def test_answer_by_hand():
+    species = taxonomy.load_taxonomy().find("banded heron")
+    clear = specimens.Specimen(species, False, "species", (0,))
+    dim = specimens.Specimen(species, True, "genus", (0,))
+    far = specimens.Specimen(species, True, "family", (0,))
+    assert answers.answer_text(clear, "species") == (
+        "<think>blue body, striped, long legs, straight bill. exact</think>"
+        "<answer>banded heron</answer>"
+    )
+    assert answers.answer_text(dim, "genus") == (
+        "<think>colours unclear, long legs, straight bill. close</think><answer>heron</answer>"
+    )
+    assert answers.answer_text(far, "domain") == (
+        "<think>colours unclear, long legs, details unclear. broad</think><answer>bird</answer>"
+    )
+    with pytest.raises(ValueError, match="level='order'"):
+        answers.answer_text(clear, "order")
+
+
+def test_answers_parse_and_carry_the_right_name():
+    for domain in DOMAINS:
+        for one in specimens.draw_specimens(domain, "warmup", 60):
+            for level in answers.LEVELS:
+                match = COMPLETION.fullmatch(answers.answer_text(one, level))
+                parts, word, label = match.groups()
+                assert 2 <= len(parts.split(", ")) <= 4
+                assert word == answers.LEVEL_WORDS[level]
+                assert label == answers.label_at(one, level)
+
+
+def test_levels_follow_the_shares_and_the_honest_caps():
+    drawn = specimens.draw_specimens("bird", "warmup", 6000, hard_frac=0.5)
+    rng = np.random.default_rng(0)
+    found = collections.defaultdict(collections.Counter)
+    for one in drawn:
+        found[one.honest_level][answers.sample_level(one, rng, SHARES)] += 1
+    shares = {
+        honest: {level: times / counts.total() for level, times in counts.items()}
+        for honest, counts in found.items()
+    }
+    assert shares["species"]["species"] == pytest.approx(0.15, abs=0.03)
+    assert shares["species"]["genus"] == pytest.approx(0.25, abs=0.03)
+    assert shares["genus"]["species"] == pytest.approx(0.15 * 0.2, abs=0.02)
+    assert shares["family"]["genus"] + shares["family"]["species"] == pytest.approx(0.08, abs=0.02)
+
+
+def test_full_honesty_never_passes_the_honest_level():
+    rng = np.random.default_rng(1)
+    for one in specimens.draw_specimens("flower", "warmup", 300, hard_frac=1.0):
+        level = answers.sample_level(one, rng, {"species": 1.0}, honest_frac=1.0)
+        assert level == one.honest_level
+    with pytest.raises(ValueError, match="shares="):
+        answers.sample_level(one, rng, {"order": 1.0})
+
+
+def test_contact_sheet_is_written(tmp_path):
+    contact_sheet(tmp_path / "sheet.png", columns=12)
+    assert (tmp_path / "sheet.png").stat().st_size > 50_000
