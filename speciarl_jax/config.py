@@ -53,9 +53,9 @@ class DataConfig:
 
     source: str = "field_guide_birds"  # a source name of `speciarl data list`
     split: str = "train"
-    eval_sources: tuple[str, ...] = ("field_guide_birds",)
+    eval_sources: tuple = ("field_guide_birds",)
     eval_split: str = "test"
-    in_domain: tuple[str, ...] = ("field_guide_birds",)  # averaged as in_domain in reports
+    in_domain: tuple = ("field_guide_birds",)  # averaged as in_domain in reports
     num_train: int = 0  # images taken from the split, 0 for all
     num_eval: int = 0  # images per evaluation source, 0 for all
     data_dir: str = ""  # root of prepared data sets; "" for ~/.cache/speciarl/data
@@ -66,9 +66,9 @@ class DataConfig:
     num_workers: int = 0  # Grain worker processes
     bad_image_budget_frac: float = 0.05  # stop if a larger share of images cannot be read
     train_share: float = 0.0  # part of the split to train on, instead of num_train; 0 for all
-    indices: tuple[int, ...] = ()  # train on these positions of the split only
-    include_classes: tuple[str, ...] = ()  # train on these ground truths only
-    exclude_classes: tuple[str, ...] = ()  # but not on these
+    indices: tuple = ()  # train on these positions of the split only
+    include_classes: tuple = ()  # train on these ground truths only
+    exclude_classes: tuple = ()  # but not on these
     class_balanced: bool = False  # num_train or train_share evenly over classes
     select_seed: int = 42  # of the subset; a smaller subset is part of a larger one
     num_threads: int = 2  # decoding threads
@@ -87,7 +87,7 @@ class RolloutConfig:
     top_k: int = 0  # 0: off
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop_strings: tuple[str, ...] = ()  # e.g. ("</answer>",)
+    stop_strings: tuple = ()  # e.g. ("</answer>",)
     chunk_tokens: int = 32  # decode steps between two looks at which rollouts have finished
     prompts_per_wave: int = 0  # prompts decoded together; 0: all of the batch
     compact: bool = True  # drop finished rows from the decode batch between chunks
@@ -147,6 +147,7 @@ class TrainConfig:
     save_every: int = 10  # steps between checkpoints
     keep_checkpoints: int = 3
     eval_every: int = 0  # steps between validations, 0 for none
+    sft_target: str = "answer"  # answer, field_guide, or a dotted path (objective sft only)
     logprob_chunk_tokens: int = 1024  # tokens whose logits exist at once
     mismatch_gate: float = 1e-3  # stop at step one if sampler and trainer disagree by more
 
@@ -162,6 +163,8 @@ class EvalConfig:
     prompts_per_batch: int = 64
     format_failures: str = "wrong"  # wrong, separate or drop
     bootstrap_samples: int = 2000
+    score_base: bool = True  # score before training, into eval/base
+    score_trained: bool = True  # score after training, into eval/trained
     best_of: int = 0  # N of the base's best-of-N upper bound; 0 skips it
     best_of_temperature: float = 1.0
     best_of_top_p: float = 1.0

@@ -1,4 +1,4 @@
-"""Metrics against numbers worked by hand, the estimator against enumeration, intervals by simulation."""
+"""Metrics by hand, the estimator against enumeration, intervals by simulation."""
 
 from __future__ import annotations
 

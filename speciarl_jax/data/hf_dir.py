@@ -124,10 +124,9 @@ def open_hf_dir(path: str | pathlib.Path, split: str, data_dir: pathlib.Path) ->
     if split not in found:
         raise ValueError(f"{root}: split {split!r} does not exist; it has {', '.join(found)}")
     files = found[split]
-    names = _class_names_of(root, split, None if arrow else files[0])
-    if not arrow:
-        files = [_to_arrow(files, data_dir)]
-    return HfSource(dataset_name(root), split, files, names)
+    readable = files if arrow else [_to_arrow(files, data_dir)]
+    names = _class_names_of(root, None if arrow else files[0])
+    return HfSource(dataset_name(root), split, readable, names)
 
 
 def _arrow_files(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
@@ -202,7 +201,7 @@ def _label_column(schema: pyarrow.Schema, file: pathlib.Path) -> str:
     )
 
 
-def _class_names_of(root: pathlib.Path, split: str, parquet: pathlib.Path | None) -> Any:
+def _class_names_of(root: pathlib.Path, parquet: pathlib.Path | None) -> Any:
     """Class names from ``dataset_info.json`` or from the metadata of a Parquet file."""
     features: dict[str, Any] = {}
     if parquet is not None:

@@ -243,7 +243,10 @@ def _load_rows(file: pathlib.Path | None, expected: int) -> list[_Row] | None:
 def _save_rows(file: pathlib.Path | None, rows: list[_Row]) -> None:
     if file is None:
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps([dataclasses.astuple(row) for row in rows]))
-    os.replace(temporary, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps([dataclasses.astuple(row) for row in rows]))
+        os.replace(temporary, file)
+    except OSError as error:
+        _LOG.warning("the prompt index cannot be kept for the next run: %s", error)

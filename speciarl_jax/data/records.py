@@ -51,10 +51,21 @@ class RecordSource:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Example:
-        """The index-th example of the files."""
+        """The index-th example of the files.
+
+        Raises:
+            ValueError: damaged files (records carry checksums).
+        """
         name = self._names[index]
+        try:
+            image = self._records[index]["image"]
+        except (RuntimeError, TypeError, OSError) as error:
+            raise ValueError(
+                f"{self._directory}: record {name} is damaged ({error}); remove this folder and "
+                "build it again"
+            ) from error
         return Example(
-            image=self._records[index]["image"],
+            image=image,
             ground_truth=self._labels[index],
             dataset=self.dataset,
             split=self.split,

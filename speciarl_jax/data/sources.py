@@ -114,7 +114,7 @@ def _open_field_guide(
     from speciarl_jax.data.builders import base
     from speciarl_jax.data.builders.field_guide import FieldGuide, FieldGuideConfig
 
-    config = FieldGuideConfig.make(domain, **_parse_options(name, argument))
+    config = FieldGuideConfig.make(domain, **parse_options(name, argument))
     return RecordSource(base.prepare(FieldGuide, root, config), name, split)
 
 
@@ -144,7 +144,7 @@ def _open_benchmark(name: str, argument: str, split: str, root: pathlib.Path) ->
     return source
 
 
-def _parse_options(name: str, argument: str) -> dict[str, float]:
+def parse_options(name: str, argument: str) -> dict[str, float]:
     """``train=200,seed=1`` as numbers."""
     options: dict[str, float] = {}
     for part in filter(None, argument.split(",")):

@@ -68,12 +68,8 @@ class JudgeApp:
 
     async def _stats(self, request: web.Request) -> web.Response:
         """Requests and faults by kind, pairs answered, and pairs answered more than once."""
-        most = max(self._answered.values(), default=0)
-        body = {
-            **self._counts,
-            "distinct_pairs": len(self._answered),
-            "most_answers_of_a_pair": most,
-        }
+        again = sum(count > 1 for count in self._answered.values())
+        body = {**self._counts, "distinct_pairs": len(self._answered), "answered_again": again}
         return web.json_response(body)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:

@@ -118,6 +118,7 @@ class Endpoint:
 
         Strict servers refuse the field that turns thinking off, so each is tried without it too.
         """
+        reply: Reply | AskError
         for thinking in dict.fromkeys((self._thinking, "default")):
             body = build_body(self._config, self._prompt, [_CANARY], constraint, thinking)
             if constraint != "none":
@@ -129,7 +130,7 @@ class Endpoint:
                 return is_held
             if reply.is_retryable or reply.is_hard:
                 return reply
-        return reply if constraint == "none" else False
+        return reply if constraint == "none" and isinstance(reply, AskError) else False
 
     async def probe(self) -> AskError | None:
         """Asks a question with a known answer; None if the judge labels it."""

@@ -49,6 +49,11 @@ def matmul(x: Float[Array, "... d_in"], w: Float[Array, "d_in d_out"]) -> Float[
     return _matmul_2d(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
 
 
+def last_axis(vector: Float[Array, " d"], like: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    """`vector` with leading axes of size one, so that nothing relies on silent rank promotion."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
 class Linear(nnx.Module):
     """``y = x W + b``, plus ``scale * (x A) B`` once `speciarl_jax.policy.lora` has added A and B.
 
@@ -75,7 +80,7 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         y = matmul(x, self.kernel[...].astype(self.dtype))
         if self.use_bias:
-            y = y + self.bias[...].astype(self.dtype)
+            y = y + last_axis(self.bias[...].astype(self.dtype), y)
         if self.lora_scale:
             low = matmul(x, self.lora_a[...].astype(self.dtype))  # [..., r]
             y = y + matmul(low, self.lora_b[...].astype(self.dtype)) * self.lora_scale
@@ -97,7 +102,7 @@ class RMSNorm(nnx.Module):
         """Normalises the last axis and keeps the dtype."""
         x32 = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return self.weight[...].astype(x.dtype) * (x32 * scale).astype(x.dtype)
+        return last_axis(self.weight[...].astype(x.dtype), x) * (x32 * scale).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from speciarl_jax.arch import TextArch, VisionArch
+from speciarl_jax.policy.layers import last_axis
 
 
 def _inverse_frequencies(dim: int, theta: float) -> np.ndarray:
@@ -28,7 +29,8 @@ def vision_angles(positions: Int[Array, "I N 2"], arch: VisionArch) -> Float[Arr
     Source: transformers Qwen2_5_VLVisionRotaryEmbedding (frequencies from arange(0, A/2, 2)).
     """
     frequencies = _inverse_frequencies(arch.head_dim // 2, arch.rope_theta)
-    angles = positions[..., None].astype(jnp.float32) * frequencies  # [I, N, 2, A/4]
+    ids = positions[..., None].astype(jnp.float32)
+    angles = ids * last_axis(frequencies, ids)  # [I, N, 2, A/4]
     return angles.reshape(*angles.shape[:-2], -1)
 
 
@@ -47,7 +49,8 @@ def text_angles(positions: Int[Array, "... 3 T"], arch: TextArch) -> Float[Array
     frequencies = _inverse_frequencies(arch.head_dim, arch.rope_theta)
     axis_of_frequency = np.repeat(np.arange(3), arch.mrope_section)  # [A/2]
     chosen = jnp.take(positions, axis_of_frequency, axis=-2)  # [..., A/2, T]
-    return jnp.swapaxes(chosen, -1, -2).astype(jnp.float32) * frequencies
+    ids = jnp.swapaxes(chosen, -1, -2).astype(jnp.float32)
+    return ids * last_axis(frequencies, ids)
 
 
 def rotate(x: Float[Array, "... H A"], angles: Float[Array, "... A_half"]) -> Float[Array, "... H A"]:

@@ -80,8 +80,8 @@ def _dump(value: object) -> bytes:
 def build_gallery(runs: Sequence[Run], max_rollouts: int, budget_bytes: int) -> Gallery:
     """Packs the rows of all runs within a budget.
 
-    Evaluations come first; training rollouts fill what is left, whole groups from evenly spaced
-    steps. Thumbnails shrink and completions are cut where the budget asks for it.
+    Where there are too many, at least a quarter is left to training (whole groups from evenly
+    spaced steps), and evaluations keep the answers to the same images. Thumbnails shrink and completions are cut where the budget asks for it.
 
     Args:
         runs: loaded runs.
@@ -90,7 +90,7 @@ def build_gallery(runs: Sequence[Run], max_rollouts: int, budget_bytes: int) -> 
     """
     stages, groups, total = _choose(runs, max_rollouts)
     notes = []
-    shown = sum(len(g.rows) for g in groups)
+    shown = _rows(groups)
     if shown < total:
         notes.append(f"{shown:,} of {total:,} rollouts are in this page (--max_rollouts).")
     firsts: dict[_Key, dict[int, Prediction]] = {}
@@ -128,10 +128,33 @@ def _choose(
         if run.rollouts:
             stages.append((number, "training"))
             sampled += _groups(number, len(stages) - 1, run.rollouts)
-    total = sum(len(g.rows) for g in evaluated + sampled)
-    return stages, _fit(evaluated, max_rollouts) + _fit(
-        sampled, max_rollouts - sum(len(g.rows) for g in evaluated)
-    ), total  # fmt: skip
+    kept = _share(evaluated, sampled, max_rollouts)
+    return stages, kept, _rows(evaluated) + _rows(sampled)
+
+
+def _rows(groups: Iterable[_Group]) -> int:
+    return sum(len(g.rows) for g in groups)
+
+
+def _share(evaluated: list[_Group], sampled: list[_Group], most: int) -> list[_Group]:
+    """Keeps at least a quarter for training, and answers given once before sampled ones."""
+    left = most - min(_rows(sampled), most // 4)
+    once = _fit_images([g for g in evaluated if len(g.rows) == 1], left)
+    many = _fit_images([g for g in evaluated if len(g.rows) > 1], left - _rows(once))
+    chosen = {id(g) for g in (*once, *many)}
+    kept = [g for g in evaluated if id(g) in chosen]
+    return kept + _fit_steps(sampled, most - _rows(kept))
+
+
+def _fit_images(groups: list[_Group], most: int) -> list[_Group]:
+    """Groups of a random choice of images, the same one for every evaluation."""
+    kept, used = [], 0
+    for group in sorted(groups, key=lambda g: zlib.crc32("/".join(g.key).encode())):
+        used += len(group.rows)
+        if used > most:
+            break
+        kept.append(group)
+    return kept
 
 
 def _groups(run: int, stage: int, rows: Iterable[Prediction]) -> list[_Group]:
@@ -142,9 +165,9 @@ def _groups(run: int, stage: int, rows: Iterable[Prediction]) -> list[_Group]:
     return list(groups.values())
 
 
-def _fit(groups: list[_Group], most: int) -> list[_Group]:
+def _fit_steps(groups: list[_Group], most: int) -> list[_Group]:
     """Evenly spaced groups with at most `most` rows."""
-    rows = sum(len(g.rows) for g in groups)
+    rows = _rows(groups)
     if rows <= most:
         return groups
     kept: list[_Group] = []

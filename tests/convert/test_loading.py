@@ -9,13 +9,15 @@ import pytest
 import torch
 from flax import nnx
 from hf_reference import Spec, random_model, save_model
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.torch import load_file, save_file
 
 from speciarl_jax.convert import loading
 from speciarl_jax.convert.loading import load_policy
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import abstract_policy
+
+DEVICE_FILL_BYTES = 20_000  # larger parameters are written piece by piece into their final place
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,10 @@ def test_values_land_where_they_belong(model, spec, tmp_path):
     np.testing.assert_array_equal(visual.blocks.mlp.down_proj.bias[2], bias)
 
 
-@pytest.mark.parametrize("is_hub_layout", [True, False])
-@pytest.mark.parametrize("num_shards", [1, 3])
-@pytest.mark.parametrize("stage_bytes", [0, 4 * 2**20])
+@pytest.mark.parametrize(
+    ("is_hub_layout", "num_shards", "stage_bytes"),
+    [(True, 3, 4 * 2**20), (False, 1, 4 * 2**20), (False, 3, DEVICE_FILL_BYTES)],
+)
 def test_layouts_shards_and_both_ways_of_filling_agree(
     model, spec, tmp_path, monkeypatch, is_hub_layout, num_shards, stage_bytes
 ):
@@ -140,7 +143,7 @@ def test_stored_dtype_is_cast_to_the_one_asked_for(model, spec, tmp_path):
     )
 
 
-@pytest.mark.parametrize("stage_bytes", [0, 4 * 2**20])
+@pytest.mark.parametrize("stage_bytes", [DEVICE_FILL_BYTES, 4 * 2**20])
 def test_parameters_land_in_the_shardings_asked_for(
     model, spec, tmp_path, monkeypatch, stage_bytes
 ):
@@ -149,7 +152,8 @@ def test_parameters_land_in_the_shardings_asked_for(
     monkeypatch.setattr(loading, "_STAGE_BYTES", stage_bytes)
     monkeypatch.setattr(loading, "_PIECE_BYTES", 5000)
     devices = jax.devices()[: 2 if len(jax.devices()) > 1 else 1]
-    mesh = jax.make_mesh((len(devices),), ("tensor",), devices=devices)
+    auto = (AxisType.Auto,)
+    mesh = jax.make_mesh((len(devices),), ("tensor",), devices=devices, axis_types=auto)
 
     def place(leaf):
         split = leaf.ndim > 1 and leaf.shape[-1] % len(devices) == 0

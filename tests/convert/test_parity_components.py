@@ -29,7 +29,7 @@ from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.vision import encode_images
 
 TOLERANCE = 2e-5
-DEFAULT_SEEDS = (1, 2, 4, 5, 6, 8, 11)  # the others take the same time again, and run with `slow`
+DEFAULT_SEEDS = (1, 2, 5, 11)  # the others take twice this time again, and run with `slow`
 
 SPECS = [
     Spec(seed=1, is_tied=True, grids=((2, 2),)),  # 28 x 28 px: one merged token

@@ -118,7 +118,11 @@ def cars_joint(folder: pathlib.Path) -> list[str]:
     """The one-archive layout."""
     files = {f"car_ims/{i:06d}.jpg": jpeg(i) for i in (1, 2, 3)}
     kinds = [("relative_im_path", "O"), ("class", "O"), ("test", "O")]
-    rows = [("car_ims/000001.jpg", 1, 0), ("car_ims/000002.jpg", 2, 0), ("car_ims/000003.jpg", 2, 1)]
+    rows = [
+        ("car_ims/000001.jpg", 1, 0),
+        ("car_ims/000002.jpg", 2, 0),
+        ("car_ims/000003.jpg", 2, 1),
+    ]
     content = mat(annotations=np.array(rows, dtype=kinds), class_names=np.array(_CARS, object))
     (folder / "cars_annos.mat").write_bytes(content)
     return [tar(folder / "car_ims.tgz", files), str(folder / "cars_annos.mat")]

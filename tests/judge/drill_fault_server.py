@@ -103,7 +103,7 @@ def drill(num_requests: int, form: str, concurrency: int, timeout_s: float) -> d
         server = LocalJudgeServer(FIELD_GUIDE_TAXONOMY, faults=faults_text(form))
         with server:
             config = JudgeConfig(
-                kind="endpoint", endpoints=(server.url,), model="field-guide", model_revision="drill",
+                kind="endpoint", endpoints=(server.url,), model="drill", model_revision="1",
                 concurrency=concurrency, timeout_s=timeout_s, max_retries=100,
                 unparsable_retries=100, backoff_s=0.05, backoff_max_s=0.5, structured="choice",
                 cache_path=str(Path(folder) / "cache.sqlite"),

@@ -188,10 +188,12 @@ def test_verdict_log(number_judge, fast_config, tmp_path):
     path = str(tmp_path / "log")
 
     async def run():
-        async with serve(number_judge) as url:
-            async with JudgeClient(fast_config(url, log_path=path, max_answer_chars=30)) as judge:
-                await judge.label([Pair("Owl", "name 1")] * 3 + [Pair("owl", "owl")], step=1)
-                await judge.label([Pair("owl", "name 1"), Pair("owl", "x" * 31)], step=5)
+        async with (
+            serve(number_judge) as url,
+            JudgeClient(fast_config(url, log_path=path, max_answer_chars=30)) as judge,
+        ):
+            await judge.label([Pair("Owl", "name 1")] * 3 + [Pair("owl", "owl")], step=1)
+            await judge.label([Pair("owl", "name 1"), Pair("owl", "x" * 31)], step=5)
 
     asyncio.run(run())
     log = VerdictLog(path)

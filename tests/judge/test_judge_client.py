@@ -41,7 +41,7 @@ def pair_of(body):
 def test_order_is_kept_and_equal_pairs_are_asked_once(number_judge, fast_config, pairs_of, expect):
     async def run():
         async with serve(number_judge) as url, JudgeClient(fast_config(url)) as judge:
-            pairs = pairs_of(50) + [Pair("Some  TRUTH!", "Name 7.")] + pairs_of(50)
+            pairs = [*pairs_of(50), Pair("Some  TRUTH!", "Name 7."), *pairs_of(50)]
             first = await judge.label(pairs)
             again = await judge.label(pairs)
             return pairs, first, again, judge.stats()
@@ -128,10 +128,12 @@ def test_every_kind_of_fault_and_no_label_lost_or_invented(
     config = {"max_retries": 60, "unparsable_retries": 60, "timeout_s": 0.5, "concurrency": 64}
 
     async def run():
-        async with serve(number_judge, faults=plan) as url:
-            async with JudgeClient(fast_config(url, **config)) as judge:
-                pairs = pairs_of(150)
-                return pairs, await judge.label(pairs), judge.stats()
+        async with (
+            serve(number_judge, faults=plan) as url,
+            JudgeClient(fast_config(url, **config)) as judge,
+        ):
+            pairs = pairs_of(150)
+            return pairs, await judge.label(pairs), judge.stats()
 
     pairs, outcomes, stats = asyncio.run(run())
     assert [o.category for o in outcomes] == [expect(p.answer) for p in pairs]
@@ -286,7 +288,7 @@ def test_judge_gone_for_good_stops_within_the_limit(number_judge, fast_config, p
             judge = await JudgeClient(config).__aenter__()
             await judge.label(pairs_of(10))
         started = asyncio.get_running_loop().time()
-        with pytest.raises(JudgeDownError, match="judge down for 0.6 s .* is in the cache"):
+        with pytest.raises(JudgeDownError, match=r"judge down for 0.6 s .* is in the cache"):
             await judge.label(pairs_of(200))
         took = asyncio.get_running_loop().time() - started
         kept = await judge.label(pairs_of(10))
@@ -364,9 +366,11 @@ def test_batch_prompt_asks_several_at_once_and_splits_a_bad_batch(fast_config, p
 
     async def run():
         config = {"prompt": "six_way_batch_v1", "pairs_per_request": 4, "structured": "none"}
-        async with raw_server(handler) as url:
-            async with JudgeClient(fast_config(url, unparsable_retries=1, **config)) as judge:
-                return await judge.label(pairs_of(12))
+        async with (
+            raw_server(handler) as url,
+            JudgeClient(fast_config(url, unparsable_retries=1, **config)) as judge,
+        ):
+            return await judge.label(pairs_of(12))
 
     outcomes = asyncio.run(run())
     assert [o.category for o in outcomes] == [expect(f"name {n}") for n in range(12)]
@@ -377,13 +381,15 @@ def test_binary_prompt(tree_path, fast_config):
     from speciarl_jax.judge.taxonomy import TaxonomyJudge
 
     async def run():
-        async with serve(TaxonomyJudge.from_json(tree_path)) as url:
-            async with JudgeClient(fast_config(url, prompt="binary_v1")) as judge:
-                pairs = [
-                    Pair("scarlet finch", "fringella coccinea"),
-                    Pair("scarlet finch", "finch"),
-                ]
-                return await judge.label(pairs)
+        async with (
+            serve(TaxonomyJudge.from_json(tree_path)) as url,
+            JudgeClient(fast_config(url, prompt="binary_v1")) as judge,
+        ):
+            pairs = [
+                Pair("scarlet finch", "fringella coccinea"),
+                Pair("scarlet finch", "finch"),
+            ]
+            return await judge.label(pairs)
 
     right, broad = asyncio.run(run())
     assert right.category is Category.SPECIFIC
@@ -405,9 +411,11 @@ def test_auto_finds_the_constraint_that_a_server_really_applies(offers, fast_con
         return reply('{"category": "generic"}' if offers == "json_schema" else "generic")
 
     async def run():
-        async with raw_server(handler) as url:
-            async with JudgeClient(fast_config(url, structured="auto")) as judge:
-                return await judge.label([Pair("owl", "bird"), Pair("owl", "animal")])
+        async with (
+            raw_server(handler) as url,
+            JudgeClient(fast_config(url, structured="auto")) as judge,
+        ):
+            return await judge.label([Pair("owl", "bird"), Pair("owl", "animal")])
 
     outcomes = asyncio.run(run())
     assert [o.category for o in outcomes] == [Category.GENERIC] * 2
@@ -428,10 +436,12 @@ def test_strict_server_gets_no_field_it_does_not_know(fast_config):
         return reply('{"category": "generic"}' if "response_format" in body else "generic")
 
     async def run():
-        async with raw_server(handler) as url:
-            async with JudgeClient(fast_config(url, structured="auto")) as judge:
-                outcome = (await judge.label([Pair("owl", "bird")]))[0]
-                return outcome, judge._pool.endpoints[0]._constraint
+        async with (
+            raw_server(handler) as url,
+            JudgeClient(fast_config(url, structured="auto")) as judge,
+        ):
+            outcome = (await judge.label([Pair("owl", "bird")]))[0]
+            return outcome, judge._pool.endpoints[0]._constraint
 
     outcome, constraint = asyncio.run(run())
     assert outcome.category is Category.GENERIC
@@ -446,9 +456,11 @@ def test_api_key_comes_from_the_named_variable(fast_config, monkeypatch):
         return reply("generic")
 
     async def run():
-        async with raw_server(handler) as url:
-            async with JudgeClient(fast_config(url, api_key_env="MY_JUDGE_KEY")) as judge:
-                return await judge.label([Pair("owl", "bird")])
+        async with (
+            raw_server(handler) as url,
+            JudgeClient(fast_config(url, api_key_env="MY_JUDGE_KEY")) as judge,
+        ):
+            return await judge.label([Pair("owl", "bird")])
 
     with pytest.raises(ValueError, match="'MY_JUDGE_KEY': this environment variable is not set"):
         asyncio.run(run())

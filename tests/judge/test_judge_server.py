@@ -108,14 +108,16 @@ def test_port_that_is_taken(tree_path):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(JudgeError, match="did not start: .*in use"):
+        with pytest.raises(JudgeError, match=r"did not start: .*in use"):
             LocalJudgeServer(tree_path, port=port).start()
 
 
 def test_closed_port_is_one_clear_line():
     config = JudgeConfig(kind="endpoint", endpoints=("http://127.0.0.1:9/v1",), model="m")
     with JudgeThread(config) as judge:
-        with pytest.raises(JudgeError, match="127.0.0.1:9.*refused.*check judge.endpoints") as info:
+        with pytest.raises(
+            JudgeError, match=r"127.0.0.1:9.*refused.*check judge.endpoints"
+        ) as info:
             judge.check_health(0.3)
         assert "\n" not in str(info.value)
 
@@ -130,7 +132,9 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_child_does_not_outlive_its_parent(tree_path, number):
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tree_path)], stdout=subprocess.PIPE

@@ -114,7 +114,6 @@ def test_most_changed_since_base_comes_first(opened: Any) -> None:
 def test_keyboard_alone(opened: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    opened.find_element("tag name", "body").click()
     _keys(opened, "/")
     assert opened.switch_to.active_element.get_attribute("id") == "find"
     for _ in range(12):  # the chips, then the first card
@@ -188,9 +187,7 @@ def test_an_injected_script_would_not_run(opened: Any) -> None:
 
 def test_dark_mode_and_print(opened: Any) -> None:
     def colour() -> str:
-        return str(
-            opened.execute_script("return getComputedStyle(document.body).backgroundColor")
-        )
+        return str(opened.execute_script("return getComputedStyle(document.body).backgroundColor"))
 
     light = colour()
     opened.find_element("id", "theme").click()

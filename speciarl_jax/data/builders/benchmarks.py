@@ -21,6 +21,11 @@ import tensorflow_datasets as tfds
 from speciarl_jax.data.builders import archives, base, layouts
 
 _NAMES_IN_ERROR = 5
+_DOWNLOAD_ERRORS = (
+    OSError,  # those of `requests` are OSErrors
+    tfds.core.download.util.DownloadError,
+    tfds.core.download.download_manager.NonMatchingChecksumError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +209,11 @@ class BenchmarkBuilder(base.ImageBuilder, skip_registration=True):  # type: igno
         tree = archives.FileTree(archives.collect(paths, unpacked))
         splits = config.benchmark.reader(tree)
         check_splits(config.benchmark, splits, config.allow_partial)
-        return {split: self._generate_examples(entries) for split, entries in splits.items()}
+        return {
+            split: self._generate_examples(entries)
+            for split, entries in splits.items()
+            if any(entry.path is not None for entry in entries)
+        }
 
     def _generate_examples(
         self, entries: Sequence[layouts.Entry]
@@ -220,13 +229,22 @@ def _download(benchmark: Benchmark, dl_manager: Any, folder: pathlib.Path) -> li
 
     Returns:
         Links in `folder` with the official names, which TFDS mangles.
+
+    Raises:
+        ValueError: no official download, no connection, or another checksum.
     """
     if not benchmark.downloads:
         raise ValueError(
             f"{benchmark.name}: the official download is gone; pass --archive=FILE_OR_FOLDER"
         )
     folder.mkdir()
-    found = dl_manager.download({item.filename: item.url for item in benchmark.downloads})
+    try:
+        found = dl_manager.download({item.filename: item.url for item in benchmark.downloads})
+    except _DOWNLOAD_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{benchmark.name}: download failed ({reason}); try again, or pass --archive=FILE"
+        ) from error
     links = [folder / item.filename for item in benchmark.downloads]
     for link in links:
         link.symlink_to(pathlib.Path(found[link.name]).resolve())

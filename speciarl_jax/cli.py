@@ -1,0 +1,199 @@
+"""`speciarl <verb>`: parses and calls; errors become one line and an exit code.
+
+0 done, 1 failed, 2 bad usage, 75 stopped by pre-emption and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from speciarl_jax.config import Config
+
+EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    parser = make_parser()
+    try:
+        overrides = [a for a in arguments if a.startswith("--config.")]
+        args = parser.parse_args([a for a in arguments if a not in overrides])
+        if overrides and not hasattr(args, "config"):
+            raise ValueError(f"{overrides[0]}: this verb takes no recipe")
+        args.overrides = overrides
+        return int(args.handler(args))
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else EXIT_USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except _expected_errors() as error:
+        if is_debug:
+            raise
+        print(f"speciarl: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return _exit_code(error)
+
+
+def _expected_errors() -> tuple[type[BaseException], ...]:
+    """Errors whose message is written for the user."""
+    from speciarl_jax.judge.base import JudgeError
+
+    known: list[type[BaseException]] = [ValueError, JudgeError, OSError]
+    if "speciarl_jax.train" in sys.modules:
+        from speciarl_jax.train import Preempted, TrainingStopped
+
+        known += [Preempted, TrainingStopped]
+    return tuple(known)
+
+
+def _exit_code(error: BaseException) -> int:
+    if type(error).__name__ == "Preempted":
+        return EXIT_PREEMPTED
+    return EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    import speciarl_jax.convert.commands
+    import speciarl_jax.data.commands
+    import speciarl_jax.judge.commands
+    import speciarl_jax.report.commands
+
+    parser = argparse.ArgumentParser(
+        prog="speciarl",
+        description=__doc__.splitlines()[0],
+        epilog="--debug on any verb shows the whole traceback of an error",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    _add_train(verbs)
+    _add_eval(verbs)
+    _add_sample(verbs)
+    for room in ("data", "judge", "convert", "report"):
+        sys.modules[f"speciarl_jax.{room}.commands"].register(verbs)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="recipe: PATH.py or PATH.py:ARGUMENT; --config.section.field=value overrides",
+    )
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="run directory")
+
+
+def _add_train(verbs: Any) -> None:
+    train = verbs.add_parser("train", help="train a recipe")
+    _add_config(train)
+    train.add_argument("--resume", action="store_true", help="go on with the run in --workdir")
+    train.add_argument("--overwrite", action="store_true", help="delete the run in --workdir first")
+    train.set_defaults(handler=run_train)
+
+
+def _add_eval(verbs: Any) -> None:
+    evaluate = verbs.add_parser("eval", help="score a checkpoint, or predictions that exist")
+    _add_config(evaluate)
+    evaluate.add_argument(
+        "--checkpoint", default="latest", help="latest, a step of --workdir, or an HF directory"
+    )
+    evaluate.add_argument("--samples", type=int, default=0, help="answers per image")
+    evaluate.add_argument("--predictions", default="", help="score this JSONL file instead")
+    evaluate.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+    evaluate.set_defaults(handler=run_eval)
+
+
+def _add_sample(verbs: Any) -> None:
+    sample = verbs.add_parser("sample", help="try a policy by hand on one image")
+    sample.add_argument("--model", default="tiny", help="HF directory or hub id")
+    sample.add_argument("--image", required=True, type=pathlib.Path, help="image file")
+    sample.add_argument("--prompt", default="", help="prompt name or file; default: by model")
+    sample.add_argument("--n", type=int, default=1, help="answers")
+    sample.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    sample.add_argument("--max_tokens", type=int, default=512, help="completion limit, tokens")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.set_defaults(handler=run_sample)
+
+
+def load_recipe(path: str, overrides: Sequence[str]) -> tuple[Config, pathlib.Path]:
+    """Loads ``PATH.py[:ARGUMENT]`` and applies ``--config.a.b=value`` overrides.
+
+    Returns:
+        (config, folder of the recipe).
+
+    Raises:
+        ValueError: no such file, no get_config in it, an unknown field or a value of another type.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    file = pathlib.Path(path.partition(":")[0])
+    if not file.is_file():
+        raise ValueError(f"--config={path}: no such recipe file")
+    values = flags.FlagValues()
+    words = ["speciarl", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, sys_argv=words)
+    try:
+        values(words)
+        config = values.config
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f"{' '.join(overrides)}: no such field ({error})") from error
+    except (TypeError, flags.Error) as error:
+        raise ValueError(f"--config={path} {' '.join(overrides)}: {error}") from error
+    return config, file.resolve().parent
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """`speciarl train`."""
+    from speciarl_jax import train
+
+    config, recipe_dir = load_recipe(args.config, args.overrides)
+    train.main(
+        config,
+        args.workdir,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        recipe_dir=recipe_dir,
+    )
+    return 0
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """`speciarl eval`."""
+    from speciarl_jax import eval_command
+
+    config, recipe_dir = load_recipe(args.config, args.overrides)
+    return eval_command.run(
+        config,
+        args.workdir,
+        checkpoint=args.checkpoint,
+        samples=args.samples,
+        predictions=args.predictions,
+        is_json=args.json,
+        recipe_dir=recipe_dir,
+    )
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    """`speciarl sample`."""
+    from speciarl_jax import sample_command
+
+    return sample_command.run(
+        args.model,
+        args.image,
+        prompt=args.prompt,
+        num_answers=args.n,
+        temperature=args.temperature,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

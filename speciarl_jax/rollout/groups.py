@@ -1,0 +1,98 @@
+"""From finished rows to judged groups: text, prediction, labels that arrive while others decode."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Iterable
+from typing import Protocol
+
+from speciarl_jax.judge.base import Outcome, Pair
+from speciarl_jax.judge.parse import extract_answer
+from speciarl_jax.rollout.engine import FinishedRow, Vocabulary
+from speciarl_jax.types import PromptBatch, Rollout
+
+Pending = list[tuple[list[Rollout], "concurrent.futures.Future[list[Outcome]]"]]
+
+
+class SubmitsPairs(Protocol):
+    """The part of `judge.runner.JudgeThread` that collecting needs."""
+
+    def submit(
+        self, pairs: list[Pair], step: int = 0
+    ) -> concurrent.futures.Future[list[Outcome]]:
+        """Starts labelling."""
+
+
+def collect_groups(
+    finished: Iterable[list[FinishedRow]],
+    batch: PromptBatch,
+    group_size: int,
+    vocabulary: Vocabulary,
+    judge: SubmitsPairs,
+    *,
+    step: int,
+    policy_version: int,
+) -> tuple[list[list[Rollout]], Pending]:
+    """Gathers answers into groups and sends each to the judge the moment it is finished.
+
+    Args:
+        finished: what `RolloutEngine.generate` yields.
+        batch: the prompts.
+        group_size: G.
+        vocabulary: detokenizer and stop ids.
+        judge: labels pairs in the background; format failures are not sent.
+        step: training step, for the judge's log.
+        policy_version: updates that the sampling policy had seen.
+
+    Returns:
+        (groups of the real prompts in batch order, each in sample order; labels under way).
+    """
+    groups: dict[int, list[Rollout | None]] = {}
+    pending: Pending = []
+    stop_ids = set(vocabulary.stop_ids.tolist())
+    for rows in finished:
+        rollouts = []
+        for row in rows:
+            rollout = _to_rollout(row, batch, vocabulary, stop_ids, policy_version)
+            groups.setdefault(row.prompt, [None] * group_size)[row.sample] = rollout
+            rollouts.append(rollout)
+        answered = [r for r in rollouts if r.prediction is not None]
+        if answered:
+            pairs = [Pair(r.ground_truth, r.prediction or "") for r in answered]
+            pending.append((answered, judge.submit(pairs, step)))
+    complete = [[r for r in groups[prompt] if r is not None] for prompt in sorted(groups)]
+    return complete, pending
+
+
+def _to_rollout(
+    row: FinishedRow,
+    batch: PromptBatch,
+    vocabulary: Vocabulary,
+    stop_ids: set[int],
+    policy_version: int,
+) -> Rollout:
+    text_tokens = row.tokens[:-1] if int(row.tokens[-1]) in stop_ids else row.tokens
+    completion = vocabulary.decode(text_tokens.tolist())
+    return Rollout(
+        prompt_id=batch.prompt_ids[row.prompt],
+        dataset=batch.datasets[row.prompt],
+        ground_truth=batch.ground_truths[row.prompt],
+        sample_index=row.sample,
+        completion_tokens=row.tokens,
+        rollout_logprobs=row.logprobs,
+        completion=completion,
+        prediction=extract_answer(completion),
+        is_truncated=row.is_truncated,
+        policy_version=policy_version,
+    )
+
+
+def await_verdicts(pending: Pending) -> None:
+    """Waits for all labels and writes them into their rollouts, in rollout order.
+
+    Raises:
+        JudgeError: the judge gave up; see `speciarl_jax.judge`.
+    """
+    for rollouts, future in pending:
+        for rollout, outcome in zip(rollouts, future.result(), strict=True):
+            rollout.outcome = outcome

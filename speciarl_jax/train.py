@@ -1,0 +1,425 @@
+"""ENTRY: `main(config, workdir)`: score the start, train, save, score the end.
+
+This file decides the order of a run; `speciarl_jax.step.run_step` that of a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import signal
+import time
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import optax
+from rich.console import Console
+
+from speciarl_jax.checkpoint import Checkpoints, TrainState
+from speciarl_jax.config import Config
+from speciarl_jax.data.loader import PromptLoader
+from speciarl_jax.data.recipe import make_loader, open_train_source
+from speciarl_jax.evaluate import evaluate
+from speciarl_jax.judge.config import JudgeConfig
+from speciarl_jax.judge.runner import JudgeThread
+from speciarl_jax.judge.verdict_log import VerdictLog
+from speciarl_jax.metrics import MetricsWriter, make_console, rollout_table, step_line
+from speciarl_jax.optim import init_optimizer, make_optimizer
+from speciarl_jax.predictions import from_rollout, write_predictions
+from speciarl_jax.report.plots import plot_training
+from speciarl_jax.report.tables import comparison_table, metrics_table
+from speciarl_jax.report.thumbnails import save_thumbnail
+from speciarl_jax.rollout.sampling import Sampling
+from speciarl_jax.session import Session, open_session
+from speciarl_jax.sft import resolve_target, run_sft_step
+from speciarl_jax.step import Groups, TrainingStopped, run_step
+from speciarl_jax.types import PromptBatch
+
+
+_JUDGE_STARTUP_S = 60.0
+
+
+class Preempted(RuntimeError):  # noqa: N818
+    """SIGTERM came; the run is saved and goes on with --resume. Exit code 75."""
+
+
+def main(
+    config: Config,
+    workdir: pathlib.Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    recipe_dir: pathlib.Path | None = None,
+) -> TrainState:
+    """Trains a recipe in a work directory.
+
+    Args:
+        config: the recipe.
+        workdir: gets metrics.jsonl, config.json, checkpoints/, rollouts/, eval/, plots/.
+        resume: go on from the newest checkpoint there.
+        overwrite: delete what an earlier run left there.
+        recipe_dir: folder of the recipe file, for its prompts.
+
+    Returns:
+        The final state.
+
+    Raises:
+        ValueError: bad recipe, work directory in use, nothing to resume, missing model or data.
+        JudgeError: the judge cannot be reached or gave up.
+        TrainingStopped: see `step.run_step`.
+        Preempted: SIGTERM; saved.
+    """
+    config.validate()
+    console = make_console()
+    prepare_workdir(workdir, config, resume=resume, overwrite=overwrite)
+    session = open_session(config, recipe_dir)
+    loader = open_train_loader(session)
+    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    optimizer = make_optimizer(config.optim, num_updates(config))
+    state = initial_state(session, optimizer, loader)
+    if resume and checkpoints.steps():
+        state, skipped = checkpoints.restore(state)
+        for line in skipped:
+            console.print(f"warning: {line}; using step {state.step}", markup=False)
+        loader.set_state(state.data)
+    report_start(console, session, loader, state)
+    with contextlib.ExitStack() as stack:
+        stack.callback(loader.close)
+        stack.callback(checkpoints.close)
+        judge = stack.enter_context(open_judge(config.judge, workdir, state.step))
+        writer = MetricsWriter(workdir, state.step)
+        stack.callback(writer.close)
+        run = Run(config, workdir, console, session, judge, optimizer, loader, checkpoints, writer)
+        base = score(run, state, "base") if config.eval.score_base else None
+        if config.eval.best_of:
+            score(run, initial_like(state, session), "best_of", samples=config.eval.best_of)
+        state = train_loop(run, state)
+        trained = score(run, state, "trained") if config.eval.score_trained else None
+        finish(run, base, trained)
+    return state
+
+
+@dataclasses.dataclass
+class Run:
+    """The open parts of a run."""
+
+    config: Config
+    workdir: pathlib.Path
+    console: Console
+    session: Session
+    judge: JudgeThread
+    optimizer: optax.GradientTransformation
+    loader: PromptLoader
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+
+
+def train_loop(run: Run, state: TrainState) -> TrainState:
+    """Steps until ``train.num_steps``, saving, logging and validating on the way."""
+    config, train = run.config, run.config.train
+    step_seconds: list[float] = []
+    with stop_signal() as stop:
+        while state.step < train.num_steps:
+            batch = next(run.loader)
+            state, groups, row = take_step(run, state, batch)
+            state.data = run.loader.get_state()
+            step_seconds.append(row["time/step_s"])
+            is_last = state.step == train.num_steps
+            if train.eval_every and state.step % train.eval_every == 0 and not is_last:
+                row |= validation_metrics(run, state)
+            run.writer.write(row)
+            report_step(run, row, groups, batch, step_seconds)
+            if is_last or stop.is_set or state.step % train.save_every == 0:
+                run.checkpoints.save(state)
+            if stop.is_set and not is_last:
+                raise Preempted(
+                    f"stopped by signal after step {state.step}, saved in {run.workdir}; "
+                    "start again with --resume"
+                )
+    return state
+
+
+def take_step(
+    run: Run, state: TrainState, batch: PromptBatch
+) -> tuple[TrainState, Groups, dict[str, float]]:
+    """A reinforcement or a supervised step, as the recipe says."""
+    if run.config.algo.name != "sft":
+        return run_step(run.session, run.judge, run.optimizer, state, batch)
+    target = resolve_target(run.config.train.sft_target, run.config.data.source)
+    state, row = run_sft_step(run.session, run.optimizer, state, run.loader, batch, target)
+    return state, [], row
+
+
+def open_train_loader(session: Session) -> PromptLoader:
+    """Training prompts in the run's global order."""
+    config = session.config
+    source = open_train_source(config.data)
+    loader = make_loader(
+        config.data,
+        source,
+        session.builder,
+        config.train.prompts_per_step,
+        seed=config.seed,
+        pad_id=int(session.vocabulary.stop_ids[0]),
+    )
+    if loader.plan.batches_per_epoch < 1:
+        raise ValueError(
+            f"data.source={config.data.source!r} has {len(loader.index.kept)} usable images, "
+            f"train.prompts_per_step={config.train.prompts_per_step} needs at least as many"
+        )
+    return loader
+
+
+def num_updates(config: Config) -> int:
+    """Optimiser updates of the whole run."""
+    train = config.train
+    return train.num_steps * (train.prompts_per_step // train.prompts_per_update)
+
+
+def initial_state(
+    session: Session, optimizer: optax.GradientTransformation, loader: PromptLoader
+) -> TrainState:
+    """Step 0."""
+    trainable = session.parts.trainable
+    return TrainState(trainable, init_optimizer(optimizer, trainable), 0, loader.get_state())
+
+
+def initial_like(state: TrainState, session: Session) -> TrainState:
+    """The untrained policy, whatever step `state` is at."""
+    return dataclasses.replace(state, trainable=session.parts.trainable, step=0)
+
+
+def open_judge(judge: JudgeConfig, workdir: pathlib.Path, step: int) -> JudgeThread:
+    """Starts the judge with its cache and verdict log in the work directory.
+
+    Raises:
+        JudgeError: nobody answers; one line with the place.
+    """
+    defaults = {"cache_path": "judge_cache.sqlite", "log_path": "verdicts.sqlite"}
+    settings = {k: str(workdir / v) for k, v in defaults.items() if not getattr(judge, k)}
+    judge = dataclasses.replace(judge, **settings)
+    if pathlib.Path(judge.log_path).is_file():
+        log = VerdictLog(judge.log_path)
+        log.cut_back(step)
+        log.close()
+    thread = JudgeThread(judge)
+    try:
+        thread.check_health(_JUDGE_STARTUP_S)
+    except BaseException:
+        thread.close()
+        raise
+    return thread
+
+
+def score(run: Run, state: TrainState, name: str, samples: int = 0) -> dict[str, Any]:
+    """Evaluates a state into ``eval/<name>/``; finished work is not repeated."""
+    settings = run.config.eval
+    sampling = Sampling(settings.temperature, settings.top_p)
+    if samples:
+        sampling = Sampling(settings.best_of_temperature, settings.best_of_top_p)
+    if name == "base":
+        state = initial_like(state, run.session)
+    start = time.perf_counter()
+    metrics = evaluate(
+        run.session,
+        (state.trainable, run.session.parts.frozen),
+        run.judge,
+        run.workdir / "eval" / name,
+        samples=samples or settings.samples,
+        sampling=sampling,
+        image_root=run.workdir,
+        prompt_step=state.step,
+    )
+    seconds = time.perf_counter() - start
+    run.console.print(f"scored {name} in {seconds:.1f}s")
+    return metrics
+
+
+def validation_metrics(run: Run, state: TrainState) -> dict[str, float]:
+    """Averages of the three metrics, for the step's row."""
+    metrics = score(run, state, f"step_{state.step:06d}")
+    row = {}
+    for group, values in {**metrics["datasets"], **metrics["averages"]}.items():
+        for metric in ("correctness", "specificity", "hm"):
+            value = values[metric]["value"]
+            if value is not None:
+                row[f"eval/{group}/{metric}"] = value
+    return row
+
+
+def report_start(
+    console: Console, session: Session, loader: PromptLoader, state: TrainState
+) -> None:
+    """What is about to run, and what data was left out."""
+    config = session.config
+    console.print(
+        f"{config.name}: {session.arch.text.num_layers} layers, {len(loader.index.kept)} images, "
+        f"{config.train.prompts_per_step} prompts x {config.rollout.group_size} rollouts a step, "
+        f"from step {state.step} to {config.train.num_steps}",
+        markup=False,
+    )
+    for skipped in loader.index.skipped[:20]:
+        console.print(f"skipped {skipped.image_name}: {skipped.reason}", markup=False)
+    if len(loader.index.skipped) > 20:
+        console.print(f"... {len(loader.index.skipped)} images skipped in all")
+
+
+def report_step(
+    run: Run, row: dict[str, float], groups: Groups, batch: PromptBatch, seconds: list[float]
+) -> None:
+    """The line of a step; now and then a table and the rollouts as a file."""
+    step, train = int(row["step"]), run.config.train
+    recent = sorted(seconds[-20:])
+    eta = recent[len(recent) // 2] * (train.num_steps - step)
+    if not groups:
+        if step % 20 == 0 or step == 1:
+            run.console.print(
+                f"step {step}/{train.num_steps}  loss {row['policy/loss']:.4f}  "
+                f"{row['time/step_s']:.2f}s  eta {time.strftime('%H:%M:%S', time.gmtime(eta))}"
+            )
+        return
+    run.console.print(step_line(row, train.num_steps, eta), markup=False)
+    if train.table_every and (step % train.table_every == 0 or step in (1, train.num_steps)):
+        run.console.print(rollout_table(groups, step))
+        images = dict(zip(batch.prompt_ids, batch.images, strict=True))
+        rows = [
+            from_rollout(r, save_thumbnail(run.workdir, r.prompt_id, images[r.prompt_id]), step)
+            for group in groups
+            for r in group
+        ]
+        folder = run.workdir / "rollouts"
+        folder.mkdir(exist_ok=True)
+        write_predictions(folder / f"step_{step:06d}.jsonl", rows)
+
+
+def finish(run: Run, base: dict[str, Any] | None, trained: dict[str, Any] | None) -> None:
+    """Plots and the closing table."""
+    plots = plot_training(run.workdir / "metrics.jsonl", run.workdir / "plots")
+    if base and trained:
+        run.console.print(comparison_table(base, trained, "before and after training"))
+    elif trained or base:
+        run.console.print(metrics_table(trained or base, "scores"))
+    best_of = run.workdir / "eval" / "best_of" / "metrics.json"
+    if best_of.is_file():
+        metrics = json.loads(best_of.read_text())
+        report_best_of(run.console, metrics)
+    run.console.print(f"{len(plots)} plots in {run.workdir / 'plots'}", markup=False)
+
+
+def report_best_of(console: Console, metrics: dict[str, Any]) -> None:
+    """Upper bound: the base's best answer of N per image."""
+    for name, scores in metrics["best_of"]["datasets"].items():
+        best = scores["best"]
+        console.print(
+            f"base, best of {scores['n']} on {name}: "
+            + "  ".join(f"{m} {best[m]['value']:.3f}" for m in ("correctness", "specificity", "hm"))
+        )
+
+
+def prepare_workdir(
+    workdir: pathlib.Path, config: Config, *, resume: bool, overwrite: bool
+) -> None:
+    """Creates or checks the work directory and writes ``config.json``.
+
+    Raises:
+        ValueError: in use and neither flag given; resume without a run; another recipe.
+    """
+    marker = workdir / "config.json"
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: give one of them")
+    if marker.is_file() and not (resume or overwrite):
+        raise ValueError(
+            f"--workdir={workdir}: holds a run already; use --resume to go on with it, "
+            "--overwrite to delete it, or another directory"
+        )
+    if overwrite and workdir.is_dir():
+        _delete_run(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    if resume and marker.is_file():
+        _check_same_recipe(json.loads(marker.read_text()), settings, marker)
+    marker.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+_RUN_ENTRIES = (
+    "config.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "rollouts",
+    "eval",
+    "plots",
+    "tensorboard",
+    "thumbnails",
+    "verdicts.sqlite",
+    "judge_cache.sqlite",
+    "report.html",
+)
+
+
+def _delete_run(workdir: pathlib.Path) -> None:
+    """Deletes what a run writes, and nothing else that may lie in the folder."""
+    import shutil
+
+    for name in _RUN_ENTRIES:
+        entry = workdir / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            for file in workdir.glob(f"{name}*"):
+                file.unlink()
+
+
+# What may change between a run and its continuation without changing its numbers.
+_FREE = ("num_steps", "table_every", "save_every", "keep_checkpoints", "eval_every")
+
+
+def _check_same_recipe(old: dict[str, Any], new: dict[str, Any], marker: pathlib.Path) -> None:
+    for section, values in new.items():
+        if section in ("judge", "eval", "mesh"):
+            continue
+        before = old.get(section)
+        if isinstance(values, dict) and isinstance(before, dict):
+            changed = [k for k, v in values.items() if k not in _FREE and before.get(k) != v]
+            if changed:
+                field = changed[0]
+                raise ValueError(
+                    f"--resume with another recipe: {section}.{field} was {before.get(field)!r} in "
+                    f"{marker}, is {values[field]!r} now; use the old value or another --workdir"
+                )
+        elif before != values:
+            raise ValueError(
+                f"--resume with another recipe: {section} was {before!r} in {marker}, is "
+                f"{values!r} now; use the old value or another --workdir"
+            )
+
+
+@dataclasses.dataclass
+class StopFlag:
+    """Set by SIGTERM; read between steps."""
+
+    is_set: bool = False
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[StopFlag]:
+    """Turns SIGTERM into a flag while the loop runs (main thread only, else it stays unset)."""
+    flag = StopFlag()
+
+    def handle(number: int, frame: types.FrameType | None) -> None:
+        flag.is_set = True
+
+    try:
+        previous = signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # not the main thread: the caller owns the signals
+        yield flag
+        return
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+__all__ = ["Preempted", "TrainingStopped", "main"]
