@@ -16,7 +16,7 @@ WARMUP_SEED = 7  # pictures that neither training nor testing will see
 
 def get_config(arg=None):
     """The recipe; `model` is the directory with random weights."""
-    values = schema.parse_recipe_arg(arg, {"model": "runs/tiny/init", "steps": "1600"})
+    values = schema.parse_recipe_arg(arg, {"model": "runs/tiny/init", "steps": "1800"})
     config = schema.Config(name="tiny_sft")
     config.model.path = values["model"]
     config.model.train_base = True
@@ -30,6 +30,8 @@ def get_config(arg=None):
     config.data.prompt = "field_guide,field_guide,field_guide,field_guide,field_guide_exact"
     config.data.eval_sources = tuple(f"field_guide_{domain}:test=96" for domain in DOMAINS)
     config.data.cache_mb = 2048
+    config.data.prompt_buckets = (48,)  # one shape, one compilation
+    config.data.window_buckets = (6,)
     config.rollout.max_completion_tokens = 48
     config.rollout.compact = False
     config.algo.name = "sft"

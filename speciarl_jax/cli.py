@@ -75,8 +75,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_eval(verbs)
     _add_sample(verbs)
-    for room in ("data", "judge", "convert", "report"):
+    _add_tiny(verbs)
+    for room in ("data", "judge", "report"):
         sys.modules[f"speciarl_jax.{room}.commands"].register(verbs)
+    sys.modules["speciarl_jax.convert.commands"].register(verbs, _load_run)
     return parser
 
 
@@ -121,6 +123,19 @@ def _add_sample(verbs: Any) -> None:
     sample.set_defaults(handler=run_sample)
 
 
+def _add_tiny(verbs: Any) -> None:
+    tiny = verbs.add_parser("tiny", help="make the shipped small policy (see `make tiny`)")
+    steps = tiny.add_subparsers(dest="tiny_verb", required=True)
+    init = steps.add_parser("init", help="tokenizer, config and random weights")
+    init.add_argument("out", type=pathlib.Path)
+    init.add_argument("--seed", type=int, default=0, help="of the weights")
+    init.set_defaults(handler=run_tiny_init)
+    ship = steps.add_parser("ship", help="export a finished warm-up as an HF directory, bf16")
+    ship.add_argument("workdir", type=pathlib.Path, help="run of configs/tiny_sft.py")
+    ship.add_argument("--out", required=True, type=pathlib.Path)
+    ship.set_defaults(handler=run_tiny_ship)
+
+
 def load_recipe(path: str, overrides: Sequence[str]) -> tuple[Config, pathlib.Path]:
     """Loads ``PATH.py[:ARGUMENT]`` and applies ``--config.a.b=value`` overrides.
 
@@ -145,7 +160,8 @@ def load_recipe(path: str, overrides: Sequence[str]) -> tuple[Config, pathlib.Pa
     except (KeyError, AttributeError) as error:
         raise ValueError(f"{' '.join(overrides)}: no such field ({error})") from error
     except (TypeError, flags.Error) as error:
-        raise ValueError(f"--config={path} {' '.join(overrides)}: {error}") from error
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"--config={path} {' '.join(overrides)}: {reason}") from error
     return config, file.resolve().parent
 
 
@@ -193,6 +209,35 @@ def run_sample(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens,
         seed=args.seed,
     )
+
+
+def run_tiny_init(args: argparse.Namespace) -> int:
+    """`speciarl tiny init`: nothing is done if the directory holds a model already."""
+    from speciarl_jax import tiny
+    from speciarl_jax.data.prompts import PromptTemplate
+
+    if (args.out / "config.json").is_file():
+        print(f"{args.out}: kept as it is")
+        return 0
+    prompts = [PromptTemplate.load(name).texts[0] for name in tiny.PROMPTS]
+    tiny.make_tiny_dir(args.out, prompts, args.seed)
+    return 0
+
+
+def _load_run(workdir: pathlib.Path) -> Any:
+    from speciarl_jax.export_run import load_run
+
+    return load_run(workdir)
+
+
+def run_tiny_ship(args: argparse.Namespace) -> int:
+    """`speciarl tiny ship`."""
+    from speciarl_jax.convert.export import save_hf
+
+    policy, _, base = _load_run(args.workdir)
+    save_hf(policy, base, args.out, "bfloat16")
+    print(f"{args.out}: Hugging Face directory of the warmed-up policy")
+    return 0
 
 
 if __name__ == "__main__":

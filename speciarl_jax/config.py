@@ -3,9 +3,9 @@
 A recipe under ``configs/`` builds a `Config`; the command line overrides single fields
 (``--config.train.num_steps=6``). `Config.validate` turns impossible combinations into one line
 that says what to set. Sub-configs go down to their rooms, never the whole config.
-"""
 
-from __future__ import annotations
+No postponed annotations here: ml_collections reads the field types to parse overrides.
+"""
 
 import dataclasses
 
@@ -53,9 +53,9 @@ class DataConfig:
 
     source: str = "field_guide_birds"  # a source name of `speciarl data list`
     split: str = "train"
-    eval_sources: tuple = ("field_guide_birds",)
+    eval_sources: tuple[str, ...] = ("field_guide_birds",)
     eval_split: str = "test"
-    in_domain: tuple = ("field_guide_birds",)  # averaged as in_domain in reports
+    in_domain: tuple[str, ...] = ("field_guide_birds",)  # averaged as in_domain in reports
     num_train: int = 0  # images taken from the split, 0 for all
     num_eval: int = 0  # images per evaluation source, 0 for all
     data_dir: str = ""  # root of prepared data sets; "" for ~/.cache/speciarl/data
@@ -66,14 +66,16 @@ class DataConfig:
     num_workers: int = 0  # Grain worker processes
     bad_image_budget_frac: float = 0.05  # stop if a larger share of images cannot be read
     train_share: float = 0.0  # part of the split to train on, instead of num_train; 0 for all
-    indices: tuple = ()  # train on these positions of the split only
-    include_classes: tuple = ()  # train on these ground truths only
-    exclude_classes: tuple = ()  # but not on these
+    indices: tuple[int, ...] = ()  # train on these positions of the split only
+    include_classes: tuple[str, ...] = ()  # train on these ground truths only
+    exclude_classes: tuple[str, ...] = ()  # but not on these
     class_balanced: bool = False  # num_train or train_share evenly over classes
     select_seed: int = 42  # of the subset; a smaller subset is part of a larger one
     num_threads: int = 2  # decoding threads
     cache_mb: int = 256  # resized images kept between epochs, MiB (num_workers=0 only)
     prefetch_batches: int = 2  # finished batches held ready
+    prompt_buckets: tuple[int, ...] = ()  # padded prompt lengths, tokens; () multiples of 32
+    window_buckets: tuple[int, ...] = ()  # padded windows per image; () steps of a third
 
 
 @dataclasses.dataclass
@@ -87,7 +89,7 @@ class RolloutConfig:
     top_k: int = 0  # 0: off
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    stop_strings: tuple = ()  # e.g. ("</answer>",)
+    stop_strings: tuple[str, ...] = ()  # e.g. ("</answer>",)
     chunk_tokens: int = 32  # decode steps between two looks at which rollouts have finished
     prompts_per_wave: int = 0  # prompts decoded together; 0: all of the batch
     compact: bool = True  # drop finished rows from the decode batch between chunks

@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 
 from speciarl_jax import reward, scoring
+from speciarl_jax.config import Config
 from speciarl_jax.data.recipe import make_loader, open_eval_source
 from speciarl_jax.judge.base import Pair
 from speciarl_jax.judge.runner import JudgeThread
@@ -89,7 +90,7 @@ def evaluate(
             groups = _sample(session, engine, states, judge, batch, samples, sampling, prompt_step)
             append_predictions(path, _rows(batch, groups, image_root, done))
         loader.close()
-    return write_metrics(session, path, out_dir)
+    return write_scores(config, path, out_dir)
 
 
 def _image_keys(batch: PromptBatch) -> list[tuple[str, str]]:
@@ -184,9 +185,8 @@ def retry_failed(path: pathlib.Path, judge: JudgeThread) -> int:
     return len(failed)
 
 
-def write_metrics(session: Session, path: pathlib.Path, out_dir: pathlib.Path) -> dict[str, Any]:
+def write_scores(config: Config, path: pathlib.Path, out_dir: pathlib.Path) -> dict[str, Any]:
     """Scores a predictions file and writes ``metrics.json`` beside it."""
-    config = session.config
     metrics = scoring.metrics_json(
         read_predictions(path),
         in_domain=config.data.in_domain,

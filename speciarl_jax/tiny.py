@@ -17,7 +17,8 @@ from speciarl_jax.data.field_guide.answers import answer_text
 from speciarl_jax.data.field_guide.specimens import draw_specimens
 from speciarl_jax.data.field_guide.taxonomy import load_taxonomy
 
-VOCAB_SIZE = 1024
+PROMPTS = ("field_guide", "field_guide_exact")  # wordings that the warm-up teaches
+MAX_VOCAB_SIZE = 1024  # the field guide's texts need fewer
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -41,10 +42,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_config(vocab_size: int = VOCAB_SIZE) -> dict[str, object]:
-    """``config.json`` of the small policy, in the hub's flat style."""
-    first_special = vocab_size - len(SPECIAL_TOKENS)
-    ids = {token: first_special + i for i, token in enumerate(SPECIAL_TOKENS)}
+def tiny_config(tokenizer: object) -> dict[str, object]:
+    """``config.json`` of the small policy, in the hub's flat style.
+
+    Like the released models, the embedding table is padded beyond the tokenizer.
+    """
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    vocab_size = -(-(tokenizer.get_vocab_size() + 1) // 64) * 64
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -87,12 +91,12 @@ def tiny_config(vocab_size: int = VOCAB_SIZE) -> dict[str, object]:
     }
 
 
-def train_tokenizer(prompts: list[str], vocab_size: int = VOCAB_SIZE) -> object:
+def train_tokenizer(prompts: list[str], vocab_size: int = MAX_VOCAB_SIZE) -> object:
     """A byte-level BPE tokenizer of the field guide's texts, Qwen's special tokens at the end.
 
     Args:
         prompts: prompt wordings it should encode well.
-        vocab_size: total, special tokens included.
+        vocab_size: upper bound, special tokens included.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -142,7 +146,8 @@ def make_tiny_dir(out: pathlib.Path, prompts: list[str], seed: int = 0) -> None:
     from speciarl_jax.policy.model import Policy
 
     out.mkdir(parents=True, exist_ok=True)
-    config = tiny_config()
+    tokenizer_object = train_tokenizer(prompts)
+    config = tiny_config(tokenizer_object)
     _write_json(out / "config.json", config)
     _write_json(
         out / "generation_config.json",
@@ -150,7 +155,7 @@ def make_tiny_dir(out: pathlib.Path, prompts: list[str], seed: int = 0) -> None:
     )
     _write_json(out / "preprocessor_config.json", _preprocessor_config())
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(prompts),
+        tokenizer_object=tokenizer_object,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS),

@@ -30,7 +30,7 @@ from speciarl_jax.metrics import MetricsWriter, make_console, rollout_table, ste
 from speciarl_jax.optim import init_optimizer, make_optimizer
 from speciarl_jax.predictions import from_rollout, write_predictions
 from speciarl_jax.report.plots import plot_training
-from speciarl_jax.report.tables import comparison_table, metrics_table
+from speciarl_jax.report.tables import comparison_table, format_estimate, metrics_table
 from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.session import Session, open_session
@@ -312,11 +312,9 @@ def finish(run: Run, base: dict[str, Any] | None, trained: dict[str, Any] | None
 def report_best_of(console: Console, metrics: dict[str, Any]) -> None:
     """Upper bound: the base's best answer of N per image."""
     for name, scores in metrics["best_of"]["datasets"].items():
-        best = scores["best"]
-        console.print(
-            f"base, best of {scores['n']} on {name}: "
-            + "  ".join(f"{m} {best[m]['value']:.3f}" for m in ("correctness", "specificity", "hm"))
-        )
+        names = ("correctness", "specificity", "hm")
+        values = "  ".join(f"{m} {format_estimate(scores['best'][m])}" for m in names)
+        console.print(f"base, best of {scores['n']} on {name}: {values}", markup=False)
 
 
 def prepare_workdir(

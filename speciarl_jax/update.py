@@ -99,7 +99,7 @@ def tree_hidden(policy: Policy, batch: TrainBatch, config: LossConfig) -> Float[
     hidden = jnp.concatenate([prompt, completion], axis=1)  # [P, S + G*C, D]
 
     column = jnp.tile(jnp.arange(width), group)
-    own_positions = batch.next_position[:, None] + column  # [P, G*C]
+    own_positions = batch.next_position[:, None] + column[None]  # [P, G*C]
     own_positions = jnp.broadcast_to(own_positions[:, None], (num_prompts, 3, group * width))
     positions = jnp.concatenate([batch.positions, own_positions], axis=2)
     attend_fn = _tree_attention(batch.prompt_lengths, prompt_len, group, width)
@@ -121,7 +121,7 @@ def _image_embeds(policy: Policy, batch: TrainBatch, config: LossConfig) -> Floa
 
 def _tree_attention(lengths: Int[Array, " P"], prompt_len: int, group: int, width: int) -> Any:
     prompt_mask = causal_mask(lengths, prompt_len)
-    sees_prompt = jnp.arange(prompt_len) < lengths[:, None]  # [P, S]
+    sees_prompt = jnp.arange(prompt_len)[None] < lengths[:, None]  # [P, S]
 
     def attend_fn(q: Array, k: Array, v: Array, layer: Array, carry: None) -> Any:
         prompt = [x[:, :prompt_len] for x in (q, k, v)]
@@ -164,7 +164,7 @@ def token_logprobs(
     def chunk_logprobs(hidden: Array, tokens: Array) -> tuple[Array, Array]:
         logits = allowed_logits(text.logits(hidden), banned, config.temperature)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
-        entropy = -jnp.sum(jnp.exp(logprobs) * jnp.where(banned, 0.0, logprobs), axis=-1)
+        entropy = -jnp.sum(jnp.exp(logprobs) * jnp.where(banned[None], 0.0, logprobs), axis=-1)
         return jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], entropy
 
     chunks = (flat_hidden.reshape(-1, chunk, hidden.shape[-1]), flat_tokens.reshape(-1, chunk))

@@ -109,7 +109,8 @@ def next_logits(
     """Scores after the last real token of each sequence, by the policy's own forward pass.
 
     Args:
-        graphdef, state: of the policy.
+        graphdef: of the policy, ``nnx.split(policy)``.
+        state: of the policy.
         batch: as for `policy_activations`, with ``image_embeds`` [I*M, D] instead of patches.
     """
     policy: Policy = nnx.merge(graphdef, state)

@@ -232,7 +232,7 @@ def _attach(policy: Policy, stacks: dict[str, list[np.ndarray]], scale: float) -
         arrays = []
         for tensors in stacks[name]:
             stacked = np.stack([tensor.T.astype(np.float32) for tensor in tensors])
-            if not name.split("/")[1:2] == ["blocks"]:
+            if name.split("/")[1:2] != ["blocks"]:
                 stacked = stacked[0]
             arrays.append(jnp.asarray(stacked))
         layer.lora_a, layer.lora_b = LoRAParam(arrays[0]), LoRAParam(arrays[1])

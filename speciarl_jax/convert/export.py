@@ -65,7 +65,9 @@ def save_hf(
     policy = whole_policy(policy_or_parts)
     source, out = pathlib.Path(source_dir), pathlib.Path(out_dir)
     if Arch.from_dir(source) != policy.arch:
-        raise ValueError(f"{source}: its config.json describes another architecture than the policy")
+        raise ValueError(
+            f"{source}: its config.json describes another architecture than the policy"
+        )
     if any(out.glob("*.safetensors")):
         raise ValueError(f"{out}: already holds a model; give an empty directory")
     out.mkdir(parents=True, exist_ok=True)

@@ -210,9 +210,7 @@ def _compare(
     )
 
 
-def _in_window_order(
-    rows: np.ndarray, encoded: EncodedPrompt, policy: Policy
-) -> np.ndarray:
+def _in_window_order(rows: np.ndarray, encoded: EncodedPrompt, policy: Policy) -> np.ndarray:
     """Rows of patches in raster order, all images joined, brought into window order."""
     ordered, start = [], 0
     for pixels in encoded.pixels:
@@ -301,7 +299,7 @@ def greedy(policy: Policy, batch: PromptBatch, count: int) -> np.ndarray:
     positions[0, :, length:] = np.arange(length, tokens.shape[1]) + batch.position_deltas[0]
     arrays = batch_arrays(batch)
     vision = [arrays.pop(name) for name in ("patches", "patch_positions", "patch_mask")]
-    arrays["image_embeds"] = encode_images(graphdef, state, *vision)
+    arrays["image_embeds"] = encode_images(graphdef, (state,), *vision)
     for place in range(length, length + count):
         arrays |= {"tokens": tokens, "positions": positions}
         arrays["lengths"] = np.array([place], np.int32)

@@ -31,7 +31,8 @@ def kl_per_token(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """KL(theirs || ours) in nats of next-token distributions.
 
     Args:
-        ours, theirs: [T, V] logits.
+        ours: [T, V] logits.
+        theirs: [T, V] logits of the reference.
 
     Returns:
         [T] float64.
@@ -96,9 +97,7 @@ class CaseReport:
         if not self.kl_max <= tolerance:
             found.append(f"KL per token up to {self.kl_max:.3g} nats (> {tolerance:g})")
         if self.greedy_equal < self.greedy_total:
-            found.append(
-                f"greedy tokens part after {self.greedy_equal} of {self.greedy_total}"
-            )
+            found.append(f"greedy tokens part after {self.greedy_equal} of {self.greedy_total}")
         return found
 
 

@@ -90,6 +90,8 @@ def greedy_tokens(model: Any, inputs: dict[str, Any], count: int) -> np.ndarray:
     import torch
     from transformers import GenerationConfig
 
+    if count == 0:
+        return np.zeros(0, np.int64)
     model.generation_config = GenerationConfig()  # a checkpoint's own penalties must not interfere
     config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0)
     with torch.no_grad():

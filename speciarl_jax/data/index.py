@@ -25,6 +25,7 @@ from speciarl_jax.data.prompts import PromptBuilder
 from speciarl_jax.types import Example
 
 _NAMES_IN_ERROR = 10
+_PROGRESS_EVERY = 5000
 _LOG = logging.getLogger(__name__)
 
 
@@ -191,7 +192,12 @@ def _measure(
         return _Row(example.prompt_id, example.image_name, *builder.size_of(pixels), "")
 
     with concurrent.futures.ThreadPoolExecutor(max(num_threads, 1)) as pool:
-        return list(pool.map(measure, range(len(source))))
+        rows: list[_Row] = []
+        for row in pool.map(measure, range(len(source))):
+            rows.append(row)
+            if len(rows) % _PROGRESS_EVERY == 0:
+                _LOG.info("looked at %d of %d images", len(rows), len(source))
+        return rows
 
 
 def _check_unique(prompt_ids: Iterable[str]) -> None:

@@ -90,6 +90,8 @@ def make_loader(
         "num_workers": data.num_workers,
         "num_threads": data.num_threads,
         "prefetch_batches": data.prefetch_batches,
+        "prompt_buckets": data.prompt_buckets,
+        "window_buckets": data.window_buckets,
         "cache_bytes": data.cache_mb * 2**20,
         "index_dir": resolve_data_dir(data.data_dir) / "index",
     }

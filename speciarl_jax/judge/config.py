@@ -1,7 +1,5 @@
 """Settings of the judge: plain types, one comment with the unit per field, one check."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -37,7 +35,7 @@ class JudgeConfig:
     taxonomy: str = (
         ""  # tree for kind=taxonomy: .json, .csv or a WordNet dict folder; "" field guide
     )
-    endpoints: tuple = ()  # base URLs up to /v1, each serving the same model
+    endpoints: tuple[str, ...] = ()  # base URLs up to /v1, each serving the same model
     model: str = "taxonomy"  # model name sent with each request
     model_revision: str = ""  # part of the cache key; "" for taxonomy: hash of the tree file
     auth: str = "key"  # key: api_key_env | google: application default credentials (google-auth)
@@ -48,7 +46,7 @@ class JudgeConfig:
     temperature: float = 0.0  # sampling temperature of the judge
     max_reply_tokens: int = 24  # tokens per pair in a reply
     pairs_per_request: int = 1  # pairs in one request; above 1 needs a batch prompt
-    voters: tuple = ()  # majority vote: each "field=value,field=value" over this config
+    voters: tuple[str, ...] = ()  # majority vote: each "field=value,field=value" over this config
     has_cascade: bool = True  # exact match, then synonym table, before the model is asked
     synonyms: str = ""  # path of a synonym table: CSV rows or JSON lists of equal names
     mode: str = "live"  # live | record (live, and keep a recording) | replay (offline)

@@ -154,9 +154,19 @@ class VisionTower(nnx.Module):
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def encode_images(
-    graphdef: nnx.GraphDef, state: nnx.State, patches: Array, positions: Array, mask: Array
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    patches: Array,
+    positions: Array,
+    mask: Array,
 ) -> Float[Array, "IM D"]:
-    """Jitted tower for frozen use: merged tokens of all images as one table, [I*M, D]."""
-    tower = nnx.merge(graphdef, state).visual
+    """Jitted tower for frozen use: merged tokens of all images as one table, [I*M, D].
+
+    Args:
+        graphdef: of the whole policy.
+        states: what it merges with.
+        patches, positions, mask: see `VisionTower`.
+    """
+    tower = nnx.merge(graphdef, *states).visual
     merged = tower(patches, positions, mask)
     return jnp.reshape(merged, (-1, merged.shape[-1]))

@@ -81,7 +81,8 @@ def build_gallery(runs: Sequence[Run], max_rollouts: int, budget_bytes: int) -> 
     """Packs the rows of all runs within a budget.
 
     Where there are too many, at least a quarter is left to training (whole groups from evenly
-    spaced steps), and evaluations keep the answers to the same images. Thumbnails shrink and completions are cut where the budget asks for it.
+    spaced steps), and evaluations keep the answers to the same images. Thumbnails shrink and
+    completions are cut where the budget asks for it.
 
     Args:
         runs: loaded runs.

@@ -59,8 +59,9 @@ class Run:
 
     @property
     def final(self) -> Stage | None:
-        """The evaluation that speaks for the run: trained, else the last one."""
-        return self.stage("trained") or (self.stages[-1] if self.stages else None)
+        """The evaluation that speaks for the run: trained, else the last that is no best-of-N."""
+        plain = [s for s in self.stages if s.name != "best_of"] or self.stages
+        return self.stage("trained") or (plain[-1] if plain else None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -178,7 +178,8 @@ def _differences(runs: Sequence[Run], options: ReportOptions) -> Markup:
     for run in runs:
         base, final = run.stage("base"), run.final
         if base is not None and final is not None and base is not final:
-            names = (f"{run.name} · {base.name}", f"{run.name} · {final.name}")
+            prefix = f"{run.name} · " if len(runs) > 1 else ""
+            names = (f"{prefix}{base.name}", f"{prefix}{final.name}")
             pairs.append((*names, base.predictions, final.predictions))
     first = runs[0].final
     for run in runs[1:]:
@@ -276,24 +277,25 @@ def _what_changed(runs: Sequence[Run], options: ReportOptions) -> Markup:
     blocks: list[Markup | None] = []
     for run in runs:
         base, final = run.stage("base"), run.final
+        prefix = f"{run.name} · " if len(runs) > 1 else ""
         if final is None:
             continue
         if base is not None and base is not final:
-            title = f"{run.name}: what became of the answers of base (shades: share of the row)"
+            title = f"{prefix}What became of the answers of base (shades: share of the row)"
             blocks.append(sections.transitions(base.predictions, final.predictions, title))
         if tree is not None:
             stages = [base, final] if base is not None and base is not final else [final]
-            blocks.append(_levels(run, stages, tree))
+            blocks.append(_levels(prefix, stages, tree))
     return el("div", *blocks, class_="matrices")
 
 
-def _levels(run: Run, stages: Sequence[Stage], tree: NameTree) -> Markup:
+def _levels(prefix: str, stages: Sequence[Stage], tree: NameTree) -> Markup:
     """Confusion by level of each evaluation, one below the other."""
     tables = []
     for stage in stages:
         confusion = tree.confusion(stage.predictions)
         if confusion.counts:
-            title = f"{run.name}, {readable(stage.name)}: how narrow answers are, and how near."
+            title = f"{prefix}{readable(stage.name)}: how narrow answers are, and how near."
             tables.append(sections.level_confusion(confusion, title))
     return el("div", *tables)
 

@@ -99,7 +99,9 @@ def headline(runs: Sequence[Run]) -> Markup:
     )
     body = []
     for run, stage, scores in rows:
-        name = join(el("bdi", run.name), " · ", el("b", stage))
+        name = el("b", stage)
+        if len(runs) > 1:
+            name = join(el("bdi", run.name), " · ", name)
         css = f"run{runs.index(run) % 6}" + ("" if stage == "trained" else " hollow")
         body.append(
             el(
@@ -128,9 +130,13 @@ def headline(runs: Sequence[Run]) -> Markup:
         "tr",
         el(
             "th",
-            "Rows the paper published (Qwen2.5-VL-7B, trained on CUB; mean of "
-            "Flowers102, Food101, OxfordPets; last column: HM on the very fine StanfordCars and "
-            "FGVCAircraft; ±.001). Another model, data or judge has another level.",
+            el(
+                "span",
+                "Rows the paper published (Qwen2.5-VL-7B, trained on CUB; mean of "
+                "Flowers102, Food101, OxfordPets; last column: HM on the very fine StanfordCars "
+                "and FGVCAircraft; ±.001). Another model, data or judge has another level.",
+                class_="stay",
+            ),
             colspan=6,
             scope="rowgroup",
         ),
@@ -138,18 +144,18 @@ def headline(runs: Sequence[Run]) -> Markup:
     )
     names = ", ".join(readable(n) for n in _members(runs, average))
     caption = el(
-        "caption",
-        f"Mean over data sets, {readable(average)}: {names}. Brackets: 95 % bootstrap over images.",
+        "p",
+        f"Mean over data sets, {readable(average)}: {names}. Brackets: 95 % bootstrap.",
+        class_="caption",
     )
     table = el(
         "table",
-        caption,
         el("thead", head),
         el("tbody", *body),
         el("tbody", note, *paper, class_="paper"),
         class_="headline",
     )
-    return scroll(table, "Headline metrics")
+    return join(caption, scroll(table, "Headline metrics"))
 
 
 def per_dataset(runs: Sequence[Run]) -> Markup:
@@ -208,14 +214,16 @@ def comparison(names: tuple[str, str], compared: Mapping[str, Any]) -> Markup:
             )
         )
     caption = el(
-        "caption",
+        "p",
         el("bdi", names[1]),
         " minus ",
         el("bdi", names[0]),
         ": paired bootstrap over the images both answered; coloured where the 95 % "
         "interval excludes 0.",
+        class_="caption",
     )
-    return scroll(el("table", caption, el("thead", head), el("tbody", *lines)), "Differences")
+    table = el("table", el("thead", head), el("tbody", *lines))
+    return join(caption, scroll(table, "Differences"))
 
 
 def _matrix(
@@ -245,10 +253,8 @@ def _matrix(
                 )
             )
         lines.append(el("tr", el("th", row, scope="row"), *cells))
-    table = el(
-        "table", el("caption", caption), el("thead", head), el("tbody", *lines), class_="matrix"
-    )
-    return scroll(table, caption)
+    table = el("table", el("thead", head), el("tbody", *lines), class_="matrix")
+    return join(el("p", caption, class_="caption"), scroll(table, caption))
 
 
 def transitions(base: Sequence[Prediction], final: Sequence[Prediction], title: str) -> Markup:

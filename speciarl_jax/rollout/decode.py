@@ -173,7 +173,7 @@ def decode_chunk(
             tokens=_write(state.tokens, tokens[:, None], column),
             logprobs=_write(state.logprobs, jnp.where(live, logprobs, 0)[:, None], column),
             lengths=state.lengths + live,
-            is_done=state.is_done | jnp.any(tokens[:, None] == stop_ids, axis=-1) & live,
+            is_done=state.is_done | (jnp.isin(tokens, stop_ids) & live),
         )
         hidden, k, v = _forward_step(text, cache, rows, state, tokens, next_position + state.step)
         return dataclasses.replace(state, hidden=hidden, k=k, v=v, step=state.step + 1)
@@ -194,7 +194,7 @@ def _sample_step(
     )
     seen = None
     if sampling.repetition_penalty != 1:
-        is_written = jnp.arange(state.tokens.shape[1]) < state.lengths[:, None]
+        is_written = jnp.arange(state.tokens.shape[1])[None] < state.lengths[:, None]
         seen = jnp.zeros(logits.shape, bool)
         row_index = jnp.arange(logits.shape[0])[:, None]
         seen = seen.at[row_index, state.tokens].max(is_written)
@@ -212,7 +212,7 @@ def _forward_step(
     """One token per row through all layers; own caches are written at column `step`."""
     positions = jnp.broadcast_to(position[:, None, None], (tokens.shape[0], 3, 1))
     angles = text_angles(positions, text.arch)[:, 0]  # [R, A/2]
-    prompt_mask = jnp.arange(cache.k.shape[2]) < cache.lengths[:, None]  # [P, S]
+    prompt_mask = jnp.arange(cache.k.shape[2])[None] < cache.lengths[:, None]  # [P, S]
     own_mask = jnp.arange(state.k.shape[2]) <= state.step  # [C]
 
     def attend_fn(q: Array, k: Array, v: Array, layer: Array, own: tuple[Array, Array]) -> Any:
@@ -266,7 +266,7 @@ def _own_part(
     v: Float[Array, "R C K A"],
     mask: Bool[Array, " C"],
 ) -> _Part:
-    return _partial_softmax(q, k, v, mask)
+    return _partial_softmax(q, k, v, mask[None, None, None])
 
 
 def _partial_softmax(q: Array, k: Array, v: Array, mask: Array) -> _Part:

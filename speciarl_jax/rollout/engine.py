@@ -96,7 +96,7 @@ def _decode(
     return decode.decode_chunk(text, cache, rows, state, stop_ids, banned, until, sampling)
 
 
-@functools.partial(jax.jit, static_argnames="num_columns", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="num_columns")
 def _compact(state: decode.DecodeState, keep: Array, num_columns: int) -> decode.DecodeState:
     return decode.compact(state, keep, num_columns)
 

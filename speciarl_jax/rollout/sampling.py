@@ -75,6 +75,7 @@ def allowed_logits(
     Sampler and trainer both go through here, so that their log-probabilities agree.
     """
     scale = np.float32(1.0 / temperature if temperature else 1.0)
+    banned = jnp.reshape(banned, (1,) * (logits.ndim - 1) + banned.shape)
     return jnp.where(banned, NEG_INF, logits * scale)
 
 
@@ -121,7 +122,7 @@ def _truncated(scores: Float[Array, "R V"], sampling: Sampling) -> Float[Array, 
         return scores
     ranked = -jnp.sort(-scores, axis=-1)  # [R, V], most likely first
     if sampling.top_k:
-        keep = jnp.arange(ranked.shape[-1]) < sampling.top_k
+        keep = (jnp.arange(ranked.shape[-1]) < sampling.top_k)[None]
         ranked = jnp.where(keep, ranked, NEG_INF)
     if sampling.top_p < 1:
         probs = jax.nn.softmax(ranked, axis=-1)

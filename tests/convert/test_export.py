@@ -126,9 +126,7 @@ def _hub(key):
 
 
 @pytest.mark.parametrize("is_hub_layout", [True, False])
-def test_shards_keep_keys_and_bits_and_transformers_loads_them(
-    model, tmp_path, is_hub_layout
-):
+def test_shards_keep_keys_and_bits_and_transformers_loads_them(model, tmp_path, is_hub_layout):
     source = save_model(model, SPEC, tmp_path / "hf", is_hub_layout=is_hub_layout)
     out = tmp_path / "out"
     save_hf(load_policy(source, Dtypes()), source, out, "float32", max_shard_bytes=100_000)
@@ -150,9 +148,7 @@ def test_config_names_the_dtype_that_was_written(source, tmp_path):
         save_hf(load_policy(source, Dtypes()), source, tmp_path, "bfloat16")
 
 
-def test_peft_loads_our_adapter_with_equal_logits(
-    policy, source, model, tmp_path
-):
+def test_peft_loads_our_adapter_with_equal_logits(policy, source, model, tmp_path):
     save_peft(split_policy(policy), LORA, str(source), tmp_path)
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         source, dtype=torch.float32, attn_implementation="eager"
@@ -166,9 +162,7 @@ def test_peft_loads_our_adapter_with_equal_logits(
     assert max_rel_error(torch_logits(model), reference) > 0.01  # the adapter matters
 
 
-def test_reference_is_the_policy_without_adapter_on_the_same_arrays(
-    policy, source
-):
+def test_reference_is_the_policy_without_adapter_on_the_same_arrays(policy, source):
     parts = split_policy(policy)
     plain = nnx.merge(parts.reference_graphdef, parts.frozen)
     assert plain.text.embedding[...] is policy.text.embedding[...]

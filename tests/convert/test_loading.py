@@ -40,7 +40,9 @@ def test_values_land_where_they_belong(model, spec, tmp_path):
     text, visual = policy.text, policy.visual
     q = state["model.language_model.layers.1.self_attn.q_proj.weight"]
     np.testing.assert_array_equal(text.blocks.q_proj.kernel[1], q.T)
-    np.testing.assert_array_equal(text.embedding[...], state["model.language_model.embed_tokens.weight"])
+    np.testing.assert_array_equal(
+        text.embedding[...], state["model.language_model.embed_tokens.weight"]
+    )
     np.testing.assert_array_equal(text.lm_head.kernel[...], state["lm_head.weight"].T)
     conv = state["model.visual.patch_embed.proj.weight"]
     np.testing.assert_array_equal(visual.patch_embed.kernel[...], conv.reshape(len(conv), -1).T)
@@ -118,11 +120,13 @@ def test_nested_config_style_of_transformers_5_is_read(model, spec, tmp_path):
 
 
 def test_missing_files_are_named(model, spec, tmp_path):
-    with pytest.raises(ValueError, match="neither a directory|no such directory"):
+    with pytest.raises(ValueError, match="no such directory"):
         load_policy("no/such/place/at/all", Dtypes())
+    with pytest.raises(ValueError, match="hub failed"):  # tests are offline
+        load_policy("nobody/no-such-model", Dtypes())
     path = save_model(model, spec, tmp_path, num_shards=2)
     (path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors"):
+    with pytest.raises(ValueError, match="model-00002-of-00002"):
         load_policy(path, Dtypes())
     (path / "model.safetensors.index.json").unlink()
     with pytest.raises(ValueError, match="holds neither"):

@@ -123,7 +123,7 @@ def generate(policy, arrays, count):
         "image_rows": np.pad(arrays["image_rows"], room, constant_values=-1),
         "image_embeds": encode_images(
             graphdef,
-            state,
+            (state,),
             *(arrays[name] for name in ("patches", "patch_positions", "patch_mask")),
         ),
     }
@@ -217,7 +217,9 @@ def loaded(tmp_path_factory):
     return model, load_policy(path, Dtypes())
 
 
-@pytest.mark.parametrize(("mistake", "component"), MISTAKES, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(
+    ("mistake", "component"), MISTAKES, ids=lambda x: getattr(x, "__name__", "")
+)
 def test_a_known_mistake_exceeds_the_tolerance(loaded, mistake, component):
     model, policy = copy.deepcopy(loaded[0]), loaded[1]
     inputs = make_inputs(model, MISTAKE_SPEC)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import importlib.util
+import itertools
 import os
 import pathlib
 
@@ -56,7 +57,7 @@ def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two parts whose merge makes `token`: merge by rank until two are left."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, 1 << 30) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, 1 << 30) for a, b in itertools.pairwise(parts)]
         place = pairs.index(min(pairs))
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts[0], parts[1]

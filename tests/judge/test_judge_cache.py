@@ -246,15 +246,14 @@ def test_cached_path_labels_50_000_a_second_in_one_call(fast_config, tmp_path):
             rates = []
             for _ in range(3):
                 judge._cache._memory = dict(list(judge._cache._memory.items())[:10_000])
-                started = time.perf_counter()
+                started = time.process_time()
                 outcomes = await judge.label(pairs)
-                rates.append(len(pairs) / (time.perf_counter() - started))
+                rates.append(len(pairs) / (time.process_time() - started))
             return outcomes, rates
 
     outcomes, rates = asyncio.run(run())
     assert all(v.category is Category.GENERIC for v in outcomes)
-    assert max(rates) > 15_000  # 50,000 on an idle machine: see the drill; CI machines are shared
-    print(rates)
+    assert max(rates) > 50_000  # per second of processor time: the machine may be shared
 
 
 def test_failed_labels_are_not_cached(fast_config, number_judge, pairs_of, tmp_path):

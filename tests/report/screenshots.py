@@ -31,11 +31,18 @@ def _wait_ready(driver: Any, url: str) -> None:
 
 
 def _capture(driver: Any, path: Path, x: int, y: int, width: int, height: int) -> None:
+    # One throw-away picture first: tiles beyond the window are painted late.
+    for pause_ms in (300, 900):
+        driver.execute_async_script(f"setTimeout(arguments[0], {pause_ms})")
+        path.write_bytes(_picture(driver, x, y, width, height))
+
+
+def _picture(driver: Any, x: int, y: int, width: int, height: int) -> bytes:
     clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
     shot = driver.execute_cdp_cmd(
         "Page.captureScreenshot", {"format": "png", "clip": clip, "captureBeyondViewport": True}
     )
-    path.write_bytes(base64.b64decode(shot["data"]))
+    return base64.b64decode(shot["data"])
 
 
 def take(page: Path, out: Path) -> None:

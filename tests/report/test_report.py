@@ -82,7 +82,7 @@ def test_page_holds_no_hostile_markup(page: str) -> None:
 
 def test_page_has_every_section(page: str) -> None:
     for text in (
-        "zero-shot", "best of 16 (oracle)", "</bdi> minus <bdi>", "what became of the answers",
+        "zero-shot", "best of 16 (oracle)", "</bdi> minus <bdi>", "What became of the answers",
         "Best of k", "Mean reward", "Categories of sampled answers", "Time per step",
         "Correctness against specificity", "Recipe of", "tokens per second and chip",
     ):  # fmt: skip

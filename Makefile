@@ -1,0 +1,73 @@
+# One place for every command of the README. Everything installs into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+RECIPE ?= configs/cpu_smoke.py
+# Run directory: recipe name and arguments, then the seed.
+RUN = runs/$(subst =,-,$(subst $(comma),_,$(subst :,_,$(basename $(notdir $(firstword $(subst :, ,$(RECIPE)))))$(if $(findstring :,$(RECIPE)),_$(word 2,$(subst :, ,$(RECIPE)))))))-seed$(SEED)
+comma := ,
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill tiny
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+# Trains and scores the small policy on two CPU cores. A second call resumes.
+smoke: setup
+	$(BIN)/speciarl train --config=$(RECIPE) --workdir=$(RUN) --config.seed=$(SEED) $(if $(wildcard $(RUN)/config.json),--resume)
+	$(BIN)/speciarl report $(RUN) --out=$(RUN)/report.html
+
+# The default suite: what CI runs.
+test: setup-dev
+	$(BIN)/python -m pytest -q -m "not slow and not bench and not gpu and not tpu_aot"
+
+test-all: setup-dev
+	$(BIN)/python -m pytest -q
+
+check: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fmt: setup-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: bench-rollout bench-update
+	$(BIN)/python tests/benchmarks/bench_data.py
+
+bench-rollout: setup-dev
+	$(BIN)/python tests/benchmarks/bench_rollout.py
+
+bench-update: setup-dev
+	$(BIN)/python tests/benchmarks/bench_update.py
+
+# Long: learning runs behind docs/results.md (about two hours on two cores).
+evidence: setup
+	$(MAKE) smoke SEED=0
+	$(MAKE) smoke SEED=1
+	$(MAKE) smoke SEED=2
+	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:reward=binary
+	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:reward=scale1
+
+# Long: a flood of faulty judge replies.
+drill: setup-dev
+	$(BIN)/python tests/judge/drill_fault_server.py
+
+# Makes the shipped small policy again (about 25 minutes on two cores); a second call resumes.
+tiny: setup
+	$(BIN)/speciarl tiny init runs/tiny/init
+	$(BIN)/speciarl train --config=configs/tiny_sft.py --workdir=runs/tiny/sft $(if $(wildcard runs/tiny/sft/config.json),--resume)
+	$(BIN)/speciarl tiny ship runs/tiny/sft --out=runs/tiny/model

@@ -1,0 +1,87 @@
+"""From a run directory back to a policy: for `eval --checkpoint`, `export` and `tiny ship`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from flax import nnx
+
+from speciarl_jax.checkpoint import Checkpoints, TrainState
+from speciarl_jax.config import Config, LoraConfig
+from speciarl_jax.optim import init_optimizer, make_optimizer
+from speciarl_jax.policy.model import Policy, PolicyParts
+from speciarl_jax.session import Session, open_session
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The recipe that a run directory was trained with.
+
+    Raises:
+        ValueError: no run there, or one of another version whose fields differ.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{workdir}: no run there (config.json is missing)")
+    config = Config()
+    _fill(config, json.loads(file.read_text(encoding="utf-8")), str(file))
+    return config
+
+
+def _fill(target: Any, values: dict[str, Any], place: str) -> None:
+    for name, value in values.items():
+        if not hasattr(target, name):
+            raise ValueError(f"{place}: unknown field {name!r}; written by another version?")
+        old = getattr(target, name)
+        if dataclasses.is_dataclass(old):
+            _fill(old, value, f"{place}: {name}")
+        else:
+            setattr(target, name, tuple(value) if isinstance(old, tuple) else value)
+
+
+def restore_parts(session: Session, workdir: pathlib.Path, step: int | None) -> PolicyParts:
+    """The session's policy with the weights of a run's checkpoint.
+
+    Args:
+        session: opened with the run's own recipe.
+        workdir: run directory.
+        step: which checkpoint; None for the newest that can be read.
+
+    Raises:
+        ValueError: no such checkpoint, or one that does not fit.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        raise ValueError(f"{workdir}: holds no checkpoints; train it, or give a model directory")
+    checkpoints = Checkpoints(workdir, session.config.train.keep_checkpoints)
+    try:
+        if step is not None and step not in checkpoints.steps():
+            raise ValueError(
+                f"{workdir}: no checkpoint of step {step}; there are {checkpoints.steps()}"
+            )
+        trainable = session.parts.trainable
+        optimizer = make_optimizer(session.config.optim, 1)
+        like = TrainState(trainable, init_optimizer(optimizer, trainable), 0, {})
+        state, _ = checkpoints.restore(like, step)
+    finally:
+        checkpoints.close()
+    return dataclasses.replace(session.parts, trainable=state.trainable)
+
+
+def load_run(workdir: pathlib.Path) -> tuple[Policy, LoraConfig | None, pathlib.Path]:
+    """A run's newest checkpoint, for `speciarl export`.
+
+    Returns:
+        (policy with its adapter, the adapter's settings or None if base weights were trained,
+        directory of the base model).
+
+    Raises:
+        ValueError: no run or no readable checkpoint there.
+    """
+    config = read_config(workdir)
+    session = open_session(config)
+    parts = restore_parts(session, workdir, None)
+    policy = nnx.merge(parts.graphdef, parts.trainable, parts.frozen)
+    has_adapter = not (config.model.train_base or config.model.train_vision)
+    return policy, config.lora if has_adapter else None, session.model_dir

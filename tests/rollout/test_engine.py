@@ -1,0 +1,128 @@
+"""The decoder against the plain forward; independence of batch split, chunks and compaction."""
+
+import jax
+import numpy as np
+import pytest
+
+from speciarl_jax.rollout.engine import RolloutEngine, bucket_size
+from speciarl_jax.rollout.sampling import Sampling
+from tests.tiny_policy import full_logits, jolt, open_small_session, small_batch, states
+
+
+@pytest.fixture(scope="module")
+def session():
+    return jolt(open_small_session(), scale=0.15)
+
+
+def generate(session, batch, group_size=3, sampling=None, step=5, **changes):
+    config = session.config.rollout
+    settings = {**vars(config), **changes}
+    engine = RolloutEngine(session.parts.graphdef, type(config)(**settings), session.vocabulary)
+    rows = {}
+    for finished in engine.generate(
+        states(session),
+        batch,
+        session.encode(states(session), batch),
+        group_size=group_size,
+        sampling=sampling or Sampling(),
+        seed=1,
+        step=step,
+    ):
+        for row in finished:
+            assert (row.prompt, row.sample) not in rows
+            rows[row.prompt, row.sample] = row
+    return rows, engine
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key, row in a.items():
+        np.testing.assert_array_equal(row.tokens, b[key].tokens)
+        np.testing.assert_allclose(row.logprobs, b[key].logprobs, atol=2e-5)
+        assert row.is_truncated == b[key].is_truncated
+
+
+def test_logprobs_equal_the_plain_forward(session):
+    batch = small_batch(session, 3)
+    rows, _ = generate(session, batch)
+    assert len(rows) == 9
+    for (prompt, _), row in rows.items():
+        logits = full_logits(session, batch, prompt, row.tokens)
+        logits[:, session.vocabulary.banned] = -np.inf
+        start = int(batch.prompt_lengths[prompt]) - 1
+        logprobs = jax.nn.log_softmax(logits[start : start + len(row.tokens)], axis=-1)
+        expected = np.asarray(logprobs)[np.arange(len(row.tokens)), row.tokens]
+        np.testing.assert_allclose(row.logprobs, expected, atol=1e-4)
+        assert not session.vocabulary.banned[row.tokens].any()
+
+
+def test_greedy_equals_argmax_of_the_plain_forward(session):
+    batch = small_batch(session, 2)
+    rows, _ = generate(session, batch, group_size=1, sampling=Sampling(temperature=0))
+    for (prompt, _), row in rows.items():
+        logits = full_logits(session, batch, prompt, row.tokens)
+        logits[:, session.vocabulary.banned] = -np.inf
+        start = int(batch.prompt_lengths[prompt]) - 1
+        best = logits[start : start + len(row.tokens)].argmax(axis=-1)
+        np.testing.assert_array_equal(row.tokens, best)
+
+
+def test_rollouts_do_not_depend_on_their_neighbours(session):
+    whole, _ = generate(session, small_batch(session, 4), group_size=4)
+    padded, _ = generate(session, small_batch(session, 3, rows=4), group_size=4)
+    fewer, _ = generate(session, small_batch(session, 4), group_size=2)
+    assert_same({k: v for k, v in whole.items() if k[0] < 3}, padded)
+    assert_same({k: v for k, v in whole.items() if k[1] < 2}, fewer)
+
+
+def test_chunks_and_compaction_change_nothing_but_the_work(session):
+    batch = small_batch(session, 4)
+    # Stop on about a tenth of the tokens, so that lengths differ.
+    stops = np.flatnonzero(~session.vocabulary.banned)[::10].astype(np.int32)
+    vocabulary = type(session.vocabulary)(
+        stops, session.vocabulary.banned, session.vocabulary.decode
+    )
+    stopping = type(session)(**{**vars(session), "vocabulary": vocabulary})
+    plain, first = generate(stopping, batch, group_size=8, chunk_tokens=16)
+    compact, second = generate(stopping, batch, group_size=8, chunk_tokens=2, compact=True)
+    assert_same(plain, compact)
+    lengths = [len(row.tokens) for row in plain.values()]
+    assert min(lengths) < max(lengths)
+    assert second.stats.slot_utilization > first.stats.slot_utilization
+    assert second.stats.live_steps == first.stats.live_steps == sum(lengths)
+
+
+def test_another_step_samples_other_tokens(session):
+    batch = small_batch(session, 2)
+    one, _ = generate(session, batch, step=1)
+    two, _ = generate(session, batch, step=2)
+    assert any(not np.array_equal(row.tokens, two[key].tokens) for key, row in one.items())
+
+
+def test_stop_string_cuts_at_the_token_that_completes_it(session):
+    batch = small_batch(session, 2)
+    rows, _ = generate(session, batch)
+    text = session.vocabulary.decode(rows[0, 0].tokens.tolist())
+    stop = text[4:7]
+    cut, _ = generate(session, batch, stop_strings=(stop,))
+    short = session.vocabulary.decode(cut[0, 0].tokens.tolist())
+    assert stop in short
+    assert stop not in session.vocabulary.decode(cut[0, 0].tokens[:-1].tolist())
+    assert not cut[0, 0].is_truncated
+    np.testing.assert_array_equal(cut[0, 0].tokens, rows[0, 0].tokens[: len(cut[0, 0].tokens)])
+
+
+def test_first_token_may_be_the_stop(session):
+    everything = np.flatnonzero(~session.vocabulary.banned).astype(np.int32)
+    vocabulary = type(session.vocabulary)(
+        everything, session.vocabulary.banned, session.vocabulary.decode
+    )
+    stopping = type(session)(**{**vars(session), "vocabulary": vocabulary})
+    rows, engine = generate(stopping, small_batch(session, 2))
+    assert {len(row.tokens) for row in rows.values()} == {1}
+    assert engine.stats.decode_steps == 1
+
+
+@pytest.mark.parametrize(("count", "expected"), [(100, 100), (76, 100), (75, 75), (50, 57), (1, 3)])
+def test_bucket_sizes_shrink_by_quarters(count, expected):
+    assert bucket_size(count, 100) == expected

@@ -1,0 +1,225 @@
+"""The shared-prefix tree against N plain sequences; invariance to the micro-batch split."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from speciarl_jax import batching, step, update
+from speciarl_jax.optim import init_optimizer, make_optimizer
+from speciarl_jax.types import Rollout
+from tests.tiny_policy import full_logits, jolt, open_small_session, small_batch, states
+
+GROUP = 3
+
+
+@pytest.fixture(scope="module")
+def session():
+    return jolt(open_small_session(), scale=0.15)
+
+
+def random_groups(session, num_prompts, seed=0):
+    rng = np.random.default_rng(seed)
+    allowed = np.flatnonzero(~session.vocabulary.banned)
+    groups = []
+    for p in range(num_prompts):
+        group = []
+        for g in range(GROUP):
+            tokens = rng.choice(allowed, rng.integers(1, 17)).astype(np.int32)
+            logprobs = -rng.random(len(tokens)).astype(np.float32) - 3
+            group.append(Rollout(f"p{p}", "d", "t", g, tokens, logprobs, "", None, False))
+        groups.append(group)
+    return groups
+
+
+def make_batch(session, num_prompts=4, seed=0):
+    rng = np.random.default_rng(seed)
+    batch = small_batch(session, num_prompts)
+    groups = random_groups(session, num_prompts, seed)
+    arrays = batching.group_arrays(groups, 16)
+    is_token = np.arange(arrays.tokens.shape[2]) < arrays.lengths[..., None]
+    weights = np.where(is_token, rng.random(is_token.shape), 0).astype(np.float32)
+    advantages = rng.normal(size=arrays.lengths.shape)
+    embeds = session.encode(states(session), batch)
+    train = batching.make_train_batch(
+        batch, arrays, weights, advantages, embeds, session.arch.vision.merge_unit
+    )
+    old = arrays.rollout_logprobs
+    return batch, arrays, dataclasses.replace(train, old_logprobs=old, ref_logprobs=old - 0.1)
+
+
+def settings(**changes):
+    return update.LossConfig(kl_coef=0.05, entropy_coef=0.01, temperature=0.8, **changes)
+
+
+def test_tree_logprobs_equal_plain_sequences(session):
+    batch, arrays, train = make_batch(session)
+    config = settings(logprob_chunk_tokens=7)
+    policy = nnx.merge(session.parts.graphdef, *states(session))
+    hidden = update.tree_hidden(policy, train, config)
+    logprobs, entropy = update.token_logprobs(
+        policy.text, hidden, train.completions, session.vocabulary.banned, config
+    )
+    for p in range(4):
+        for g in range(GROUP):
+            length = arrays.lengths[p, g]
+            tokens = arrays.tokens[p, g, :length]
+            start = int(batch.prompt_lengths[p]) - 1
+            logits = full_logits(session, batch, p, tokens)[start : start + length]
+            logits = np.where(session.vocabulary.banned, -np.inf, logits / 0.8)
+            plain = np.asarray(jax.nn.log_softmax(logits.astype(np.float64), axis=-1))
+            np.testing.assert_allclose(
+                logprobs[p, g, :length], plain[np.arange(length), tokens], atol=3e-5
+            )
+            finite = np.where(np.isfinite(plain), plain, 0.0)
+            np.testing.assert_allclose(
+                entropy[p, g, :length], -(np.exp(plain) * finite).sum(-1), atol=3e-5
+            )
+
+
+def test_tree_gradient_equals_plain_sequences(session):
+    """Gradient of sum(w * logprob) through the tree and through G separate full sequences."""
+    batch, arrays, train = make_batch(session, num_prompts=2)
+    config = settings()
+    banned = session.vocabulary.banned
+    frozen = session.parts.frozen
+    embeds = session.encode(states(session), batch)
+
+    def tree(trainable):
+        policy = nnx.merge(session.parts.graphdef, trainable, frozen)
+        hidden = update.tree_hidden(policy, train, config)
+        logprobs = update.token_logprobs(policy.text, hidden, train.completions, banned, config)[0]
+        return jnp.sum(train.weights * logprobs)
+
+    def plain(trainable):
+        policy = nnx.merge(session.parts.graphdef, trainable, frozen)
+        total = 0.0
+        for p in range(2):
+            length = int(batch.prompt_lengths[p])
+            for g in range(GROUP):
+                count = int(arrays.lengths[p, g])
+                completion = arrays.tokens[p, g, :count]
+                tokens = np.concatenate([batch.tokens[p, :length], completion])
+                start = length + int(batch.position_deltas[p])
+                own = np.broadcast_to(start + np.arange(count), (3, count))
+                positions = np.concatenate([batch.positions[p, :, :length], own], axis=1)
+                rows = np.concatenate([batch.image_rows[p, :length], np.full(count, -1)])
+                hidden = policy.hidden_states(
+                    tokens[None], positions[None], np.array([len(tokens)]), rows[None], embeds
+                )[0]
+                logits = policy.text.logits(hidden[length - 1 : length - 1 + count]) / 0.8
+                logprobs = jax.nn.log_softmax(jnp.where(banned, -1e30, logits))
+                chosen = logprobs[np.arange(count), completion]
+                total = total + jnp.sum(train.weights[p, g, :count] * chosen)
+        return total
+
+    value_tree, grad_tree = jax.value_and_grad(tree)(session.parts.trainable)
+    value_plain, grad_plain = jax.value_and_grad(plain)(session.parts.trainable)
+    np.testing.assert_allclose(value_tree, value_plain, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(grad_tree), jax.tree.leaves(grad_plain), strict=True):
+        scale = np.abs(b).max()
+        assert scale > 0
+        np.testing.assert_allclose(a, b, atol=1e-5 * scale)
+
+
+def run_update(session, train, micro, config):
+    optimizer = make_optimizer(session.config.optim, 10)
+    trainable = jax.tree.map(jnp.copy, session.parts.trainable)
+    optim = init_optimizer(optimizer, trainable)
+    cut = batching.micro_batches(train, slice(None), micro)
+    return update.update_step(
+        session.parts.graphdef,
+        trainable,
+        session.parts.frozen,
+        optim,
+        cut,
+        session.vocabulary.banned,
+        optimizer,
+        config,
+    )
+
+
+@pytest.mark.parametrize("objective", ["policy", "gspo", "sft"])
+def test_micro_batches_change_nothing(session, objective):
+    _, _, train = make_batch(session)
+    config = settings(objective=objective)
+    whole = run_update(session, train, 4, config)
+    split = run_update(session, train, 1, config)
+    np.testing.assert_allclose(whole[2]["loss"], split[2]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(whole[2]["grad_norm"], split[2]["grad_norm"], rtol=1e-5)
+    assert whole[2].keys() == split[2].keys()
+    assert float(whole[2]["grad_norm"]) > 0
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(session, remat):
+    _, _, train = make_batch(session)
+    plain = run_update(session, train, 2, settings())
+    again = run_update(session, train, 2, settings(remat=remat))
+    np.testing.assert_allclose(plain[2]["grad_norm"], again[2]["grad_norm"], rtol=1e-5)
+
+
+def test_masked_rollouts_leave_no_trace(session):
+    """Tokens of weight 0 may be anything: the loss and the gradient stay the same."""
+    _, arrays, train = make_batch(session)
+    dead = np.zeros(arrays.lengths.shape, bool)
+    dead[1, 2] = dead[3] = True
+    weights = np.where(dead[..., None], 0, train.weights)
+    first = dataclasses.replace(train, weights=weights)
+    other_tokens = np.where(dead[..., None], 11, train.completions)
+    wild = np.where(dead, 1e6, train.advantages).astype(np.float32)
+    second = dataclasses.replace(first, completions=other_tokens, advantages=wild)
+    a = run_update(session, first, 2, settings())
+    b = run_update(session, second, 2, settings())
+    np.testing.assert_allclose(a[2]["loss"], b[2]["loss"], rtol=1e-6)
+    np.testing.assert_allclose(a[2]["grad_norm"], b[2]["grad_norm"], rtol=1e-6)
+
+
+def test_non_finite_gradient_skips_the_update(session):
+    _, _, train = make_batch(session)
+    bad = dataclasses.replace(train, weights=train.weights * np.float32(np.nan))
+    bad = dataclasses.replace(bad, weights=np.where(train.weights > 0, np.inf, 0).astype("f4"))
+    trainable, optim, stats = run_update(session, bad, 4, settings())
+    assert not np.isfinite(stats["grad_norm"])
+    assert int(optim.num_skipped_in_row) == 1
+    assert int(optim.num_updates) == 0
+    for a, b in zip(
+        jax.tree.leaves(trainable), jax.tree.leaves(session.parts.trainable), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_loss_value_against_numpy(session):
+    """The whole device loss against float64 numpy on the same log-probs, negative A included."""
+    _, arrays, train = make_batch(session)
+    config = settings()
+    policy = nnx.merge(session.parts.graphdef, *states(session))
+    hidden = update.tree_hidden(policy, train, config)
+    logprobs, entropy = (
+        np.asarray(x, np.float64)
+        for x in update.token_logprobs(
+            policy.text, hidden, train.completions, session.vocabulary.banned, config
+        )
+    )
+    total = 0.0
+    for p, g, c in np.ndindex(*arrays.tokens.shape):
+        if c >= arrays.lengths[p, g]:
+            continue
+        advantage = float(train.advantages[p, g])
+        rho = np.exp(np.clip(logprobs[p, g, c] - train.old_logprobs[p, g, c], -20, 20))
+        value = max(-advantage * rho, -advantage * np.clip(rho, 0.8, 1.2))
+        if advantage < 0:
+            value = min(-advantage * 3.0, value)
+        gap = np.clip(train.ref_logprobs[p, g, c] - logprobs[p, g, c], -20, 20)
+        value += 0.05 * np.clip(np.exp(gap) - gap - 1, -10, 10)
+        total += train.weights[p, g, c] * (value - 0.01 * entropy[p, g, c])
+    loss, _ = update.batch_loss(policy, train, session.vocabulary.banned, config)
+    np.testing.assert_allclose(loss, total, rtol=1e-5)
+
+
+def test_mini_batches_cover_the_step():
+    config = open_small_session(train__prompts_per_update=2).config
+    assert step.mini_batches(config) == [slice(0, 2), slice(2, 4)]
