@@ -38,7 +38,7 @@ def get_config(arg=None):
     config.rollout.max_completion_tokens = 48
     config.rollout.chunk_tokens = 12
     config.rollout.compact = False
-    config.algo.name = values["algo"]
+    set_algorithm(config, values["algo"])
     config.algo.reward = values["reward"]
     config.algo.bar_support = float(values["support"])
     config.optim.learning_rate = 3e-4
@@ -52,3 +52,17 @@ def get_config(arg=None):
     config.eval.max_completion_tokens = 48
     config.eval.best_of = 10
     return config
+
+
+def set_algorithm(config, name):
+    """GRPO, Dr.GRPO or DAPO with the paper's numbers, the overlong buffer scaled to this length."""
+    algo = config.algo
+    algo.name = name
+    if name == "dr_grpo":
+        algo.norm_by_std = False
+        algo.kl_coef = 0.0
+        algo.aggregation = "seq-mean-token-sum-norm"
+    elif name == "dapo":
+        algo.kl_coef = 0.0
+        algo.clip_eps_high, algo.clip_dual = 0.28, 10.0
+        algo.overlong_buffer_tokens = 12

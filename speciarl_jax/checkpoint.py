@@ -59,7 +59,12 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState) -> None:
-        """Writes a checkpoint; it is complete on disk when this returns."""
+        """Writes a checkpoint; it is complete on disk when this returns.
+
+        One of the same step can only be damaged (`restore` skipped it), so it is replaced.
+        """
+        if state.step in self.steps():
+            self._manager.delete(state.step)
         self._manager.save(
             state.step,
             args=ocp.args.Composite(

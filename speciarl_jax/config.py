@@ -91,7 +91,6 @@ class RolloutConfig:
     repetition_penalty: float = 1.0
     stop_strings: tuple[str, ...] = ()  # e.g. ("</answer>",)
     chunk_tokens: int = 32  # decode steps between two looks at which rollouts have finished
-    prompts_per_wave: int = 0  # prompts decoded together; 0: all of the batch
     compact: bool = True  # drop finished rows from the decode batch between chunks
 
 
@@ -118,8 +117,8 @@ class AlgoConfig:
     overlong_buffer_tokens: int = 0  # DAPO: linear penalty over the last tokens; 0 disables
     dynamic_sampling: bool = False  # DAPO: drop groups without spread, sample more
     max_generation_batches: int = 10
-    old_logprobs: str = "recompute"  # or "rollout" with truncated importance sampling
-    importance_cap: float = 2.0
+    old_logprobs: str = "recompute"  # or "rollout": the sampler's own log-probs
+    importance_cap: float = 0.0  # truncated importance sampling, sampler to trainer; 0 is off
 
 
 @dataclasses.dataclass
@@ -209,6 +208,7 @@ class Config:
         _check_model(self)
         _check_algo(self)
         _check_train(self)
+        _check_built(self)
         self.judge.validate()
         if not self.eval.use_train_judge:
             self.eval.judge.validate()
@@ -282,9 +282,26 @@ def _check_train(config: Config) -> None:
         rollout.temperature > 0,
         f"rollout.temperature={rollout.temperature}: training samples; set it above 0",
     )
+    _require(
+        0 < rollout.chunk_tokens, f"rollout.chunk_tokens={rollout.chunk_tokens}: set it above 0"
+    )
     _check_choice(
         "eval.format_failures", config.eval.format_failures, ("wrong", "separate", "drop")
     )
+
+
+def _check_built(config: Config) -> None:
+    """Refuses settings whose room is specified (docs/design.md) but not built yet."""
+    mesh = config.mesh
+    missing = {
+        f"train.async_steps={config.train.async_steps}": config.train.async_steps != 0,
+        "algo.dynamic_sampling=true": config.algo.dynamic_sampling,
+        f"mesh {mesh.data}x{mesh.fsdp}x{mesh.tensor}": (
+            mesh.data not in (-1, 1) or mesh.fsdp != 1 or mesh.tensor != 1
+        ),
+    }
+    for what, is_asked in missing.items():
+        _require(not is_asked, f"{what}: not implemented yet; leave it at its default")
 
 
 def parse_recipe_arg(arg: str | None, allowed: dict[str, str]) -> dict[str, str]:

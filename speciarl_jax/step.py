@@ -23,6 +23,7 @@ from speciarl_jax import advantage, batching, reward, weights
 from speciarl_jax.checkpoint import TrainState
 from speciarl_jax.config import Config
 from speciarl_jax.judge.runner import JudgeThread
+from speciarl_jax.loss import importance_weights
 from speciarl_jax.metrics import category_metrics
 from speciarl_jax.rollout.groups import Pending, await_verdicts, collect_groups
 from speciarl_jax.rollout.sampling import Sampling
@@ -252,7 +253,8 @@ def reference_logprobs(
 ) -> References:
     """Starts the forward passes that need no labels, while the judge is still at work."""
     config, parts = session.config, session.parts
-    needs_old = len(mini_batches(config)) > 1 and config.algo.old_logprobs == "recompute"
+    has_several = len(mini_batches(config)) > 1 and config.algo.old_logprobs == "recompute"
+    needs_old = has_several or config.algo.importance_cap > 0
     if not needs_old and not config.algo.kl_coef:
         return References(None, None)
     whole = update_batch(session, batch, arrays, None, image_embeds)
@@ -287,7 +289,12 @@ def update_policy(
     config = session.config
     whole = update_batch(session, batch, arrays, scores, image_embeds)
     whole = dataclasses.replace(whole, ref_logprobs=references.ref, old_logprobs=references.old)
-    if config.algo.old_logprobs == "rollout" and len(mini_batches(config)) > 1:
+    if config.algo.importance_cap:
+        corrected = importance_weights(
+            references.old, arrays.rollout_logprobs, config.algo.importance_cap
+        )
+        whole = dataclasses.replace(whole, importance=corrected)
+    if config.algo.old_logprobs == "rollout":
         whole = dataclasses.replace(whole, old_logprobs=arrays.rollout_logprobs)
     state, stats, logprobs = apply_updates(session, optimizer, state, whole)
     first = mini_batches(config)[0]

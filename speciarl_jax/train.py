@@ -92,7 +92,21 @@ def main(
         judge = stack.enter_context(open_judge(config.judge, workdir, state.step))
         writer = MetricsWriter(workdir, state.step)
         stack.callback(writer.close)
-        run = Run(config, workdir, console, session, judge, optimizer, loader, checkpoints, writer)
+        eval_judge = judge
+        if not config.eval.use_train_judge:
+            eval_judge = stack.enter_context(open_judge(config.eval.judge, workdir, state.step))
+        run = Run(
+            config,
+            workdir,
+            console,
+            session,
+            judge,
+            eval_judge,
+            optimizer,
+            loader,
+            checkpoints,
+            writer,
+        )
         base = score(run, state, "base") if config.eval.score_base else None
         if config.eval.best_of:
             score(run, initial_like(state, session), "best_of", samples=config.eval.best_of)
@@ -111,6 +125,7 @@ class Run:
     console: Console
     session: Session
     judge: JudgeThread
+    eval_judge: JudgeThread
     optimizer: optax.GradientTransformation
     loader: PromptLoader
     checkpoints: Checkpoints
@@ -226,7 +241,7 @@ def score(run: Run, state: TrainState, name: str, samples: int = 0) -> dict[str,
     metrics = evaluate(
         run.session,
         (state.trainable, run.session.parts.frozen),
-        run.judge,
+        run.eval_judge,
         run.workdir / "eval" / name,
         samples=samples or settings.samples,
         sampling=sampling,

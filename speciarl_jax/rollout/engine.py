@@ -54,7 +54,7 @@ class FinishedRow:
 
 @dataclasses.dataclass
 class RolloutStats:
-    """Work done and wasted, in slot-steps (one row decoded for one token)."""
+    """Work done and wasted by one `generate`, in slot-steps (one row decoded for one token)."""
 
     slot_steps: int = 0
     live_steps: int = 0
@@ -176,6 +176,7 @@ class RolloutEngine:
             seed: run seed.
             step: training step, folded into the randomness.
         """
+        self.stats = RolloutStats()
         cache = _prefill(
             self.graphdef,
             states,

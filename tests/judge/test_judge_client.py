@@ -112,7 +112,7 @@ def test_every_kind_of_fault_and_no_label_lost_or_invented(
             serve(number_judge, faults=plan) as url,
             JudgeClient(fast_config(url, **config)) as judge,
         ):
-            pairs = pairs_of(150)
+            pairs = pairs_of(100)
             return pairs, await judge.label(pairs), judge.stats()
 
     pairs, outcomes, stats = asyncio.run(run())
@@ -120,7 +120,7 @@ def test_every_kind_of_fault_and_no_label_lost_or_invented(
     assert stats["judge/failed"] == 0
     for kind in ("timeout", "rate_limited", "server"):
         assert stats[f"judge/error_{kind}"] > 0
-    assert stats["judge/requests"] > 250
+    assert stats["judge/requests"] > 170
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_outage_pauses_and_resumes_without_a_failure(
             port = int(url.rsplit(":", 1)[1].split("/")[0])
             config = fast_config(url, concurrency=concurrency, max_retries=2, timeout_s=2.0)
             judge = await JudgeClient(config).__aenter__()
-            pairs = pairs_of(10 * concurrency + 20)
+            pairs = pairs_of(5 * concurrency + 20)
             task = asyncio.create_task(judge.label(pairs))
             await asyncio.sleep(0.08)
         await asyncio.sleep(0.8)
         assert not task.done()
         async with serve(number_judge, port=port):
-            outcomes = await asyncio.wait_for(task, 10)
+            outcomes = await asyncio.wait_for(task, 60)
             stats = judge.stats()
             await judge.__aexit__(None, None, None)
         return pairs, outcomes, stats

@@ -30,7 +30,7 @@ def call(url, body=None):
             return error.code, json.loads(error.read())
 
 
-def is_gone(pid, deadline_s=6.0):
+def is_gone(pid, deadline_s=20.0):
     until = time.monotonic() + deadline_s
     while time.monotonic() < until:
         try:
@@ -71,7 +71,7 @@ def test_judge_thread_with_the_embedded_judge(tree_path):
             judge.submit([Pair("scarlet finch", answer)], step=1)
             for answer in ("finch", "golden finch", "I don't know", "songbird")
         ]
-        found = [future.result(timeout=20)[0].category for future in futures]
+        found = [future.result(timeout=60)[0].category for future in futures]
         assert found == [Category.LESS_SPECIFIC, Category.WRONG, Category.ABSTAIN, Category.GENERIC]
         assert judge.label([Pair("scarlet finch", "a finch")]) == [
             Verdict(Category.LESS_SPECIFIC, "taxonomy")
@@ -162,7 +162,7 @@ def test_killed_and_restarted_server_pauses_the_client(tree_path, fast_config):
         assert not future.done()
         server.stop()
         with LocalJudgeServer(tree_path, port=port):
-            outcomes = future.result(timeout=20)
+            outcomes = future.result(timeout=60)
         assert {outcome.category for outcome in outcomes} == {Category.WRONG}
         assert judge.stats()["judge/failed"] == 0
         assert judge.stats()["judge/pause_s"] > 0.3

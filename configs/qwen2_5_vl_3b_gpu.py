@@ -1,0 +1,36 @@
+"""Qwen2.5-VL-3B on one GPU of 80 GB: a first real run on CUB with a small batch.
+
+    speciarl train --config=configs/qwen2_5_vl_3b_gpu.py --workdir=DIR \
+        --config.judge.endpoints="('http://HOST:8000/v1',)"
+
+NOT YET RUN. Same code as `cpu_smoke.py`, larger numbers; see `qwen2_5_vl_7b_cub.py` for the paper's.
+"""
+
+from speciarl_jax import config as schema
+
+
+def get_config(arg=None):
+    """The recipe; takes no argument."""
+    schema.parse_recipe_arg(arg, {})
+    config = schema.Config(name="qwen2_5_vl_3b_gpu")
+    config.model.path = "Qwen/Qwen2.5-VL-3B-Instruct"
+    config.model.param_dtype = config.model.compute_dtype = "bfloat16"
+    config.model.remat = "full"
+    config.data.source = "cub"
+    config.data.num_train = 1024
+    config.data.eval_sources = ("cub",)
+    config.data.in_domain = ("cub",)
+    config.data.max_pixels = 448 * 448
+    config.judge.kind = "endpoint"
+    config.judge.model = "Qwen/Qwen3-30B-A3B-Instruct-2507-FP8"
+    config.judge.endpoints = ("http://127.0.0.1:8000/v1",)
+    config.rollout.group_size = 8
+    config.rollout.max_completion_tokens = 512
+    config.rollout.chunk_tokens = 64
+    config.train.num_steps = 100
+    config.train.prompts_per_step = 32
+    config.train.prompts_per_update = 32
+    config.train.prompts_per_micro_batch = 1
+    config.train.mismatch_gate = 0.05
+    config.eval.max_completion_tokens = 512
+    return config
