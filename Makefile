@@ -9,7 +9,7 @@ RUN = runs/$(subst =,-,$(subst $(comma),_,$(subst :,_,$(basename $(notdir $(firs
 comma := ,
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill tiny
+.PHONY: setup setup-dev smoke test test-all check fmt bench evidence drill tiny
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -45,14 +45,10 @@ fmt: setup-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: bench-rollout bench-update
+bench: setup-dev
+	$(BIN)/python tests/benchmarks/bench_attention.py
 	$(BIN)/python tests/benchmarks/bench_data.py
-
-bench-rollout: setup-dev
-	$(BIN)/python tests/benchmarks/bench_rollout.py
-
-bench-update: setup-dev
-	$(BIN)/python tests/benchmarks/bench_update.py
+	$(BIN)/python tests/benchmarks/bench_depth.py
 
 # Long: learning runs behind docs/results.md (about two hours on two cores).
 evidence: setup

@@ -53,10 +53,8 @@ setup(
             "data/builders/*.txt",
             "judge/prompts/*",
             "judge/data/*",
-            "report/*.html",
-            "report/*.css",
-            "report/*.js",
-            "tiny/*",
+            "tiny_policy/*",
+            "report/static/*",
         ]
     },
     install_requires=BASE,

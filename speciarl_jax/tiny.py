@@ -1,7 +1,7 @@
 """The small policy: real Qwen2.5-VL architecture, its own tokenizer, under 2 M parameters.
 
 `make_tiny_dir` writes a Hugging Face directory with random weights; the recipe
-``configs/tiny_sft.py`` warms it up (``make tiny``). The result ships in ``speciarl_jax/tiny/``.
+``configs/tiny_sft.py`` warms it up (``make tiny``). The result ships in ``speciarl_jax/tiny_policy/``.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def shipped_tiny_dir() -> pathlib.Path:
     Raises:
         ValueError: this installation lacks it.
     """
-    path = pathlib.Path(__file__).parent / "tiny"
+    path = pathlib.Path(__file__).parent / "tiny_policy"
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: the small policy is missing; run `make tiny` to make it again")
     return path

@@ -134,8 +134,8 @@ def test_keyboard_alone(opened: Any) -> None:
     _keys(opened, Keys.ARROW_RIGHT)
     assert opened.find_element("css selector", "#detail h3").text != first
     _keys(opened, Keys.ESCAPE)
-    assert not opened.execute_script("return document.getElementById('dialog').open")
-    assert opened.switch_to.active_element.get_attribute("aria-posinset") == "2"
+    _wait(opened, "!document.getElementById('dialog').open")
+    _wait(opened, "document.activeElement.getAttribute('aria-posinset') === '2'")
 
 
 def test_open_an_answer(opened: Any) -> None:

@@ -55,6 +55,11 @@ def call(*argv: str) -> int:
     return args.handler(args)
 
 
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
 def inflate(text: str) -> dict:
     return json.loads(zlib.decompress(base64.b64decode(text)))
 
@@ -145,8 +150,8 @@ def test_gallery_holds_every_row(run: Path) -> None:
 def test_gallery_keeps_its_budget(run: Path) -> None:
     loaded = load_run(run)
     gallery = build_gallery([loaded], 20_000, 150_000)
-    size = len(gallery.index) + len(gallery.completions) + len(gallery.images)
-    assert size <= 150_000
+    used = len(gallery.index) + len(gallery.completions) + len(gallery.images)
+    assert used <= 150_000
     assert any("Thumbnails are" in note for note in gallery.notes)
     few = build_gallery([loaded], 1_600, BUDGET)
     assert few.shown <= 1_600
@@ -181,7 +186,7 @@ def test_thumbnails(tmp_path: Path) -> None:
     hostile_id = "../../etc/" + "é/" * 300
     name = thumbnails.save_thumbnail(tmp_path, hostile_id, out.getvalue())
     assert (tmp_path / name).parent == tmp_path / "thumbnails"
-    assert Image.open(tmp_path / name).size == (128, 32)
+    assert size(tmp_path / name) == (128, 32)
     assert thumbnails.save_thumbnail(tmp_path, hostile_id, b"never read") == name
     assert thumbnails.save_thumbnail(tmp_path, "bad", b"no image") == ""
     bomb = io.BytesIO()
@@ -319,7 +324,7 @@ def test_plots(run: Path, tmp_path: Path) -> None:
     assert [f.name for f in files] == [
         "reward.png", "metrics.png", "categories.png", "policy.png", "training.png",
     ]  # fmt: skip
-    assert all(Image.open(f).width > 600 for f in files)
+    assert all(size(f)[0] > 600 for f in files)
     (tmp_path / "one.jsonl").write_text('{"step": 1, "category/wrong_frac": 0.0}\n')
     assert plot_training(tmp_path / "one.jsonl", tmp_path / "b")
 
