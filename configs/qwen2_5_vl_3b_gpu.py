@@ -3,7 +3,8 @@
     speciarl train --config=configs/qwen2_5_vl_3b_gpu.py --workdir=DIR \
         --config.judge.endpoints="('http://HOST:8000/v1',)"
 
-NOT YET RUN. Same code as `cpu_smoke.py`, larger numbers; see `qwen2_5_vl_7b_cub.py` for the paper's.
+NOT YET RUN. Same code as `cpu_smoke.py`, larger numbers.
+See `qwen2_5_vl_7b_cub.py` for the paper's.
 """
 
 from speciarl_jax import config as schema

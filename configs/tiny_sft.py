@@ -1,8 +1,12 @@
-"""Warms up the small policy on the field guide: what `make tiny` runs.
+r"""Warms up the small policy on the field guide: what `make tiny` runs.
 
-    speciarl tiny init DIR && speciarl train --config=configs/tiny_sft.py --workdir=RUN
+    speciarl tiny init runs/tiny/init
+    speciarl train --config=configs/tiny_sft.py --workdir=runs/tiny/sft
+    speciarl tiny ship runs/tiny/sft --out=runs/tiny/first
+    speciarl train --config=configs/tiny_sft.py:model=runs/tiny/first,steps=800,lr=1e-3,pictures=8 \
+        --workdir=runs/tiny/sft2
 
-Hardware: 2 CPU cores, about 25 minutes. Every weight is trained, the vision tower included.
+Hardware: 2 CPU cores, about 35 minutes. Every weight is trained, the vision tower included.
 Expected: species accuracy on easy images, asked for the exact name, above .9 in each domain.
 The objective `sft` with `sft_target="answer"` and an adapter is the paper's SFT baseline.
 """
@@ -11,19 +15,20 @@ from speciarl_jax import config as schema
 
 DOMAINS = ("birds", "flowers", "aircraft", "dogs")
 IMAGES_PER_DOMAIN = 6000
-WARMUP_SEED = 7  # pictures that neither training nor testing will see
+# The pictures' seeds (7, then 8) are used for nothing else: neither training nor testing sees them.
+DEFAULTS = {"model": "runs/tiny/init", "steps": "1800", "lr": "2e-3", "pictures": "7"}
 
 
 def get_config(arg=None):
     """The recipe; `model` is the directory with random weights."""
-    values = schema.parse_recipe_arg(arg, {"model": "runs/tiny/init", "steps": "1800"})
+    values = schema.parse_recipe_arg(arg, DEFAULTS)
     config = schema.Config(name="tiny_sft")
     config.model.path = values["model"]
     config.model.train_base = True
     config.model.train_vision = True
     config.model.remat = "full"
     config.data.source = " + ".join(
-        f"field_guide_{domain}:train={IMAGES_PER_DOMAIN},test=0,seed={WARMUP_SEED}"
+        f"field_guide_{domain}:train={IMAGES_PER_DOMAIN},test=0,seed={values['pictures']}"
         for domain in DOMAINS
     )
     # Four of five questions are plain and answered cautiously; one asks for the exact name.
@@ -37,7 +42,7 @@ def get_config(arg=None):
     config.algo.name = "sft"
     config.algo.kl_coef = 0.0
     config.algo.aggregation = "token-mean"
-    config.optim.learning_rate = 2e-3
+    config.optim.learning_rate = float(values["lr"])
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 200
     config.optim.beta2 = 0.98

@@ -1,1 +1,1 @@
-"""SpeciaRL in JAX: train a vision-language model to be as specific as it can without being wrong."""
+"""SpeciaRL in JAX: vision-language models, as specific as they can be without being wrong."""

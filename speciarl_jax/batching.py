@@ -73,9 +73,7 @@ def make_train_batch(
     per_prompt = len(vision.patches) // num_prompts
     if image_embeds is None:
         if per_prompt != 1:
-            raise ValueError(
-                f"{per_prompt} images per prompt: model.train_vision works with one; set it to false"
-            )
+            raise ValueError(f"{per_prompt} images per prompt: set model.train_vision=false")
         images = (vision.patches, vision.positions, vision.mask)
     else:
         images = image_embeds.reshape(num_prompts, -1, image_embeds.shape[-1])

@@ -61,10 +61,10 @@ def _exit_code(error: BaseException) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    import speciarl_jax.convert.commands
-    import speciarl_jax.data.commands
-    import speciarl_jax.judge.commands
-    import speciarl_jax.report.commands
+    from speciarl_jax.convert import commands as convert_commands
+    from speciarl_jax.data import commands as data_commands
+    from speciarl_jax.judge import commands as judge_commands
+    from speciarl_jax.report import commands as report_commands
 
     parser = argparse.ArgumentParser(
         prog="speciarl",
@@ -76,9 +76,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_eval(verbs)
     _add_sample(verbs)
     _add_tiny(verbs)
-    for room in ("data", "judge", "report"):
-        sys.modules[f"speciarl_jax.{room}.commands"].register(verbs)
-    sys.modules["speciarl_jax.convert.commands"].register(verbs, _load_run)
+    for room in (data_commands, judge_commands, report_commands):
+        room.register(verbs)
+    convert_commands.register(verbs, _load_run)
     return parser
 
 

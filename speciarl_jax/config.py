@@ -283,7 +283,7 @@ def _check_train(config: Config) -> None:
         f"rollout.temperature={rollout.temperature}: training samples; set it above 0",
     )
     _require(
-        0 < rollout.chunk_tokens, f"rollout.chunk_tokens={rollout.chunk_tokens}: set it above 0"
+        rollout.chunk_tokens > 0, f"rollout.chunk_tokens={rollout.chunk_tokens}: set it above 0"
     )
     _check_choice(
         "eval.format_failures", config.eval.format_failures, ("wrong", "separate", "drop")

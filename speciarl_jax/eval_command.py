@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 
-
 from speciarl_jax.config import Config
 from speciarl_jax.evaluate import evaluate, retry_failed, write_scores
 from speciarl_jax.export_run import restore_parts
@@ -110,5 +109,3 @@ def _score_checkpoint(
         sampling=sampling,
         image_root=workdir,
     )
-
-

@@ -1,4 +1,4 @@
-"""The optimiser: clipped AdamW over the trainable state, with skipped non-finite updates counted."""
+"""The optimiser: clipped AdamW over the trainable state; non-finite updates skipped and counted."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def learning_rate_schedule(config: OptimConfig, num_updates: int) -> optax.Sched
         "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
     }
     if config.schedule not in shapes:
-        raise ValueError(
-            f"optim.schedule={config.schedule!r}: expected one of {', '.join(shapes)}"
-        )
+        raise ValueError(f"optim.schedule={config.schedule!r}: expected one of {', '.join(shapes)}")
     body = shapes[config.schedule]()
     if not warmup:
         return body
@@ -72,7 +70,9 @@ def make_optimizer(config: OptimConfig, num_updates: int) -> optax.GradientTrans
 def init_optimizer(optimizer: optax.GradientTransformation, trainable: nnx.State) -> OptimState:
     """Fresh state, float32 moments."""
     as_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
-    return OptimState(optimizer.init(as_float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    return OptimState(
+        optimizer.init(as_float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    )
 
 
 def apply_gradients(

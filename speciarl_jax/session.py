@@ -1,4 +1,4 @@
-"""Everything that a run, an evaluation or a sampling session opens once: model, tokenizer, engine."""
+"""What a run, an evaluation or a sampling session opens once: model, tokenizer, engine."""
 
 from __future__ import annotations
 

@@ -200,9 +200,7 @@ def update_batch(
             token_weights[rows] = mini_batch_weights(config, arrays, scores.valid, rows)
     trained_images = None if config.model.train_vision else image_embeds
     unit = session.arch.vision.merge_unit
-    return batching.make_train_batch(
-        batch, arrays, token_weights, advantages, trained_images, unit
-    )
+    return batching.make_train_batch(batch, arrays, token_weights, advantages, trained_images, unit)
 
 
 def mini_batches(config: Config) -> list[slice]:
@@ -410,15 +408,18 @@ class Clock:
     """Wall time of the parts of a step."""
 
     def __init__(self) -> None:
+        """Starts now."""
         self._start = self._last = time.perf_counter()
         self._laps: Metrics = {}
 
     def lap(self, name: str) -> None:
+        """Ends the part `name`."""
         now = time.perf_counter()
         self._laps[f"time/{name}_s"] = now - self._last
         self._last = now
 
     def metrics(self, arrays: batching.GroupArrays) -> Metrics:
+        """Seconds of each part and of the step, and sampled tokens per second."""
         total = time.perf_counter() - self._start
         rate = float(arrays.lengths.sum()) / total
         return {

@@ -1,7 +1,8 @@
 """The small policy: real Qwen2.5-VL architecture, its own tokenizer, under 2 M parameters.
 
 `make_tiny_dir` writes a Hugging Face directory with random weights; the recipe
-``configs/tiny_sft.py`` warms it up (``make tiny``). The result ships in ``speciarl_jax/tiny_policy/``.
+``configs/tiny_sft.py`` warms it up (``make tiny``). The result ships in
+``speciarl_jax/tiny_policy/``.
 """
 
 from __future__ import annotations

@@ -38,11 +38,10 @@ from speciarl_jax.sft import resolve_target, run_sft_step
 from speciarl_jax.step import Groups, TrainingStopped, run_step
 from speciarl_jax.types import PromptBatch
 
-
 _JUDGE_STARTUP_S = 60.0
 
 
-class Preempted(RuntimeError):  # noqa: N818
+class Preempted(RuntimeError):
     """SIGTERM came; the run is saved and goes on with --resume. Exit code 75."""
 
 
@@ -134,12 +133,15 @@ class Run:
 
 def train_loop(run: Run, state: TrainState) -> TrainState:
     """Steps until ``train.num_steps``, saving, logging and validating on the way."""
-    config, train = run.config, run.config.train
+    train = run.config.train
     step_seconds: list[float] = []
     with stop_signal() as stop:
         while state.step < train.num_steps:
+            waited = run.loader.wait_s
             batch = next(run.loader)
+            waited = run.loader.wait_s - waited
             state, groups, row = take_step(run, state, batch)
+            row |= {"time/data_s": waited, "time/data_frac": waited / (waited + row["time/step_s"])}
             state.data = run.loader.get_state()
             step_seconds.append(row["time/step_s"])
             is_last = state.step == train.num_steps

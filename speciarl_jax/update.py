@@ -125,9 +125,7 @@ def _tree_attention(lengths: Int[Array, " P"], prompt_len: int, group: int, widt
 
     def attend_fn(q: Array, k: Array, v: Array, layer: Array, carry: None) -> Any:
         prompt = [x[:, :prompt_len] for x in (q, k, v)]
-        own = [
-            x[:, prompt_len:].reshape(x.shape[0], group, width, *x.shape[2:]) for x in (q, k, v)
-        ]
+        own = [x[:, prompt_len:].reshape(x.shape[0], group, width, *x.shape[2:]) for x in (q, k, v)]
         out_prompt = attend(*prompt, prompt_mask)
         out_own = attend_shared(*own, *prompt[1:], sees_prompt).reshape(q[:, prompt_len:].shape)
         return jnp.concatenate([out_prompt, out_own], axis=1), carry, None

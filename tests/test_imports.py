@@ -116,6 +116,10 @@ def test_importing_the_host_side_starts_no_backend(name):
         "assert bridge is None or not bridge._backends, bridge._backends\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr

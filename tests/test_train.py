@@ -1,4 +1,4 @@
-"""The real main: two steps, resume after a kill, refusals; scripted judges only outside the package."""
+"""The real main: two steps, resume after a kill, refusals."""
 
 import json
 import os
@@ -14,7 +14,14 @@ import pytest
 
 from speciarl_jax import checkpoint, metrics, train
 from speciarl_jax.judge.base import JudgeError
-from tests.tiny_policy import small_config, tiny_dir
+from tests.tiny_policy import small_config as random_config
+
+
+def small_config(**changes):
+    """The shipped policy: its answers earn different rewards, so gradients are not zero."""
+    settings = {"model__path": "tiny", "rollout__max_completion_tokens": 40}
+    return random_config(**settings, eval__max_completion_tokens=40, **changes)
+
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -40,6 +47,7 @@ def test_run_leaves_what_it_promises(finished):
         assert scores["datasets"]["field_guide_birds"]["n"] == 8
     first = rows(finished)[0]
     assert first["mismatch/logprob_max_abs"] < 1e-4
+    assert first["policy/grad_norm"] > 0
     assert sum(v for k, v in first.items() if k.startswith("category/")) == pytest.approx(1)
 
 
@@ -120,13 +128,11 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, arguments, expected):
 
 
 RECIPE = """
-from tests.tiny_policy import small_config
+from tests.test_train import small_config
 
 def get_config(arg=None):
-    config = small_config(train__num_steps={steps}, eval__score_base=False,
-                          eval__score_trained=False)
-    config.model.path = {model!r}
-    return config
+    return small_config(train__num_steps={steps}, eval__score_base=False,
+                        eval__score_trained=False)
 """
 
 
@@ -134,7 +140,7 @@ def get_config(arg=None):
 def test_kill_at_any_moment_then_resume(tmp_path):
     """kill -9 in mid-run, twice; the resumed run's metrics equal those of a run never killed."""
     recipe = tmp_path / "recipe.py"
-    recipe.write_text(RECIPE.format(steps=6, model=tiny_dir()))
+    recipe.write_text(RECIPE.format(steps=6))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_cli("train", f"--config={recipe}", f"--workdir={whole}").returncode == 0
     rng = np.random.default_rng(0)
@@ -159,7 +165,7 @@ def test_kill_at_any_moment_then_resume(tmp_path):
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_75(tmp_path):
     recipe = tmp_path / "recipe.py"
-    recipe.write_text(RECIPE.format(steps=50, model=tiny_dir()))
+    recipe.write_text(RECIPE.format(steps=50))
     workdir = tmp_path / "run"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "speciarl_jax.cli", "train", f"--config={recipe}"]

@@ -1,4 +1,4 @@
-"""The two layers that everything else is made of: a linear map with an optional adapter, RMS norm."""
+"""The layers that everything else is made of: linear with an optional adapter, norm, gated MLP."""
 
 from __future__ import annotations
 

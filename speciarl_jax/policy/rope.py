@@ -53,7 +53,9 @@ def text_angles(positions: Int[Array, "... 3 T"], arch: TextArch) -> Float[Array
     return ids * last_axis(frequencies, ids)
 
 
-def rotate(x: Float[Array, "... H A"], angles: Float[Array, "... A_half"]) -> Float[Array, "... H A"]:
+def rotate(
+    x: Float[Array, "... H A"], angles: Float[Array, "... A_half"]
+) -> Float[Array, "... H A"]:
     """Turns each pair (x[i], x[i + A/2]) by its angle, in float32, and returns x's dtype.
 
     Source: transformers apply_rotary_pos_emb and apply_rotary_pos_emb_vision. In bfloat16 the

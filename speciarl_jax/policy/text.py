@@ -42,9 +42,7 @@ class TextBlock(nnx.Module):
         self.k_proj = make(width, kv_width, True)
         self.v_proj = make(width, kv_width, True)
         self.o_proj = make(width, width, False)
-        self.mlp = GatedMLP(
-            width, arch.intermediate_size, use_bias=False, dtypes=dtypes, rngs=rngs
-        )
+        self.mlp = GatedMLP(width, arch.intermediate_size, use_bias=False, dtypes=dtypes, rngs=rngs)
         self.head_dim = arch.head_dim
 
     def __call__(
@@ -91,8 +89,8 @@ class TextModel(nnx.Module):
 
     def embed(
         self,
-        tokens: Int[Array, "..."],
-        image_rows: Int[Array, "..."] | None = None,
+        tokens: Int[Array, ...],
+        image_rows: Int[Array, ...] | None = None,
         image_embeds: Float[Array, "IM D"] | None = None,
     ) -> Float[Array, "... D"]:
         """Looks tokens up; positions with image_rows >= 0 take that row of `image_embeds`."""
@@ -135,9 +133,7 @@ class TextModel(nnx.Module):
             return (hidden, carry), result
 
         layers = (states, np.arange(self.arch.num_layers))
-        (hidden, carry), results = jax.lax.scan(
-            checkpointed(body, remat), (hidden, carry), layers
-        )
+        (hidden, carry), results = jax.lax.scan(checkpointed(body, remat), (hidden, carry), layers)
         return self.norm(hidden), carry, results
 
     def forward(

@@ -4,8 +4,8 @@ Rows are flat: row r answers prompt `row_prompt[r]`. Prompt keys and values exis
 their attention gathers the queries of a prompt's rows into [P, slots], so each prompt's cache is
 read once per step, not once per row:
 
-    queries [R, H, A] --slot_rows--> [P, slots, H, A] x prompt KV [P, S, K, A]   (peak, sum, output)
-    queries [R, H, A] -------------------------------- x own KV    [R, C, K, A]   (peak, sum, output)
+    queries [R, H, A] --slot_rows--> [P, slots, H, A] x prompt KV [P, S, K, A]  (peak, sum, output)
+    queries [R, H, A] -------------------------------- x own KV    [R, C, K, A]  (peak, sum, output)
                                                        joined in float32 by their softmax statistics
 """
 
@@ -217,10 +217,15 @@ def _forward_step(
 
     def attend_fn(q: Array, k: Array, v: Array, layer: Array, own: tuple[Array, Array]) -> Any:
         start = (layer, 0, state.step, 0, 0)
-        own_k, own_v = _write(own[0], k[None, :, None], start), _write(own[1], v[None, :, None], start)
+        own_k, own_v = (
+            _write(own[0], k[None, :, None], start),
+            _write(own[1], v[None, :, None], start),
+        )
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [R, K, rep, A]
         parts = (
-            _prompt_part(grouped, _layer(cache.k, layer), _layer(cache.v, layer), rows, prompt_mask),
+            _prompt_part(
+                grouped, _layer(cache.k, layer), _layer(cache.v, layer), rows, prompt_mask
+            ),
             _own_part(grouped, _layer(own_k, layer), _layer(own_v, layer), own_mask),
         )
         return _join(parts).astype(q.dtype).reshape(q.shape), (own_k, own_v), None

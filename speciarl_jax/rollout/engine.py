@@ -78,9 +78,7 @@ def _start(
     return decode.start_decoding(cache, rows, is_padding, num_columns)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames=("state",))
 def _decode(
     graphdef: nnx.GraphDef,
     states: tuple,
@@ -266,7 +264,9 @@ class RolloutEngine:
         self, state: decode.DecodeState, layout: _Layout, emitted: np.ndarray, is_last: bool
     ) -> tuple[list[FinishedRow], np.ndarray]:
         """Rows that are complete now and were not before, and the mask of complete rows."""
-        is_stopped, lengths = (np.asarray(x) for x in jax.device_get((state.is_done, state.lengths)))
+        is_stopped, lengths = (
+            np.asarray(x) for x in jax.device_get((state.is_done, state.lengths))
+        )
         is_done = is_stopped.copy()
         needs_text = bool(self.config.stop_strings)
         if not (needs_text or is_last or (is_done & ~emitted).any()):

@@ -17,9 +17,7 @@ Pending = list[tuple[list[Rollout], "concurrent.futures.Future[list[Outcome]]"]]
 class SubmitsPairs(Protocol):
     """The part of `judge.runner.JudgeThread` that collecting needs."""
 
-    def submit(
-        self, pairs: list[Pair], step: int = 0
-    ) -> concurrent.futures.Future[list[Outcome]]:
+    def submit(self, pairs: list[Pair], step: int = 0) -> concurrent.futures.Future[list[Outcome]]:
         """Starts labelling."""
 
 

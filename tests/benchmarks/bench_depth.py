@@ -4,7 +4,7 @@
 
 Prints one JSON object. The step is forward and backward of the mean log-likelihood of 4 x 128
 tokens with respect to a rank-8 adapter. Compile time should hardly grow with depth; step time
-should grow in proportion. Ratios are of processor time, which other work on the machine disturbs less.
+should grow in proportion. Ratios are of processor time, which other work disturbs less.
 """
 
 from __future__ import annotations
