@@ -17,6 +17,7 @@ from typing import Any
 
 import optax
 from rich.console import Console
+from rich.table import Table
 
 from speciarl_jax.checkpoint import Checkpoints, TrainState
 from speciarl_jax.config import Config
@@ -28,7 +29,8 @@ from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.judge.verdict_log import VerdictLog
 from speciarl_jax.metrics import MetricsWriter, make_console, rollout_table, step_line
 from speciarl_jax.optim import init_optimizer, make_optimizer
-from speciarl_jax.predictions import from_rollout, write_predictions
+from speciarl_jax.predictions import from_rollout, read_predictions, write_predictions
+from speciarl_jax.report.compare import compare
 from speciarl_jax.report.plots import plot_training
 from speciarl_jax.report.tables import comparison_table, format_estimate, metrics_table
 from speciarl_jax.report.thumbnails import save_thumbnail
@@ -316,7 +318,7 @@ def finish(run: Run, base: dict[str, Any] | None, trained: dict[str, Any] | None
     """Plots and the closing table."""
     plots = plot_training(run.workdir / "metrics.jsonl", run.workdir / "plots")
     if base and trained:
-        run.console.print(comparison_table(base, trained, "before and after training"))
+        run.console.print(change_table(run))
     elif trained or base:
         run.console.print(metrics_table(trained or base, "scores"))
     best_of = run.workdir / "eval" / "best_of" / "metrics.json"
@@ -324,6 +326,25 @@ def finish(run: Run, base: dict[str, Any] | None, trained: dict[str, Any] | None
         metrics = json.loads(best_of.read_text())
         report_best_of(run.console, metrics)
     run.console.print(f"{len(plots)} plots in {run.workdir / 'plots'}", markup=False)
+
+
+def change_table(run: Run) -> Table:
+    """Trained against base on the same images, differences with paired intervals."""
+    settings = run.config.eval
+    base, trained = (
+        read_predictions(run.workdir / "eval" / name / "predictions.jsonl")
+        for name in ("base", "trained")
+    )
+    found = compare(
+        base,
+        trained,
+        in_domain=run.config.data.in_domain,
+        format_failures=settings.format_failures,
+        bootstrap_samples=settings.bootstrap_samples,
+        seed=run.config.seed,
+    )
+    title = "before and after training"
+    return comparison_table(found["a"], found["b"], title, differences=found["differences"])
 
 
 def report_best_of(console: Console, metrics: dict[str, Any]) -> None:
