@@ -16,7 +16,7 @@ LEVELS = [
     {"data", "optim", "scoring", "bootstrap", "predictions", "text_metrics"},
     {"policy", "reward", "advantage", "weights", "loss"},
     {"rollout", "update", "batching", "convert", "metrics", "report", "tiny"},
-    {"session", "checkpoint"},
+    {"session", "checkpoint", "workdir"},
     {"step", "evaluate"},
     {"sft", "export_run", "sample_command"},
     {"train"},

@@ -159,7 +159,7 @@ def load_peft(path: str | pathlib.Path, policy: Policy) -> LoraConfig:
     if not (directory / WEIGHTS_FILE).is_file():
         raise ValueError(f"{directory / WEIGHTS_FILE}: not found")
     tensors, problems = _by_module(load_file(directory / WEIGHTS_FILE))
-    stacks: dict[str, list[np.ndarray]] = {}
+    stacks: dict[str, list[list[np.ndarray]]] = {}
     for name, entries in _kernel_entries(policy).items():
         for letter in "AB":
             found = [tensors.pop((_module_key(entry), letter), None) for entry in entries]
@@ -225,7 +225,7 @@ def _stack_problems(
     return problems
 
 
-def _attach(policy: Policy, stacks: dict[str, list[np.ndarray]], scale: float) -> None:
+def _attach(policy: Policy, stacks: dict[str, list[list[np.ndarray]]], scale: float) -> None:
     for name, layer in adapted_paths(policy, ""):
         if name not in stacks:
             continue

@@ -75,7 +75,8 @@ def save_hf(
     shards = _plan_shards(entries, _DTYPES[dtype].itemsize, max_shard_bytes)
     layout = _source_layout(source)
     reader = _Reader(policy, _DTYPES[dtype], merge_adapter)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, shard in enumerate(shards, start=1):
         name = SINGLE_FILE
         if len(shards) > 1:

@@ -187,6 +187,7 @@ def _header_problems(
 ) -> list[str]:
     entry = entries.get(canonical)
     shape = tuple(header.get_shape())
+    expected: tuple[int, ...]
     if entry is None and canonical == "lm_head.weight" and arch.text.tie_word_embeddings:
         expected = (arch.text.vocab_size, arch.text.hidden_size)
     elif entry is None:
