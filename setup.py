@@ -15,6 +15,7 @@ BASE = [
     "orbax-checkpoint>=0.12,<0.13",
     "transformers>=5,<6",
     "tokenizers>=0.22",
+    "jinja2>=3.1",  # chat templates
     "tensorflow-datasets>=4.9.9,<5",
     "array-record>=0.8",
     "grain>=0.2.15,<0.3",
