@@ -50,6 +50,7 @@ def get_config(arg=None):
     config.train.logprob_chunk_tokens = 4096
     config.train.save_every = 20
     config.train.table_every = 20
+    config.train.eval_every = 15
     config.eval.max_completion_tokens = 48
     config.eval.best_of = 10
     return config

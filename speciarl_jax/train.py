@@ -92,7 +92,7 @@ def main(
         stack.callback(loader.close)
         stack.callback(checkpoints.close)
         judge = stack.enter_context(open_judge(config.judge, workdir, state.step))
-        writer = MetricsWriter(workdir, state.step)
+        writer = MetricsWriter(workdir, state.step or -1)
         stack.callback(writer.close)
         eval_judge = judge
         if not config.eval.use_train_judge:
@@ -110,6 +110,8 @@ def main(
             writer,
         )
         base = score(run, state, "base") if config.eval.score_base else None
+        if base and config.train.eval_every and state.step == 0:
+            writer.write({"step": 0} | eval_row(base))
         if config.eval.best_of:
             score(run, initial_like(state, session), "best_of", samples=config.eval.best_of)
         state = train_loop(run, state)
@@ -148,8 +150,8 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
             state.data = run.loader.get_state()
             step_seconds.append(row["time/step_s"])
             is_last = state.step == train.num_steps
-            if train.eval_every and state.step % train.eval_every == 0 and not is_last:
-                row |= validation_metrics(run, state)
+            if train.eval_every and (is_last or state.step % train.eval_every == 0):
+                row |= validation_metrics(run, state, is_last=is_last)
             run.writer.write(row)
             report_step(run, row, groups, batch, step_seconds)
             if is_last or stop.is_set or state.step % train.save_every == 0:
@@ -258,9 +260,14 @@ def score(run: Run, state: TrainState, name: str, samples: int = 0) -> dict[str,
     return metrics
 
 
-def validation_metrics(run: Run, state: TrainState) -> dict[str, float]:
-    """Averages of the three metrics, for the step's row."""
-    metrics = score(run, state, f"step_{state.step:06d}")
+def validation_metrics(run: Run, state: TrainState, *, is_last: bool) -> dict[str, float]:
+    """The three metrics for the step's row; the last validation is the final score itself."""
+    is_final = is_last and run.config.eval.score_trained
+    return eval_row(score(run, state, "trained" if is_final else f"step_{state.step:06d}"))
+
+
+def eval_row(metrics: dict[str, Any]) -> dict[str, float]:
+    """``eval/<data set or average>/<metric>`` of a ``metrics.json``."""
     row = {}
     for group, values in {**metrics["datasets"], **metrics["averages"]}.items():
         for metric in ("correctness", "specificity", "hm"):
