@@ -13,7 +13,7 @@ import pathlib
 import tempfile
 
 from speciarl_jax import config as schema
-from speciarl_jax.data.folder import folder_taxonomy
+from speciarl_jax.data.folder import dataset_name, folder_taxonomy
 
 
 def get_config(arg=None):
@@ -24,7 +24,7 @@ def get_config(arg=None):
     config.lora.rank, config.lora.alpha = 16, 16.0
     config.data.source = f"folder:{arg}"
     config.data.eval_sources = (f"folder:{arg}",)
-    config.data.in_domain = (f"folder:{arg}",)
+    config.data.in_domain = (dataset_name(pathlib.Path(arg)),)
     config.data.eval_split = "train"
     config.data.prompt = "field_guide"
     tree = pathlib.Path(tempfile.mkdtemp(prefix="speciarl-taxonomy-")) / "taxonomy.json"
