@@ -31,7 +31,7 @@ smoke: setup
 
 # The default suite: what CI runs.
 test: setup-dev
-	$(BIN)/python -m pytest -q -m "not slow and not bench and not gpu and not tpu_aot"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not bench and not gpu and not tpu_aot"
 
 test-all: setup-dev
 	$(BIN)/python -m pytest -q
