@@ -35,7 +35,14 @@ BASE = [
     "beartype>=0.20",
 ]
 # torch: 2.13.0 resolves to a CPU build on a plain machine; newer ones pull gigabytes of CUDA.
-TEST = ["torch==2.13.0", "peft>=0.17", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "selenium>=4.20"]
+TEST = [
+    "torch==2.13.0",
+    "peft>=0.17",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "selenium>=4.20",
+]
 DEV = ["ruff>=0.12", "mypy>=1.15"]
 
 setup(

@@ -11,7 +11,14 @@ from flax import nnx
 from speciarl_jax import batching, step, update
 from speciarl_jax.optim import init_optimizer, make_optimizer
 from speciarl_jax.types import Rollout
-from tests.tiny_policy import full_logits, jolt, open_small_session, small_batch, states
+from tests.tiny_policy import (
+    full_logits,
+    jolt,
+    open_small_session,
+    plain_sequence,
+    small_batch,
+    states,
+)
 
 GROUP = 3
 
@@ -59,10 +66,7 @@ def test_tree_logprobs_equal_plain_sequences(session):
     batch, arrays, train = make_batch(session)
     config = settings(logprob_chunk_tokens=7)
     policy = nnx.merge(session.parts.graphdef, *states(session))
-    hidden = update.tree_hidden(policy, train, config)
-    logprobs, entropy = update.token_logprobs(
-        policy.text, hidden, train.completions, session.vocabulary.banned, config
-    )
+    logprobs, entropy = tree_logprobs(policy, train, session.vocabulary.banned, config)
     for p in range(4):
         for g in range(GROUP):
             length = arrays.lengths[p, g]
@@ -94,35 +98,36 @@ def test_tree_gradient_equals_plain_sequences(session):
         logprobs = update.token_logprobs(policy.text, hidden, train.completions, banned, config)[0]
         return jnp.sum(train.weights * logprobs)
 
+    pairs = [(p, g) for p in range(2) for g in range(GROUP)]
+    completions = [arrays.tokens[p, g, : arrays.lengths[p, g]] for p, g in pairs]
+    sequences = [plain_sequence(batch, p, c) for (p, _), c in zip(pairs, completions, strict=True)]
+    stacked = [np.stack(part) for part in zip(*sequences, strict=True)]
+
     def plain(trainable):
         policy = nnx.merge(session.parts.graphdef, trainable, frozen)
+        hidden = policy.hidden_states(*stacked, embeds)
+        logits = jnp.where(banned[None, None], -1e30, policy.text.logits(hidden) / 0.8)
+        logprobs = jax.nn.log_softmax(logits)
         total = 0.0
-        for p in range(2):
-            length = int(batch.prompt_lengths[p])
-            for g in range(GROUP):
-                count = int(arrays.lengths[p, g])
-                completion = arrays.tokens[p, g, :count]
-                tokens = np.concatenate([batch.tokens[p, :length], completion])
-                start = length + int(batch.position_deltas[p])
-                own = np.broadcast_to(start + np.arange(count), (3, count))
-                positions = np.concatenate([batch.positions[p, :, :length], own], axis=1)
-                rows = np.concatenate([batch.image_rows[p, :length], np.full(count, -1)])
-                hidden = policy.hidden_states(
-                    tokens[None], positions[None], np.array([len(tokens)]), rows[None], embeds
-                )[0]
-                logits = policy.text.logits(hidden[length - 1 : length - 1 + count]) / 0.8
-                logprobs = jax.nn.log_softmax(jnp.where(banned, -1e30, logits))
-                chosen = logprobs[np.arange(count), completion]
-                total = total + jnp.sum(train.weights[p, g, :count] * chosen)
+        for row, ((p, g), completion) in enumerate(zip(pairs, completions, strict=True)):
+            predictors = int(batch.prompt_lengths[p]) - 1 + np.arange(len(completion))
+            chosen = logprobs[row, predictors, completion]
+            total = total + jnp.sum(train.weights[p, g, : len(completion)] * chosen)
         return total
 
-    value_tree, grad_tree = jax.value_and_grad(tree)(session.parts.trainable)
-    value_plain, grad_plain = jax.value_and_grad(plain)(session.parts.trainable)
+    value_tree, grad_tree = jax.jit(jax.value_and_grad(tree))(session.parts.trainable)
+    value_plain, grad_plain = jax.jit(jax.value_and_grad(plain))(session.parts.trainable)
     np.testing.assert_allclose(value_tree, value_plain, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grad_tree), jax.tree.leaves(grad_plain), strict=True):
         scale = np.abs(b).max()
         assert scale > 0
         np.testing.assert_allclose(a, b, atol=1e-5 * scale)
+
+
+@nnx.jit(static_argnames="config")
+def tree_logprobs(policy, train, banned, config):
+    hidden = update.tree_hidden(policy, train, config)
+    return update.token_logprobs(policy.text, hidden, train.completions, banned, config)
 
 
 def run_update(session, train, micro, config):
@@ -197,12 +202,9 @@ def test_loss_value_against_numpy(session):
     _, arrays, train = make_batch(session)
     config = settings()
     policy = nnx.merge(session.parts.graphdef, *states(session))
-    hidden = update.tree_hidden(policy, train, config)
     logprobs, entropy = (
         np.asarray(x, np.float64)
-        for x in update.token_logprobs(
-            policy.text, hidden, train.completions, session.vocabulary.banned, config
-        )
+        for x in tree_logprobs(policy, train, session.vocabulary.banned, config)
     )
     total = 0.0
     for p, g, c in np.ndindex(*arrays.tokens.shape):

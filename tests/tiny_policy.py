@@ -95,19 +95,30 @@ def small_batch(session: Session, num_prompts: int, rows: int = 0):
     )
 
 
+def plain_sequence(batch, prompt: int, completion: np.ndarray, size: int = 72):
+    """One prompt + completion without sharing: (tokens, positions, length, image rows), padded."""
+    length = int(batch.prompt_lengths[prompt])
+    total = length + len(completion)
+    tokens = np.zeros(size, np.int32)
+    tokens[:total] = np.concatenate([batch.tokens[prompt, :length], completion])
+    positions = np.zeros((3, size), np.int32)
+    positions[:, :length] = batch.positions[prompt, :, :length]
+    start = length + int(batch.position_deltas[prompt])
+    positions[:, length:total] = start + np.arange(len(completion))
+    rows = np.full(size, -1, np.int32)
+    rows[:length] = batch.image_rows[prompt, :length]
+    return tokens, positions, np.int32(total), rows
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _plain_logits(graphdef, states, tokens, positions, lengths, rows, embeds):
+    policy = nnx.merge(graphdef, *states)
+    return policy.text.logits(policy.hidden_states(tokens, positions, lengths, rows, embeds))
+
+
 def full_logits(session: Session, batch, prompt: int, completion: np.ndarray) -> np.ndarray:
     """Logits at every position of one plain prompt + completion sequence: no cache, no sharing."""
-    length = int(batch.prompt_lengths[prompt])
-    tokens = np.concatenate([batch.tokens[prompt, :length], completion])
-    start = length + int(batch.position_deltas[prompt])
-    own = np.broadcast_to(start + np.arange(len(completion)), (3, len(completion)))
-    positions = np.concatenate([batch.positions[prompt, :, :length], own], axis=1)
-    rows = np.concatenate(
-        [batch.image_rows[prompt, :length], np.full(len(completion), -1, np.int32)]
-    )
-    policy = nnx.merge(session.parts.graphdef, *states(session))
+    sequence = [np.asarray(x)[None] for x in plain_sequence(batch, prompt, completion)]
     embeds = session.encode(states(session), batch)
-    hidden = policy.hidden_states(
-        tokens[None], positions[None], np.array([len(tokens)]), rows[None], embeds
-    )
-    return np.array(policy.text.logits(hidden))[0]
+    logits = _plain_logits(session.parts.graphdef, states(session), *sequence, embeds)
+    return np.array(logits)[0, : int(sequence[2][0])]

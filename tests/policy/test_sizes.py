@@ -46,7 +46,10 @@ def published(name, *, is_nested=False):
     if is_nested:
         text["rope_parameters"] = {"rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     else:
-        text |= {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+        text |= {
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        }
     vision = VISION | {"out_hidden_size": hidden, "intermediate_size": vision_inner}
     config = {"model_type": "qwen2_5_vl", "vision_config": vision}
     return config | ({"text_config": text} if is_nested else text)
