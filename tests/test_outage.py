@@ -107,6 +107,7 @@ def test_replay_is_offline_and_bit_equal(tmp_path):
     assert rows(tmp_path / "live") == rows(tmp_path / "replay")
 
 
+@pytest.mark.slow
 def test_a_pair_missing_from_the_recording_is_named(tmp_path):
     recording = str(tmp_path / "recording.sqlite")
     live = small_config(judge__mode="record", judge__recording=recording, **QUIET)

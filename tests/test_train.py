@@ -61,6 +61,7 @@ def test_resume_ends_with_the_same_metrics_bit_for_bit(finished, tmp_path):
         assert a.read_text() == b.read_text()
 
 
+@pytest.mark.slow
 def test_resume_skips_a_damaged_checkpoint(finished, tmp_path, capsys):
     workdir = tmp_path / "run"
     train.main(small_config(eval__score_base=False, eval__score_trained=False), workdir)

@@ -147,7 +147,14 @@ def run_update(session, train, micro, config):
     )
 
 
-@pytest.mark.parametrize("objective", ["policy", "gspo", "sft"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "policy",
+        pytest.param("gspo", marks=pytest.mark.slow),
+        pytest.param("sft", marks=pytest.mark.slow),
+    ],
+)
 def test_micro_batches_change_nothing(session, objective):
     _, _, train = make_batch(session)
     config = settings(objective=objective)
@@ -159,6 +166,7 @@ def test_micro_batches_change_nothing(session, objective):
     assert float(whole[2]["grad_norm"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_nothing(session, remat):
     _, _, train = make_batch(session)
