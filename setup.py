@@ -39,7 +39,7 @@ TEST = [
     "torch==2.13.0",
     "peft>=0.17",
     "pytest>=8",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "hypothesis>=6.100",
     "selenium>=4.20",
 ]
