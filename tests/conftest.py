@@ -8,6 +8,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
+        # Compile fast rather than run fast: most of the suite's time is XLA's.
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_backend_optimization_level=0",
         # Eight fake devices on two cores may meet late at a collective.
         "--xla_cpu_collective_call_terminate_timeout_seconds=300",
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",

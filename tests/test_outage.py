@@ -98,6 +98,7 @@ def test_judge_gone_for_good_stops_resumable(tmp_path):
     assert len(rows(workdir)) == done + 1
 
 
+@pytest.mark.slow
 def test_replay_is_offline_and_bit_equal(tmp_path):
     recording = str(tmp_path / "recording.sqlite")
     live = small_config(judge__mode="record", judge__recording=recording, **QUIET)
