@@ -255,3 +255,21 @@ def local_view(tree: Any, local: Mesh) -> Any:
         return jax.make_array_from_single_device_arrays(x.shape, sharding, arrays)
 
     return tree if jax.process_count() == 1 else jax.tree.map(view, tree)
+
+
+def place_prompts(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
+    """Arrays of this process's prompts as one global array each, spread over the replicas.
+
+    Args:
+        tree: leaves with this process's prompts on axis `axis`, as many in every process.
+        mesh: of the job.
+        axis: of the prompts; everything else stays whole.
+    """
+    sharding = prompt_sharding(mesh, axis)
+
+    def place(x: Any) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(jax.device_get(x)))
+
+    return jax.tree.map(place, tree)

@@ -20,14 +20,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from speciarl_jax import loss as losses
 from speciarl_jax.optim import OptimState, apply_gradients
 from speciarl_jax.policy.attention import attend, attend_shared, causal_mask
+from speciarl_jax.policy.layers import last_axis
 from speciarl_jax.policy.model import Policy
 from speciarl_jax.policy.text import TextModel
 from speciarl_jax.rollout.sampling import allowed_logits
+from speciarl_jax.sharding import num_replicas, optimizer_shardings, param_shardings, replicated
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +82,7 @@ class LossConfig:
     remat: str = "none"
     logprob_chunk_tokens: int = 1024
     train_vision: bool = False
+    mesh: Mesh | None = None  # None: one device, nothing to lay out
 
 
 def tree_hidden(policy: Policy, batch: TrainBatch, config: LossConfig) -> Float[Array, "P G C D"]:
@@ -91,10 +95,7 @@ def tree_hidden(policy: Policy, batch: TrainBatch, config: LossConfig) -> Float[
     text = policy.text
     num_prompts, prompt_len = batch.tokens.shape
     _, group, width = batch.completions.shape
-    images = _image_embeds(policy, batch, config)
-    rows = batch.image_rows + jnp.arange(num_prompts)[:, None] * images.shape[1]
-    rows = jnp.where(batch.image_rows >= 0, rows, -1)
-    prompt = text.embed(batch.tokens, rows, images.reshape(-1, images.shape[-1]))
+    prompt = _prompt_embeds(policy, batch, config)
     completion = text.embed(batch.completions.reshape(num_prompts, group * width))
     hidden = jnp.concatenate([prompt, completion], axis=1)  # [P, S + G*C, D]
 
@@ -112,11 +113,16 @@ def tree_hidden(policy: Policy, batch: TrainBatch, config: LossConfig) -> Float[
     return jnp.concatenate([first, own[:, :, :-1]], axis=2)
 
 
-def _image_embeds(policy: Policy, batch: TrainBatch, config: LossConfig) -> Float[Array, "P M D"]:
-    if not config.train_vision:
-        return batch.images
-    merged = policy.encode(*batch.images, remat=config.remat)
-    return merged.reshape(batch.tokens.shape[0], -1, merged.shape[-1])
+def _prompt_embeds(policy: Policy, batch: TrainBatch, config: LossConfig) -> Float[Array, "P S D"]:
+    """Each prompt takes image tokens from its own images, so nothing crosses replicas."""
+    images = batch.images
+    if config.train_vision:
+        merged = policy.encode(*images, remat=config.remat)
+        images = merged.reshape(batch.tokens.shape[0], -1, merged.shape[-1])
+    rows = batch.image_rows[..., None]
+    hidden = policy.text.embed(batch.tokens)
+    from_image = jnp.take_along_axis(images, jnp.maximum(rows, 0), axis=1)
+    return jnp.where(rows >= 0, from_image.astype(hidden.dtype), hidden)
 
 
 def _tree_attention(lengths: Int[Array, " P"], prompt_len: int, group: int, width: int) -> Any:
@@ -142,7 +148,8 @@ def token_logprobs(
 ) -> tuple[Float[Array, "P G C"], Float[Array, "P G C"]]:
     """Log-prob of each token and entropy of its distribution, in float32, chunk by chunk.
 
-    At most `logprob_chunk_tokens` rows of logits [., V] exist at once, in the backward pass too.
+    At most `logprob_chunk_tokens` rows of logits [., V] exist at once on a replica, in the backward
+    pass too. A chunk takes the same columns of every prompt, so that it is spread like the prompts.
 
     Args:
         text: gives the head.
@@ -151,27 +158,29 @@ def token_logprobs(
         banned: ids outside the sampler's vocabulary, removed here as there.
         config: temperature and chunk size.
     """
-    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-    flat_tokens = tokens.reshape(-1)
-    chunk = min(config.logprob_chunk_tokens, len(flat_tokens))
-    pad = -len(flat_tokens) % chunk
-    flat_hidden = jnp.pad(flat_hidden, ((0, pad), (0, 0)))
-    flat_tokens = jnp.pad(flat_tokens, (0, pad))
+    prompts, count = tokens.shape[0], tokens.shape[1] * tokens.shape[2]
+    replicas = num_replicas(config.mesh) if config.mesh else 1
+    width = min(max(config.logprob_chunk_tokens * replicas // prompts, 1), count)  # of a chunk
+
+    def split(x: Array) -> Array:  # [P, G, C, ...] -> [chunks, P, width, ...]
+        flat = x.reshape(prompts, count, *x.shape[3:])
+        flat = jnp.pad(flat, ((0, 0), (0, -count % width)) + ((0, 0),) * (flat.ndim - 2))
+        return jnp.moveaxis(flat.reshape(prompts, -1, width, *x.shape[3:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(prompts, -1)[:, :count].reshape(tokens.shape)
 
     @jax.checkpoint
     def chunk_logprobs(hidden: Array, tokens: Array) -> tuple[Array, Array]:
         logits = allowed_logits(text.logits(hidden), banned, config.temperature)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
-        entropy = -jnp.sum(jnp.exp(logprobs) * jnp.where(banned[None], 0.0, logprobs), axis=-1)
-        return jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], entropy
+        plogp = jnp.exp(logprobs) * jnp.where(last_axis(banned, logprobs), 0.0, logprobs)
+        chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+        return chosen, -jnp.sum(plogp, axis=-1)
 
-    chunks = (flat_hidden.reshape(-1, chunk, hidden.shape[-1]), flat_tokens.reshape(-1, chunk))
+    chunks = (split(hidden), split(tokens))
     logprobs, entropy = jax.lax.map(lambda xs: chunk_logprobs(*xs), chunks)
-    count = tokens.size
-    return (
-        logprobs.reshape(-1)[:count].reshape(tokens.shape),
-        entropy.reshape(-1)[:count].reshape(tokens.shape),
-    )
+    return join(logprobs), join(entropy)
 
 
 def batch_loss(
@@ -285,4 +294,22 @@ def update_step(
     grads, stats = jax.lax.scan(accumulate, zeros, batch)
     stats = {k: v if k == "logprobs" else jnp.sum(v, axis=0) for k, v in stats.items()}
     trainable, optim_state, norm = apply_gradients(optimizer, grads, optim_state, trainable)
+    if config.mesh is not None:
+        trainable, optim_state = lay_out(trainable, optim_state, optimizer, config.mesh)
     return trainable, optim_state, {**stats, "grad_norm": norm}
+
+
+def lay_out(
+    trainable: nnx.State,
+    optim_state: OptimState,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[nnx.State, OptimState]:
+    """Pins the training state to its places, so that a step gives back the layout it was given."""
+    shardings = param_shardings(trainable, mesh)
+    places = OptimState(
+        optimizer_shardings(optimizer, optim_state.inner, shardings, mesh),
+        replicated(mesh),
+        replicated(mesh),
+    )
+    return jax.lax.with_sharding_constraint((trainable, optim_state), (shardings, places))
