@@ -54,7 +54,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Source: own.
     """
     devices = jax.devices() if devices is None else devices
-    data, fsdp, tensor = mesh_shape(config, len(devices))
+    _, fsdp, tensor = mesh_shape(config, len(devices))
     by_process: dict[int, list[Any]] = collections.defaultdict(list)
     for device in devices:
         by_process[device.process_index].append(device)

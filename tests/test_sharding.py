@@ -58,8 +58,11 @@ def assert_same_update(session, shapes, config):
             np.testing.assert_allclose(
                 spread[2][name], value, rtol=2e-6, atol=2e-6, err_msg=f"{shape} {name}"
             )
-        for a, b in zip(jax.tree.leaves(alone[0]), jax.tree.leaves(spread[0]), strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-5)
+        # Adam's moments are the clipped gradient and its square; the parameters themselves move by
+        # the gradient's sign where it is near zero.
+        moments = (jax.tree.leaves(found[1].inner) for found in (alone, spread))
+        for a, b in zip(*moments, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6 * float(np.abs(b).max()), rtol=2e-5)
 
 
 def test_two_devices_give_the_same_update(session):

@@ -1,0 +1,115 @@
+"""The processes of one job: how they find each other, and the few places where they agree.
+
+Every process loads, samples, judges and rewards its own prompts; the update is one global program.
+What must be the same everywhere passes through here as small host arrays, in the same order in
+every process: group statistics before the update, the stop flag after it, predictions of an
+evaluation. A process that dies takes the others with it within `HEARTBEAT_S`: the coordination
+service of jax ends them with an error rather than let them wait for ever.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+HEARTBEAT_S = 30
+
+
+def connect(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the job; call once, before anything touches a device.
+
+    Args:
+        coordinator: ``HOST:PORT`` of process 0. None, with the other two None: jax finds them from
+            the surroundings (Cloud TPU pod, GKE, SLURM, Open MPI).
+        num_processes: of the job.
+        process_id: of this process, from 0.
+
+    Raises:
+        ValueError: some but not all of the three given, or an impossible one.
+        RuntimeError: the others did not come within five minutes (jax).
+    """
+    given = [value is not None for value in (coordinator, num_processes, process_id)]
+    if any(given) and not all(given):
+        raise ValueError(
+            f"--coordinator={coordinator} --num_processes={num_processes} --process_id="
+            f"{process_id}: give all three, or --cluster on a TPU pod, GKE, SLURM or Open MPI"
+        )
+    if all(given) and not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"--process_id={process_id}: expected 0 to {num_processes - 1} (--num_processes="
+            f"{num_processes})"
+        )
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_S
+    )
+
+
+def is_first() -> bool:
+    """Whether this process writes logs and tables."""
+    return jax.process_index() == 0
+
+
+def gather(array: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, stacked on a new leading axis [processes, ...].
+
+    Args:
+        array: of one shape in every process; called by all of them.
+    """
+    if jax.process_count() == 1:
+        return np.asarray(array)[None]
+    return np.asarray(multihost_utils.process_allgather(np.asarray(array)))
+
+
+def gather_prompts(array: np.ndarray, num_blocks: int = 1) -> np.ndarray:
+    """Rows of all processes in the global order of prompts.
+
+    Args:
+        array: [rows, ...] of this process's prompts.
+        num_blocks: a batch is cut into this many blocks (mini-batches), each spread over the
+            processes (see `speciarl_jax.data.loader`).
+    """
+    stacked = gather(array)
+    hosts, rows = stacked.shape[:2]
+    blocks = stacked.reshape(hosts, num_blocks, rows // num_blocks, *stacked.shape[2:])
+    return np.moveaxis(blocks, 0, 1).reshape(hosts * rows, *stacked.shape[2:])
+
+
+def local_rows(array: np.ndarray, num_blocks: int = 1) -> np.ndarray:
+    """This process's part of an array in the global order; undoes `gather_prompts`."""
+    hosts, index = jax.process_count(), jax.process_index()
+    parts = array.reshape(num_blocks, hosts, -1, *array.shape[1:])[:, index]
+    return parts.reshape(-1, *array.shape[1:])
+
+
+def largest(*numbers: int) -> tuple[int, ...]:
+    """The largest of each number over all processes: padded shapes must agree."""
+    return tuple(int(x) for x in gather(np.asarray(numbers, np.int64)).max(axis=0))
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set anywhere."""
+    return bool(gather(np.asarray(flag, np.int32)).any())
+
+
+def gather_json(value: Any) -> list[Any]:
+    """The JSON values of all processes, in process order."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    (size,) = largest(len(text))
+    padded = np.full(size, ord(" "), np.uint8)
+    padded[: len(text)] = text
+    return [json.loads(row.tobytes().decode()) for row in gather(padded)]
+
+
+def from_first(value: Any) -> Any:
+    """The first process's JSON value, everywhere; the others' argument is ignored."""
+    return gather_json(value if is_first() else None)[0]

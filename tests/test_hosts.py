@@ -1,0 +1,55 @@
+"""Two real processes agree; bad flags are one clear line."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from speciarl_jax import hosts
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_two_processes_agree():
+    port = free_port()
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.hosts_worker", str(port), "2", str(index)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for index in range(2)
+    ]
+    found = [json.loads(w.communicate(timeout=120)[0].splitlines()[-1]) for w in workers]
+    for index, answer in enumerate(found):
+        assert answer == {
+            "gathered": [0, 1, 10, 11, 2, 3, 12, 13],
+            "own": [0 + 10 * index, 1 + 10 * index, 2 + 10 * index, 3 + 10 * index],
+            "largest": [1, 7],
+            "any": [True, False],
+            "json": [{"name": "é"}, {"name": "éé"}],
+            "first": [0],
+        }
+
+
+def test_one_process_needs_no_partner():
+    rows = np.arange(6).reshape(3, 2)
+    np.testing.assert_array_equal(hosts.gather_prompts(rows), rows)
+    np.testing.assert_array_equal(hosts.local_rows(rows), rows)
+    assert hosts.gather_json({"a": 1}) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("flags", [("h:1", None, 0), (None, 2, None), ("h:1", 2, 2)])
+def test_impossible_flags(flags):
+    with pytest.raises(ValueError, match=r"give all three|expected 0 to 1"):
+        hosts.connect(*flags)
