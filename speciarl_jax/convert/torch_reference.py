@@ -63,7 +63,7 @@ def capture_activations(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndar
                 hooks.callback(record(name, module).remove)
         first = text.layers[0].register_forward_pre_hook(
             lambda _module, args, kwargs: found.setdefault(EMBEDDING, []).append(
-                (args[0] if args else kwargs["hidden_states"]).detach().numpy().copy()
+                (args[0] if args else kwargs["hidden_states"]).detach().float().numpy().copy()
             ),
             with_kwargs=True,
         )
@@ -72,7 +72,7 @@ def capture_activations(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndar
             output = model(**inputs, use_cache=False)
             if "pixel_values" in inputs:
                 vision = visual(inputs["pixel_values"], inputs["image_grid_thw"])
-                found[IMAGE_EMBEDS] = [vision.pooler_output.numpy()]
+                found[IMAGE_EMBEDS] = [vision.pooler_output.float().numpy()]
     found[LOGITS] = [output.logits.float().numpy()]
     return {name: _joined(name, arrays, model) for name, arrays in found.items()}
 
