@@ -60,9 +60,11 @@ evidence: setup
 	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:reward=binary
 	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:reward=scale1
 
-# Long: a flood of faulty judge replies.
+# Long (about 15 minutes): floods of faulty judge replies, a judge gone for a minute and for good.
 drill: setup-dev
 	$(BIN)/python tests/judge/drill_fault_server.py
+	$(BIN)/python tests/judge/drill_fault_server.py --faults=each --timeout_s=2
+	$(BIN)/python -m tests.drill_outage
 
 # Makes the shipped small policy again (about 35 minutes on two cores); a second call resumes.
 tiny: setup

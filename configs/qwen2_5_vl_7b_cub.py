@@ -6,11 +6,12 @@
 NOT YET RUN. One device for now (a mesh is refused with an error until it is built), so 80 GB or
 more of device memory. The paper used six GPUs for about 12 hours (four policy, two judge).
 Expected, from the paper: fine-grained HM .883 (zero-shot .790). Judge: Qwen3-30B-A3B-Instruct-2507.
-Arguments: algo=grpo|dr_grpo|dapo, reward=dynamic|single|binary|scale1|scale2|scale3, n=10,
-model=Qwen/Qwen2.5-VL-7B-Instruct, noise=0.
+Arguments: algo=grpo|dr_grpo|dapo|dapo_dynamic, n=10, noise=0,
+reward=dynamic|single|binary|scale1|scale2|scale3, model=Qwen/Qwen2.5-VL-7B-Instruct.
 """
 
 from speciarl_jax import config as schema
+from speciarl_jax import presets
 
 DEFAULTS = {
     "algo": "grpo",
@@ -28,6 +29,7 @@ def get_config(arg=None):
     config.model.path = values["model"]
     config.model.param_dtype = config.model.compute_dtype = "bfloat16"
     config.model.remat = "full"
+    config.mesh.auto = True
     config.data.source = "cub"
     config.data.num_train = 3000
     config.data.eval_sources = ("cub", "flowers", "food", "pets", "cars", "aircraft")
@@ -40,24 +42,8 @@ def get_config(arg=None):
     config.rollout.chunk_tokens = 64
     config.algo.reward = values["reward"]
     config.algo.label_noise = float(values["noise"])
-    _set_algorithm(config, values["algo"])
+    presets.set_algorithm(config, values["algo"])
     config.train.prompts_per_micro_batch = 1
     config.train.mismatch_gate = 0.05  # mean over tokens in bfloat16
     config.train.eval_every = 5
     return config
-
-
-def _set_algorithm(config, name):
-    """GRPO, Dr.GRPO or DAPO with the paper's numbers (method.md section 2)."""
-    algo = config.algo
-    algo.name = name
-    if name == "dr_grpo":
-        algo.norm_by_std = False
-        algo.kl_coef = 0.0
-        algo.aggregation = "seq-mean-token-sum-norm"
-    elif name == "dapo":
-        algo.kl_coef = 0.0
-        algo.clip_eps_high, algo.clip_dual = 0.28, 10.0
-        algo.overlong_buffer_tokens = 512
-    elif name != "grpo":
-        raise ValueError(f"algo={name}: expected grpo, dr_grpo or dapo")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from speciarl_jax.data.images import VisionArrays
 from speciarl_jax.types import PromptBatch, Rollout
 from speciarl_jax.update import TrainBatch
 
@@ -105,3 +106,102 @@ def micro_batches(batch: TrainBatch, rows: slice, prompts_per_micro_batch: int) 
 def join_micro_batches(x: Array) -> Array:
     """[U, P, ...] back to [U*P, ...]."""
     return jnp.reshape(x, (-1, *x.shape[2:]))
+
+
+def join_batches(
+    parts: Sequence[tuple[PromptBatch, Array]],
+    rows: np.ndarray,
+    merge_unit: int,
+    pad_id: int,
+) -> tuple[PromptBatch, Array]:
+    """Chosen prompts of several batches as one batch, padded to the largest shapes among them.
+
+    Args:
+        parts: batches with their image embeddings [I*M, D]; shapes may differ.
+        rows: [P] prompts to take, counted over the batches in order.
+        merge_unit: patches per merged token.
+        pad_id: token past the end of a prompt.
+
+    Returns:
+        (the batch, its image embeddings [I*M, D]).
+    """
+    batches = [batch for batch, _ in parts]
+    length = max(b.tokens.shape[1] for b in batches)
+    slots = max(len(b.vision.mask) // b.num_prompts for b in batches)
+    patches = max(b.vision.mask.shape[1] for b in batches)
+    image_rows = [_wider_rows(b, slots, patches // merge_unit, merge_unit) for b in batches]
+
+    def pick(name: str, fill: int) -> np.ndarray:
+        return _pick([getattr(b, name) for b in batches], rows, length, fill)
+
+    def pick_list(name: str) -> list:
+        values = [value for b in batches for value in getattr(b, name)]
+        return [values[row] for row in rows]
+
+    own_rows = _pick(image_rows, rows, length, -1)
+    offset = np.arange(len(rows), dtype=np.int32)[:, None] * (slots * patches // merge_unit)
+    joined = PromptBatch(
+        prompt_ids=pick_list("prompt_ids"),
+        ground_truths=pick_list("ground_truths"),
+        datasets=pick_list("datasets"),
+        images=pick_list("images"),
+        tokens=pick("tokens", pad_id),
+        prompt_lengths=pick("prompt_lengths", 0),
+        positions=pick("positions", 0),
+        position_deltas=pick("position_deltas", 0),
+        image_rows=np.where(own_rows >= 0, own_rows + offset, -1),
+        vision=VisionArrays(*(_join_images(batches, rows, slots, patches))),
+        global_index=pick("global_index", 0),
+        is_real=pick("is_real", 0),
+    )
+    tables = [_image_grid(x, b, slots, patches, merge_unit) for b, x in parts]
+    table = jnp.take(jnp.concatenate(tables), rows, axis=0)  # [P, slots, M, D]
+    return joined, table.reshape(-1, table.shape[-1])
+
+
+def _pick(arrays: Sequence[np.ndarray], rows: np.ndarray, length: int, fill: int) -> np.ndarray:
+    """Rows of arrays that differ in their last axis, which is padded to `length` if it is S."""
+
+    def widen(x: np.ndarray) -> np.ndarray:
+        if x.ndim == 1:
+            return x
+        pad = [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])]
+        return np.pad(x, pad, constant_values=fill)
+
+    return np.concatenate([widen(x) for x in arrays])[rows]
+
+
+def _wider_rows(batch: PromptBatch, slots: int, merged: int, merge_unit: int) -> np.ndarray:
+    """[P, S] rows in a prompt's own table of `slots` images of `merged` tokens, -1 for text."""
+    old_slots = len(batch.vision.mask) // batch.num_prompts
+    old_merged = batch.vision.mask.shape[1] // merge_unit
+    prompt = np.arange(batch.num_prompts, dtype=np.int32)[:, None]
+    slot, row = np.divmod(batch.image_rows - prompt * (old_slots * old_merged), old_merged)
+    return np.where(batch.image_rows >= 0, slot * merged + row, -1).astype(np.int32)
+
+
+def _join_images(
+    batches: Sequence[PromptBatch], rows: np.ndarray, slots: int, patches: int
+) -> list[np.ndarray]:
+    """Patches, positions and mask of the chosen prompts, [P*slots, patches, ...]."""
+    joined = []
+    for name in ("patches", "positions", "mask"):
+        grids = []
+        for b in batches:
+            x = getattr(b.vision, name)
+            x = x.reshape(b.num_prompts, -1, *x.shape[1:])
+            pad = [(0, 0), (0, slots - x.shape[1]), (0, patches - x.shape[2])]
+            grids.append(np.pad(x, pad + [(0, 0)] * (x.ndim - 3)))
+        chosen = np.concatenate(grids)[rows]
+        joined.append(chosen.reshape(-1, *chosen.shape[2:]))
+    return joined
+
+
+def _image_grid(
+    table: Array, batch: PromptBatch, slots: int, patches: int, merge_unit: int
+) -> Array:
+    """[I*M, D] as [P, slots, patches / merge_unit, D]."""
+    old_merged = batch.vision.mask.shape[1] // merge_unit
+    grid = table.reshape(batch.num_prompts, -1, old_merged, table.shape[-1])
+    pad = ((0, 0), (0, slots - grid.shape[1]), (0, patches // merge_unit - old_merged), (0, 0))
+    return jnp.pad(grid, pad)

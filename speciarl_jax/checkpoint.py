@@ -1,24 +1,35 @@
 """Saving and restoring a run: adapter, optimiser, position in the data, and nothing of the base.
 
-Orbax writes into a temporary folder and renames it when it is complete, so a kill at any moment
-leaves either the old checkpoints or the new one as well. A checkpoint that cannot be read is
-reported and the one before it is used.
+Orbax copies the arrays, writes them in the background into a temporary folder and renames it when
+it is complete, so a kill at any moment, or a full disk, leaves either the old checkpoints or the
+new one as well. A checkpoint that cannot be read is reported and the one before it is used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from orbax.checkpoint import checkpoint_managers as ocp_managers
 
 from speciarl_jax.optim import OptimState
 
 _UNREADABLE = (ValueError, KeyError, TypeError, OSError)
+
+
+@dataclasses.dataclass
+class SavedRollouts:
+    """Answers that wait for their step: `arrays` of numpy, `record` of JSON."""
+
+    arrays: dict[str, np.ndarray]
+    record: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -30,26 +41,48 @@ class TrainState:
         optim: optimiser state.
         step: finished steps.
         data: state of the prompt loader, JSON.
+        rollouts: sampled for the next step already (`train.async_steps`); only in a checkpoint.
     """
 
     trainable: nnx.State
     optim: OptimState
     step: int
     data: dict[str, Any]
+    rollouts: SavedRollouts | None = None
 
 
 class Checkpoints:
     """The ``checkpoints/`` folder of a run."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        keep: int,
+        *,
+        keep_best: int = 0,
+        keep_every_hours: float = 0.0,
+    ) -> None:
         """Opens the folder; creates it if needed.
 
         Args:
             workdir: run directory.
             keep: newest checkpoints to keep.
+            keep_best: beside them, those with the highest HM at their validation.
+            keep_every_hours: beside them, one for each such time; 0 for none.
         """
+        policies: list[Any] = [ocp_managers.LatestN(keep)]
+        if keep_best:
+            policies.append(
+                ocp_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["hm"],
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        if keep_every_hours:
+            policies.append(ocp_managers.EveryNSeconds(round(3600 * keep_every_hours)))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, create=True
+            preservation_policy=ocp_managers.AnyPreservationPolicy(policies), create=True
         )
         self.directory = (workdir / "checkpoints").resolve()
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -58,22 +91,59 @@ class Checkpoints:
         """Steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState) -> None:
-        """Writes a checkpoint; it is complete on disk when this returns.
+    def save(self, state: TrainState, hm: float | None = None) -> None:
+        """Starts writing a checkpoint; `wait` says when it is complete on disk.
 
         One of the same step can only be damaged (`restore` skipped it), so it is replaced.
+
+        Args:
+            state: arrays are copied before this returns.
+            hm: of its validation, if there was one.
+
+        Raises:
+            OSError: this or the last checkpoint cannot be written; those before are intact.
         """
+        self.wait()
         if state.step in self.steps():
             self._manager.delete(state.step)
-        self._manager.save(
-            state.step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_pure(state.trainable, state.optim)),
-                position=ocp.args.JsonSave({"step": state.step, "data": state.data}),
-            ),
-            force=True,
-        )
-        self._manager.wait_until_finished()
+        position: dict[str, Any] = {"step": state.step, "data": state.data}
+        pending = {}
+        if state.rollouts is not None:
+            shapes = {k: [list(v.shape), v.dtype.str] for k, v in state.rollouts.arrays.items()}
+            position["rollouts"] = {"record": state.rollouts.record, "arrays": shapes}
+            pending["rollouts"] = ocp.args.StandardSave(state.rollouts.arrays)
+        with self._explained():
+            self._manager.save(
+                state.step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_pure(state.trainable, state.optim)),
+                    position=ocp.args.JsonSave(position),
+                    **pending,
+                ),
+                metrics=None if hm is None else {"hm": hm},
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Returns when the checkpoint under way is complete on disk.
+
+        Raises:
+            OSError: it cannot be written; those before are intact.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What Orbax and tensorstore say of a full or broken disk, as one error with the remedy."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[-160:]  # the cause comes last
+            raise OSError(
+                f"{self.directory}: cannot write a checkpoint ({reason}); the checkpoints of steps "
+                f"{self.steps()} are intact: free space there, then --resume"
+            ) from error
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, list[str]]:
         """Reads a checkpoint.
@@ -112,10 +182,19 @@ class Checkpoints:
         nnx.replace_by_pure_dict(trainable, pure["trainable"])
         leaves = [pure["optim"][f"{i:04d}"] for i in range(len(pure["optim"]))]
         optim = jax.tree.unflatten(jax.tree.structure(like.optim), leaves)
-        return TrainState(trainable, optim, int(position["step"]), position["data"])
+        rollouts = self._read_rollouts(step, position.get("rollouts"))
+        return TrainState(trainable, optim, int(position["step"]), position["data"], rollouts)
+
+    def _read_rollouts(self, step: int, saved: dict[str, Any] | None) -> SavedRollouts | None:
+        if saved is None:
+            return None
+        target = {k: np.zeros(shape, dtype) for k, (shape, dtype) in saved["arrays"].items()}
+        args = ocp.args.Composite(rollouts=ocp.args.StandardRestore(target))
+        restored = self._manager.restore(step, args=args)["rollouts"]
+        return SavedRollouts({k: np.asarray(v) for k, v in restored.items()}, saved["record"])
 
     def close(self) -> None:
-        """Releases the folder."""
+        """Releases the folder, after `wait`."""
         self._manager.close()
 
 

@@ -67,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     from speciarl_jax.convert import commands as convert_commands
     from speciarl_jax.data import commands as data_commands
     from speciarl_jax.judge import commands as judge_commands
+    from speciarl_jax.plan import commands as plan_commands
     from speciarl_jax.report import commands as report_commands
 
     parser = argparse.ArgumentParser(
@@ -82,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     for room in (data_commands, judge_commands, report_commands):
         room.register(verbs)
     convert_commands.register(verbs, _load_run)
+    plan_commands.register(verbs, load_recipe)
     return parser
 
 
@@ -106,10 +108,20 @@ def _add_eval(verbs: Any) -> None:
     evaluate = verbs.add_parser("eval", help="score a checkpoint, or predictions that exist")
     _add_config(evaluate)
     evaluate.add_argument(
-        "--checkpoint", default="latest", help="latest, a step of --workdir, or an HF directory"
+        "--checkpoint",
+        default="latest",
+        help="latest, a step of --workdir, base, an HF directory or a PEFT adapter directory",
     )
     evaluate.add_argument("--samples", type=int, default=0, help="answers per image")
     evaluate.add_argument("--predictions", default="", help="score this JSONL file instead")
+    evaluate.add_argument(
+        "--text_metrics", action="store_true", help="also score the words, without a judge"
+    )
+    evaluate.add_argument(
+        "--text_model",
+        default="",
+        help="similarity for --text_metrics: minilm, a sentence model's directory, a GloVe file",
+    )
     evaluate.add_argument("--json", action="store_true", help="one JSON object and nothing else")
     evaluate.set_defaults(handler=run_eval)
 
@@ -188,15 +200,15 @@ def run_eval(args: argparse.Namespace) -> int:
     from speciarl_jax import eval_command
 
     config, recipe_dir = load_recipe(args.config, args.overrides)
-    return eval_command.run(
-        config,
-        args.workdir,
+    options = eval_command.EvalOptions(
         checkpoint=args.checkpoint,
         samples=args.samples,
         predictions=args.predictions,
+        has_text_metrics=args.text_metrics,
+        text_model=args.text_model,
         is_json=args.json,
-        recipe_dir=recipe_dir,
     )
+    return eval_command.run(config, args.workdir, options, recipe_dir)
 
 
 def run_sample(args: argparse.Namespace) -> int:

@@ -92,6 +92,9 @@ class RolloutConfig:
     stop_strings: tuple[str, ...] = ()  # e.g. ("</answer>",)
     chunk_tokens: int = 32  # decode steps between two looks at which rollouts have finished
     compact: bool = True  # drop finished rows from the decode batch between chunks
+    kv_cache_dtype: str = "compute"  # or int8: half of bfloat16's cache, log-probs move by ~1e-2
+    max_cache_mb: int = 0  # device memory of a rollout, MiB; beyond it waves of prompts; 0: no limit
+    warm_up: bool = False  # compile every shape before step one; needs data.*_buckets
 
 
 @dataclasses.dataclass
@@ -116,7 +119,8 @@ class AlgoConfig:
     norm_by_std: bool = True
     overlong_buffer_tokens: int = 0  # DAPO: linear penalty over the last tokens; 0 disables
     dynamic_sampling: bool = False  # DAPO: drop groups without spread, sample more
-    max_generation_batches: int = 10
+    generation_prompts: int = 0  # prompts generated at a time; 0: train.prompts_per_step
+    max_generation_batches: int = 10  # dynamic sampling stops the run beyond that many
     old_logprobs: str = "recompute"  # or "rollout": the sampler's own log-probs
     importance_cap: float = 0.0  # truncated importance sampling, sampler to trainer; 0 is off
 
@@ -139,10 +143,11 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
-    num_steps: int = 165  # rollout batches (sft: updates)
+    num_steps: int = 165  # rollout batches (sft: updates); 0 scores the base and trains nothing
     prompts_per_step: int = 256  # P
     prompts_per_update: int = 128  # mini-batch; prompts_per_step / this many updates per step
     prompts_per_micro_batch: int = 8  # prompts in one forward-backward, per replica
+    micro_batch_tokens: int = 0  # padded tokens at once per replica, packed; 0: fixed micro-batches
     async_steps: int = 0  # 1: the next rollout overlaps this update
     table_every: int = 10  # steps between printed rollout tables, 0 for never
     save_every: int = 10  # steps between checkpoints
@@ -174,12 +179,20 @@ class EvalConfig:
 
 
 @dataclasses.dataclass
-class MeshConfig:
-    """Device mesh; axes data x fsdp x tensor. -1 takes what is left."""
+class LoggingConfig:
+    """Where numbers go beside ``metrics.jsonl`` and TensorBoard."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    wandb_project: str = ""  # Weights & Biases project (needs the `wandb` extra); "" for none
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Device mesh; -1 takes what the other axes leave. See `speciarl_jax.sharding`."""
+
+    data: int = -1  # replicas: prompts are spread over them, weights are copied
+    fsdp: int = 1  # prompts are spread over it too, weights are cut
+    tensor: int = 1  # heads, MLP columns and vocabulary are spread over it
+    auto: bool = False  # choose the smallest replica that holds the model; says why
 
 
 @dataclasses.dataclass
@@ -188,6 +201,7 @@ class Config:
 
     name: str = "unnamed"
     seed: int = 0
+    compile_cache_dir: str = "~/.cache/speciarl/xla"  # compiled programs, kept for later; "" for no
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -198,6 +212,7 @@ class Config:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 
     def validate(self) -> None:
         """Checks every field against its range and the fields against each other.
@@ -250,6 +265,12 @@ def _check_algo(config: Config) -> None:
         algo.clip_dual == 0 or algo.clip_dual > 1,
         f"algo.clip_dual={algo.clip_dual}: set it above 1, or 0 for no dual clip",
     )
+    _require(
+        not (algo.importance_cap and algo.old_logprobs == "rollout"),
+        f"algo.importance_cap={algo.importance_cap} with algo.old_logprobs='rollout': the ratio to "
+        "the sampler would be applied twice; set importance_cap=0 or old_logprobs=recompute",
+    )
+    _check_sampling(config)
     size = config.rollout.group_size
     if algo.name != "sft":
         _require(
@@ -258,9 +279,44 @@ def _check_algo(config: Config) -> None:
         )
 
 
+def _check_sampling(config: Config) -> None:
+    """Dynamic sampling, and rollouts that are a step old."""
+    algo, train = config.algo, config.train
+    _require(train.async_steps in (0, 1), f"train.async_steps={train.async_steps}: set 0 or 1")
+    is_sft = algo.name == "sft"
+    _require(
+        not (is_sft and (algo.dynamic_sampling or train.async_steps)),
+        "algo.name=sft samples nothing: leave algo.dynamic_sampling and train.async_steps off",
+    )
+    _require(
+        algo.dynamic_sampling or not algo.generation_prompts,
+        f"algo.generation_prompts={algo.generation_prompts}: only with algo.dynamic_sampling=true",
+    )
+    _require(
+        algo.generation_prompts >= 0 and algo.max_generation_batches >= 1,
+        f"algo.generation_prompts={algo.generation_prompts}, algo.max_generation_batches="
+        f"{algo.max_generation_batches}: set them to at least 0 and 1",
+    )
+    most = (algo.generation_prompts or train.prompts_per_step) * algo.max_generation_batches
+    _require(
+        not algo.dynamic_sampling or most >= train.prompts_per_step,
+        f"algo.max_generation_batches={algo.max_generation_batches} of {algo.generation_prompts} "
+        f"prompts cannot fill train.prompts_per_step={train.prompts_per_step}; raise one of them",
+    )
+    _require(
+        not train.async_steps or algo.importance_cap > 0 or algo.old_logprobs == "rollout",
+        "train.async_steps=1: rollouts are a step old and need a correction; set "
+        "algo.importance_cap (2 is usual) or algo.old_logprobs=rollout",
+    )
+
+
 def _check_train(config: Config) -> None:
     train, rollout = config.train, config.rollout
-    for field in ("num_steps", "prompts_per_step", "prompts_per_update", "prompts_per_micro_batch"):
+    _require(
+        train.num_steps >= 0,
+        f"train.num_steps={train.num_steps}: set it above 0, or to 0 to score the base only",
+    )
+    for field in ("prompts_per_step", "prompts_per_update", "prompts_per_micro_batch"):
         value = getattr(train, field)
         _require(value >= 1, f"train.{field}={value}: set it to at least 1")
     _require(
@@ -273,7 +329,13 @@ def _check_train(config: Config) -> None:
         f"train.prompts_per_update={train.prompts_per_update} is not a multiple of "
         f"train.prompts_per_micro_batch={train.prompts_per_micro_batch}",
     )
-    _require(train.async_steps in (0, 1), f"train.async_steps={train.async_steps}: set 0 or 1")
+    largest = config.data.max_prompt_tokens + rollout.group_size * rollout.max_completion_tokens
+    _require(
+        train.micro_batch_tokens == 0 or train.micro_batch_tokens >= largest,
+        f"train.micro_batch_tokens={train.micro_batch_tokens}: one group takes up to {largest} "
+        "(data.max_prompt_tokens + rollout.group_size x rollout.max_completion_tokens); set at "
+        "least that, or 0",
+    )
     _require(
         rollout.max_completion_tokens >= 1,
         f"rollout.max_completion_tokens={rollout.max_completion_tokens}: set it to at least 1",
@@ -285,6 +347,16 @@ def _check_train(config: Config) -> None:
     _require(
         rollout.chunk_tokens > 0, f"rollout.chunk_tokens={rollout.chunk_tokens}: set it above 0"
     )
+    _check_choice("rollout.kv_cache_dtype", rollout.kv_cache_dtype, ("compute", "int8"))
+    _require(
+        rollout.max_cache_mb >= 0,
+        f"rollout.max_cache_mb={rollout.max_cache_mb}: set MiB, or 0 for no limit",
+    )
+    _require(
+        not rollout.warm_up or bool(config.data.prompt_buckets and config.data.window_buckets),
+        "rollout.warm_up=true: set data.prompt_buckets and data.window_buckets, the shapes that "
+        "are compiled before step one",
+    )
     _check_choice(
         "eval.format_failures", config.eval.format_failures, ("wrong", "separate", "drop")
     )
@@ -292,13 +364,7 @@ def _check_train(config: Config) -> None:
 
 def _check_built(config: Config) -> None:
     """Refuses settings whose room is specified (docs/design.md) but not built yet."""
-    mesh = config.mesh
     missing = {
-        f"train.async_steps={config.train.async_steps}": config.train.async_steps != 0,
-        "algo.dynamic_sampling=true": config.algo.dynamic_sampling,
-        f"mesh {mesh.data}x{mesh.fsdp}x{mesh.tensor}": (
-            mesh.data not in (-1, 1) or mesh.fsdp != 1 or mesh.tensor != 1
-        ),
     }
     for what, is_asked in missing.items():
         _require(not is_asked, f"{what}: not implemented yet; leave it at its default")

@@ -12,59 +12,92 @@ from typing import Any
 from rich.console import Console
 
 from speciarl_jax.config import Config
-from speciarl_jax.evaluate import evaluate, retry_failed, write_scores
-from speciarl_jax.export_run import restore_parts
+from speciarl_jax.convert import adapter
+from speciarl_jax.evaluate import STEP_PREFIX, evaluate, retry_failed, write_scores
+from speciarl_jax.export_run import open_adapter, restore_parts
+from speciarl_jax.metrics import make_console
 from speciarl_jax.predictions import read_predictions
-from speciarl_jax.report.tables import metrics_table
+from speciarl_jax.report.tables import metrics_table, text_table
 from speciarl_jax.rollout.sampling import Sampling
-from speciarl_jax.session import open_session
+from speciarl_jax.session import Session, enable_compile_cache, open_session
+from speciarl_jax.text_metrics import score_text
+from speciarl_jax.text_model import open_embedder
 from speciarl_jax.train import open_judge
 
 
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """What the command line adds to a recipe.
+
+    Attributes:
+        checkpoint: latest, a step of the run, base (the recipe's own model), or a directory: a
+            Hugging Face model, or a PEFT adapter that is put onto the recipe's model.
+        samples: answers per image; 0 takes ``eval.samples``.
+        predictions: score this file instead of sampling; "" samples.
+        has_text_metrics: also score without a judge, see `text_metrics`.
+        text_model: embeddings for them, see `text_model.open_embedder`; "" for inclusion only.
+        is_json: print one JSON object instead of a table.
+    """
+
+    checkpoint: str = "latest"
+    samples: int = 0
+    predictions: str = ""
+    has_text_metrics: bool = False
+    text_model: str = ""
+    is_json: bool = False
+
+
 def run(
-    config: Config,
-    workdir: pathlib.Path,
-    *,
-    checkpoint: str,
-    samples: int,
-    predictions: str,
-    is_json: bool,
-    recipe_dir: pathlib.Path,
+    config: Config, workdir: pathlib.Path, options: EvalOptions, recipe_dir: pathlib.Path | None
 ) -> int:
     """Scores a checkpoint or existing predictions; returns the exit code.
 
     Args:
         config: recipe; its data and eval sections decide what is sampled.
-        workdir: a run directory, or a fresh one for ``--checkpoint=HF_DIR``.
-        checkpoint: latest, a step number, or a model directory.
-        samples: answers per image; 0 takes ``eval.samples``.
-        predictions: score this file instead of sampling.
-        is_json: print one JSON object instead of a table.
+        workdir: a run directory, or a fresh one for a model or adapter directory.
+        options: see `EvalOptions`.
         recipe_dir: folder of the recipe.
 
     Raises:
-        ValueError: no such checkpoint or file.
+        ValueError: no such checkpoint, file or text model, or options that contradict each other.
     """
     config.validate()
+    enable_compile_cache(config.compile_cache_dir)
+    if options.samples < 0:
+        raise ValueError(f"--samples={options.samples}: expected answers per image, 1 or more")
+    if options.text_model and not options.has_text_metrics:
+        raise ValueError("--text_model embeds for --text_metrics: give that too")
+    embedder = open_embedder(options.text_model) if options.text_model else None
     workdir.mkdir(parents=True, exist_ok=True)
     if not config.eval.use_train_judge:
         config.judge = config.eval.judge
     with contextlib.ExitStack() as stack:
         judge = stack.enter_context(open_judge(config.judge, workdir, 2**31))
-        if predictions:
-            metrics = _score_file(config, judge, pathlib.Path(predictions), workdir)
+        if options.predictions:
+            metrics, folder = _score_file(config, judge, pathlib.Path(options.predictions), workdir)
         else:
-            metrics = _score_checkpoint(config, judge, workdir, checkpoint, samples, recipe_dir)
-    if is_json:
-        print(json.dumps(metrics, allow_nan=False))
-    else:
-        Console().print(metrics_table(metrics, "scores"))
+            metrics, folder = _score_checkpoint(config, judge, workdir, options, recipe_dir)
+    if options.has_text_metrics:
+        file, settings = folder / "predictions.jsonl", config.eval
+        text = score_text(read_predictions(file), embedder, settings.bootstrap_samples, config.seed)
+        metrics = write_scores(config, file, folder, text)
+    _show(metrics, options)
     return 0
+
+
+def _show(metrics: dict[str, Any], options: EvalOptions) -> None:
+    if options.is_json:
+        print(json.dumps(metrics, allow_nan=False))
+        return
+    console = make_console()
+    console.print(metrics_table(metrics, "scores"))
+    if "text" in metrics:
+        console.print(text_table(metrics["text"], "without a judge"))
 
 
 def _score_file(
     config: Config, judge: Any, source: pathlib.Path, workdir: pathlib.Path
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], pathlib.Path]:
     """Judges rows without a category in a copy of the file, then scores it."""
     read_predictions(source)  # a bad line is reported before anything is written
     out_dir = workdir / "eval" / source.stem
@@ -73,39 +106,73 @@ def _score_file(
     if not (copy.exists() and copy.samefile(source)):
         shutil.copyfile(source, copy)
     retry_failed(copy, judge)
-    return write_scores(config, copy, out_dir)
+    return write_scores(config, copy, out_dir), out_dir
 
 
 def _score_checkpoint(
     config: Config,
     judge: Any,
     workdir: pathlib.Path,
-    checkpoint: str,
-    samples: int,
-    recipe_dir: pathlib.Path,
-) -> dict[str, Any]:
-    is_directory = checkpoint != "latest" and not checkpoint.isdigit()
-    if is_directory:
-        config.model.path = checkpoint
-        name = pathlib.Path(checkpoint).name
-    session = open_session(config, recipe_dir)
-    parts = session.parts
-    if not is_directory:
-        step = int(checkpoint) if checkpoint.isdigit() else None
-        parts = restore_parts(session, workdir, step)
-        name = f"step_{step:06d}" if step is not None else "latest"
-    count = samples or config.eval.samples
-    name = f"{name}_n{count}" if count > 1 else name
+    options: EvalOptions,
+    recipe_dir: pathlib.Path | None,
+) -> tuple[dict[str, Any], pathlib.Path]:
+    session, name, weights, step = open_checkpoint(config, workdir, options.checkpoint, recipe_dir)
     settings = config.eval
+    count = options.samples or settings.samples
     sampling = Sampling(settings.temperature, settings.top_p)
     if count > 1 and settings.temperature == 0:
         sampling = Sampling(settings.best_of_temperature, settings.best_of_top_p)
-    return evaluate(
-        dataclasses.replace(session, parts=parts),
-        (parts.trainable, parts.frozen),
+    out_dir = workdir / "eval" / (f"{name}_n{count}" if count > 1 else name)
+    metrics = evaluate(
+        session,
+        (session.parts.trainable, session.parts.frozen),
         judge,
-        workdir / "eval" / name,
+        out_dir,
         samples=count,
         sampling=sampling,
         image_root=workdir,
+        console=Console(stderr=True, highlight=False),
+        prompt_step=step,
+        weights=weights,
     )
+    return metrics, out_dir
+
+
+def open_checkpoint(
+    config: Config, workdir: pathlib.Path, checkpoint: str, recipe_dir: pathlib.Path | None
+) -> tuple[Session, str, str, int]:
+    """Opens the weights that ``--checkpoint`` names; see `EvalOptions`.
+
+    Returns:
+        The session with these weights, the name of the evaluation's folder, the name of the
+        weights for `evaluate` ("" for the run's own), and their training step.
+
+    Raises:
+        ValueError: no such checkpoint, or a directory that is neither a model nor an adapter.
+    """
+    if checkpoint == "base":
+        return open_session(config, recipe_dir), "base", "", 0
+    if checkpoint == "latest" or checkpoint.isdigit():
+        session = open_session(config, recipe_dir)
+        wanted = int(checkpoint) if checkpoint.isdigit() else None
+        parts, step = restore_parts(session, workdir, wanted)
+        session = dataclasses.replace(session, parts=parts)
+        return session, f"{STEP_PREFIX}{step:06d}", "", step
+    directory = pathlib.Path(checkpoint)
+    if (directory / adapter.CONFIG_FILE).is_file():
+        session = open_adapter(config, directory, recipe_dir)
+    elif (directory / "config.json").is_file():
+        config.model.path = checkpoint
+        session = open_session(config, recipe_dir)
+    else:
+        raise ValueError(
+            f"--checkpoint={checkpoint}: expected latest, base, a step number, a Hugging Face "
+            f"model directory (config.json) or a PEFT adapter directory ({adapter.CONFIG_FILE})"
+        )
+    return session, directory.resolve().name, _directory_weights(directory), 0
+
+
+def _directory_weights(directory: pathlib.Path) -> str:
+    """Path and age of the weights: an export into the same directory is another policy."""
+    newest = max((f.stat().st_mtime_ns for f in directory.glob("*.safetensors")), default=0)
+    return f"{directory.resolve()} of {newest}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -9,26 +11,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
+from rich.console import Console
 
 from speciarl_jax import reward, scoring
 from speciarl_jax.config import Config
+from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.recipe import make_loader, open_eval_source
 from speciarl_jax.judge.base import Pair
 from speciarl_jax.judge.runner import JudgeThread
+from speciarl_jax.live import progress
 from speciarl_jax.predictions import (
     Prediction,
     append_predictions,
     cut_half_line,
     from_rollout,
     read_predictions,
+    write_predictions,
 )
 from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.groups import await_verdicts, collect_groups
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.session import Session
+from speciarl_jax.sharding import num_replicas
 from speciarl_jax.types import PromptBatch, Rollout, Verdict
 
+STEP_PREFIX = "step_"
 _EVAL_STEP = 2**30  # folded into the seed: evaluation never shares randomness with training
 
 
@@ -41,12 +49,15 @@ def evaluate(
     samples: int,
     sampling: Sampling,
     image_root: pathlib.Path,
+    console: Console,
     prompt_step: int = 0,
+    weights: str = "",
 ) -> dict[str, Any]:
     """Samples answers on every evaluation source, has them judged, scores them.
 
     Batches are appended to ``predictions.jsonl`` as they are judged; a second call goes on where
-    the first stopped, retries rows that the judge failed on, and drops none.
+    the first stopped, retries rows that the judge failed on, and drops none. ``settings.json``
+    says what the answers depend on, so that answers of two policies never share a file.
 
     Args:
         session: model, tokenizer, prompts.
@@ -56,41 +67,119 @@ def evaluate(
         samples: answers per image.
         sampling: how they are drawn; temperature 0 is greedy.
         image_root: run directory; thumbnails for the report go there.
+        console: where progress and skipped images are shown.
         prompt_step: training step, for the judge's log.
+        weights: names the weights that are scored; "" for the run's own at `prompt_step`.
 
     Returns:
         The contents of ``metrics.json``.
+
+    Raises:
+        ValueError: `out_dir` holds answers made with other settings.
     """
     config = session.config
-    out_dir.mkdir(parents=True, exist_ok=True)
+    weights = weights or f"{STEP_PREFIX}{prompt_step:06d}"
+    claim_folder(out_dir, answer_settings(session, samples, sampling, weights))
     path = out_dir / "predictions.jsonl"
     done: set[tuple[str, str]] = set()
     if path.is_file():
         cut_half_line(path)
+        cut_half_images(path, samples)
         retry_failed(path, judge)
-        done = complete_images(read_predictions(path), samples)
+        done = {(row.dataset, row.prompt_id) for row in read_predictions(path)}
     rollout_config = dataclasses.replace(
         config.rollout, max_completion_tokens=config.eval.max_completion_tokens
     )
-    engine = RolloutEngine(session.parts.graphdef, rollout_config, session.vocabulary)
+    engine = RolloutEngine(
+        session.parts.graphdef, rollout_config, session.vocabulary, session.local
+    )
     for name in config.data.eval_sources:
-        source = open_eval_source(config.data, name)
-        loader = make_loader(
-            config.data,
-            source,
-            session.builder,
-            min(config.eval.prompts_per_batch, len(source)),
-            seed=config.seed,
-            shuffle=False,
-            num_epochs=1,
-        )
-        for batch in loader:
-            if all(key in done for key in _image_keys(batch)):
-                continue
-            groups = _sample(session, engine, states, judge, batch, samples, sampling, prompt_step)
-            append_predictions(path, _rows(batch, groups, image_root, done))
-        loader.close()
+        loader = _open_loader(session, name, console)
+        total, seen = len(loader.index.kept), 0
+        with contextlib.closing(loader), progress(console, f"{out_dir.name}: {name}", total) as at:
+            for batch in loader:
+                keys = _image_keys(batch)
+                if any(key not in done for key in keys):
+                    groups = _sample(
+                        session, engine, states, judge, batch, samples, sampling, prompt_step
+                    )
+                    append_predictions(path, _rows(batch, groups, image_root, done))
+                seen += len(keys)
+                at(seen)
     return write_scores(config, path, out_dir)
+
+
+def answer_settings(
+    session: Session, samples: int, sampling: Sampling, weights: str
+) -> dict[str, Any]:
+    """Everything that the answers and labels of an evaluation depend on, as plain JSON values."""
+    config = session.config
+    judge = config.judge if config.eval.use_train_judge else config.eval.judge
+    return {
+        "weights": weights,
+        "model": config.model.path,
+        "prompt": list(session.builder.template.texts),
+        "samples": samples,
+        "sampling": dataclasses.asdict(sampling),
+        "max_completion_tokens": config.eval.max_completion_tokens,
+        "sources": list(config.data.eval_sources),
+        "split": config.data.eval_split,
+        "num_eval": config.data.num_eval,
+        "select_seed": config.data.select_seed,
+        "seed": config.seed,
+        "judge": [judge.kind, judge.model, judge.revision, judge.prompt],
+    }
+
+
+def claim_folder(out_dir: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Makes an evaluation's folder, or checks that what it holds was made with these settings.
+
+    A run that was resumed with more steps finds its earlier final score there: that folder is
+    renamed to ``step_<number>``, which is what it has become.
+
+    Raises:
+        ValueError: it holds answers made with other settings, or with unknown ones.
+    """
+    file = out_dir / "settings.json"
+    if (out_dir / "predictions.jsonl").is_file():
+        if not file.is_file():
+            raise ValueError(f"{out_dir}: answers without settings.json; delete the folder")
+        old = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name in settings if old.get(name) != settings[name]]
+        before = str(old.get("weights"))
+        archive = out_dir.parent / before
+        if changed == ["weights"] and before.startswith(STEP_PREFIX) and not archive.exists():
+            out_dir.rename(archive)
+        elif changed:
+            name = changed[0]
+            raise ValueError(
+                f"{out_dir}: its answers were made with {name}={old.get(name)!r}, now it is "
+                f"{settings[name]!r}; use another --workdir or delete the folder"
+            )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _open_loader(session: Session, name: str, console: Console) -> PromptLoader:
+    """The images of one source, in order; those that cannot be used are named.
+
+    Batches are padded to a multiple of the replicas.
+    """
+    config = session.config
+    source = open_eval_source(config.data, name)
+    size = min(config.eval.prompts_per_batch, len(source))
+    loader = make_loader(
+        config.data,
+        source,
+        session.builder,
+        size + -size % num_replicas(session.mesh),
+        seed=config.seed,
+        shuffle=False,
+        num_epochs=1,
+    )
+    for skipped in loader.index.skipped:
+        console.print(f"skipped {skipped.image_name}: {skipped.reason}", markup=False)
+    return loader
 
 
 def _image_keys(batch: PromptBatch) -> list[tuple[str, str]]:
@@ -152,23 +241,17 @@ def _rows(
     ]
 
 
-def complete_images(rows: Sequence[Prediction], samples: int) -> set[tuple[str, str]]:
-    """(dataset, prompt id) of images that have all their answers.
+def cut_half_images(path: pathlib.Path, samples: int) -> int:
+    """Removes the answers to images that a kill left with fewer than `samples` of them.
 
-    Raises:
-        ValueError: an image has more or other answers than this evaluation draws.
+    They are drawn again, and come out the same. Returns how many rows were removed.
     """
-    counts: dict[tuple[str, str], int] = {}
-    for row in rows:
-        key = (row.dataset, row.prompt_id)
-        counts[key] = counts.get(key, 0) + 1
-    for (dataset, prompt_id), count in counts.items():
-        if count != samples:
-            raise ValueError(
-                f"predictions.jsonl: {dataset} {prompt_id} has {count} answers, this evaluation "
-                f"draws {samples}; use another --workdir or delete the file"
-            )
-    return set(counts)
+    rows = read_predictions(path)
+    counts = collections.Counter((row.dataset, row.prompt_id) for row in rows)
+    kept = [row for row in rows if counts[row.dataset, row.prompt_id] >= samples]
+    if len(kept) < len(rows):
+        write_predictions(path, kept)
+    return len(rows) - len(kept)
 
 
 def retry_failed(path: pathlib.Path, judge: JudgeThread) -> int:
@@ -185,8 +268,17 @@ def retry_failed(path: pathlib.Path, judge: JudgeThread) -> int:
     return len(failed)
 
 
-def write_scores(config: Config, path: pathlib.Path, out_dir: pathlib.Path) -> dict[str, Any]:
-    """Scores a predictions file and writes ``metrics.json`` beside it."""
+def write_scores(
+    config: Config, path: pathlib.Path, out_dir: pathlib.Path, text: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Scores a predictions file and writes ``metrics.json`` beside it.
+
+    Args:
+        config: how to average and resample.
+        path: the predictions.
+        out_dir: gets ``metrics.json``.
+        text: text metrics to go with the others, see `text_metrics.score_text`.
+    """
     metrics = scoring.metrics_json(
         read_predictions(path),
         in_domain=config.data.in_domain,
@@ -194,6 +286,8 @@ def write_scores(config: Config, path: pathlib.Path, out_dir: pathlib.Path) -> d
         bootstrap_samples=config.eval.bootstrap_samples,
         seed=config.seed,
     )
+    if text is not None:
+        metrics["text"] = text
     temporary = out_dir / "metrics.json.tmp"
     temporary.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(out_dir / "metrics.json")

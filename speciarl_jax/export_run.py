@@ -5,15 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 from flax import nnx
 
+from speciarl_jax.arch import Arch
 from speciarl_jax.checkpoint import Checkpoints, TrainState
 from speciarl_jax.config import Config, LoraConfig
+from speciarl_jax.convert.adapter import load_peft
+from speciarl_jax.convert.loading import load_policy
 from speciarl_jax.optim import init_optimizer, make_optimizer
 from speciarl_jax.policy.model import Policy, PolicyParts
-from speciarl_jax.session import Session, open_session
+from speciarl_jax.session import (
+    Session,
+    assemble_session,
+    find_model,
+    load_tokenizer,
+    model_dtypes,
+    open_session,
+)
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -41,8 +52,12 @@ def _fill(target: Any, values: dict[str, Any], place: str) -> None:
             setattr(target, name, tuple(value) if isinstance(old, tuple) else value)
 
 
-def restore_parts(session: Session, workdir: pathlib.Path, step: int | None) -> PolicyParts:
-    """The session's policy with the weights of a run's checkpoint.
+def restore_parts(
+    session: Session, workdir: pathlib.Path, step: int | None
+) -> tuple[PolicyParts, int]:
+    """The session's policy with the weights of a run's checkpoint, and that checkpoint's step.
+
+    A newest checkpoint that cannot be read is named on standard error and the one before it taken.
 
     Args:
         session: opened with the run's own recipe.
@@ -63,10 +78,32 @@ def restore_parts(session: Session, workdir: pathlib.Path, step: int | None) -> 
         trainable = session.parts.trainable
         optimizer = make_optimizer(session.config.optim, 1)
         like = TrainState(trainable, init_optimizer(optimizer, trainable), 0, {})
-        state, _ = checkpoints.restore(like, step)
+        state, skipped = checkpoints.restore(like, step)
     finally:
         checkpoints.close()
-    return dataclasses.replace(session.parts, trainable=state.trainable)
+    for line in skipped:
+        print(f"warning: {line}; using step {state.step}", file=sys.stderr)
+    return dataclasses.replace(session.parts, trainable=state.trainable), state.step
+
+
+def open_adapter(
+    config: Config, directory: pathlib.Path, recipe_dir: pathlib.Path | None
+) -> Session:
+    """A session whose policy is the recipe's base model with a PEFT adapter on it.
+
+    Args:
+        config: its `lora` section is replaced by what the adapter says.
+        directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
+        recipe_dir: folder of the recipe, for its prompts.
+
+    Raises:
+        ValueError: see `session.open_session` and `convert.adapter.load_peft`.
+    """
+    model_dir = find_model(config.model.path)
+    policy = load_policy(model_dir, model_dtypes(config.model))
+    config.lora = load_peft(directory, policy)
+    arch, tokenizer = Arch.from_dir(model_dir), load_tokenizer(model_dir)
+    return assemble_session(config, model_dir, arch, tokenizer, policy, recipe_dir)
 
 
 def load_run(workdir: pathlib.Path) -> tuple[Policy, LoraConfig | None, pathlib.Path]:
@@ -81,7 +118,7 @@ def load_run(workdir: pathlib.Path) -> tuple[Policy, LoraConfig | None, pathlib.
     """
     config = read_config(workdir)
     session = open_session(config)
-    parts = restore_parts(session, workdir, None)
+    parts, _ = restore_parts(session, workdir, None)
     policy = nnx.merge(parts.graphdef, parts.trainable, parts.frozen)
     has_adapter = not (config.model.train_base or config.model.train_vision)
     return policy, config.lora if has_adapter else None, session.model_dir

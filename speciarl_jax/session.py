@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 from jaxtyping import Array
 
+from speciarl_jax import sharding
 from speciarl_jax.arch import Arch
-from speciarl_jax.config import Config, ModelConfig
+from speciarl_jax.config import Config, MeshConfig, ModelConfig
 from speciarl_jax.convert.loading import load_policy, resolve_checkpoint
 from speciarl_jax.data.prompts import PromptBuilder
 from speciarl_jax.data.recipe import make_builder
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.lora import add_lora
-from speciarl_jax.policy.model import Policy, PolicyParts, split_policy
+from speciarl_jax.policy.model import (
+    Policy,
+    PolicyParts,
+    abstract_policy,
+    count_parameters,
+    split_policy,
+)
 from speciarl_jax.policy.vision import encode_images
 from speciarl_jax.rollout.engine import RolloutEngine, Vocabulary
 from speciarl_jax.tiny import shipped_tiny_dir
 from speciarl_jax.types import PromptBatch
+
+_CACHED_COMPILE_S = 0.2  # programs that compile faster are not worth a file
 
 
 @dataclasses.dataclass
@@ -39,6 +52,8 @@ class Session:
         builder: examples to prompts.
         parts: the policy taken apart; `trainable` is the starting point of training.
         engine: samples answers.
+        mesh: devices of the job; parameters lie on it as `speciarl_jax.sharding` says.
+        local: the part of the mesh that this process samples on.
     """
 
     config: Config
@@ -49,13 +64,42 @@ class Session:
     builder: PromptBuilder
     parts: PolicyParts
     engine: RolloutEngine
+    mesh: Mesh
+    local: Mesh
+
+    def local_states(self, trainable: nnx.State) -> tuple[nnx.State, nnx.State]:
+        """(trainable, frozen) on this process's devices, for encoding and sampling; no copy."""
+        return sharding.local_view((trainable, self.parts.frozen), self.local)
 
     def encode(self, states: tuple[nnx.State, ...], batch: PromptBatch) -> Array:
-        """Image embeddings of a batch, [I*M, D]; once per rollout batch."""
+        """Image embeddings of this process's batch, [I*M, D]; once per rollout batch.
+
+        Args:
+            states: from `local_states`.
+            batch: prompts.
+        """
         vision = batch.vision
-        return encode_images(
-            self.parts.graphdef, states, vision.patches, vision.positions, vision.mask
-        )
+        images = (vision.patches, vision.positions, vision.mask)
+        if self.local.size > 1:
+            place = sharding.image_sharding(self.local, len(vision.patches))
+            images = jax.device_put(images, place)
+        return encode_images(self.parts.graphdef, states, *images, self.local)
+
+
+def enable_compile_cache(directory: str) -> None:
+    """Keeps compiled programs in a folder, so that the next process loads them.
+
+    A cache that the user has set through jax (``JAX_COMPILATION_CACHE_DIR``) stays. Whoever can
+    write to the folder can run code in later processes.
+
+    Args:
+        directory: ``~`` and ``gs://`` are understood; "" leaves jax as it is.
+    """
+    if not directory or jax.config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_COMPILE_S)
+    compilation_cache.reset_cache()  # else a program compiled before now has settled it: no cache
 
 
 def open_session(config: Config, recipe_dir: pathlib.Path | None = None) -> Session:
@@ -71,10 +115,55 @@ def open_session(config: Config, recipe_dir: pathlib.Path | None = None) -> Sess
     model_dir = find_model(config.model.path)
     arch = Arch.from_dir(model_dir)
     tokenizer = load_tokenizer(model_dir)
-    policy = load_policy(model_dir, model_dtypes(config.model))
+    dtypes = model_dtypes(config.model)
+    mesh = open_mesh(config, arch)
+    places = sharding.param_shardings(nnx.state(abstract_policy(arch, dtypes)), mesh)
+    policy = load_policy(model_dir, dtypes, places)
     if config.lora.rank and not config.model.train_base:
         add_lora(policy, config.lora, config.seed)
-    return assemble_session(config, model_dir, arch, tokenizer, policy, recipe_dir)
+    return assemble_session(config, model_dir, arch, tokenizer, policy, recipe_dir, mesh)
+
+
+def open_mesh(config: Config, arch: Arch) -> Mesh:
+    """The job's devices, cut as ``config.mesh`` says or, with ``mesh.auto``, as the model needs.
+
+    Raises:
+        ValueError: see `sharding.make_mesh`, `sharding.check_mesh` and `sharding.choose_mesh`; or
+            the batch sizes do not divide over the replicas.
+    """
+    shape = config.mesh
+    if shape.auto:
+        size = jnp.dtype(config.model.param_dtype).itemsize
+        text = nnx.state(abstract_policy(arch, model_dtypes(config.model)).text)
+        stats = jax.local_devices()[0].memory_stats()
+        memory = stats.get("bytes_limit") if stats else None
+        shape, reason = sharding.choose_mesh(
+            arch,
+            count_parameters(text) * size,
+            jax.device_count(),
+            jax.local_device_count(),
+            memory,
+        )
+        print(f"mesh.auto: {reason}")
+    mesh = sharding.make_mesh(shape)
+    sharding.check_mesh(mesh, arch)
+    check_batch(config, mesh)
+    return mesh
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Refuses batch sizes that leave replicas idle.
+
+    Raises:
+        ValueError: ``train.prompts_per_update`` is not a multiple of one micro-batch everywhere.
+    """
+    train, replicas = config.train, sharding.num_replicas(mesh)
+    if train.prompts_per_update % (train.prompts_per_micro_batch * replicas):
+        raise ValueError(
+            f"train.prompts_per_update={train.prompts_per_update} is not a multiple of "
+            f"train.prompts_per_micro_batch={train.prompts_per_micro_batch} x {replicas} replicas "
+            f"(mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}); change one of them"
+        )
 
 
 def assemble_session(
@@ -84,15 +173,25 @@ def assemble_session(
     tokenizer: object,
     policy: Policy,
     recipe_dir: pathlib.Path | None = None,
+    mesh: Mesh | None = None,
 ) -> Session:
-    """Joins a policy that is already in memory with the rest."""
+    """Joins a policy that is already in memory with the rest; without a mesh on one device."""
+    mesh = mesh or sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     vocabulary = make_vocabulary(tokenizer, arch, model_dir)
     parts = split_policy(
         policy, train_base=config.model.train_base, train_vision=config.model.train_vision
     )
+    parts = dataclasses.replace(
+        parts,
+        trainable=jax.device_put(parts.trainable, sharding.param_shardings(parts.trainable, mesh)),
+        frozen=jax.device_put(parts.frozen, sharding.param_shardings(parts.frozen, mesh)),
+    )
     builder = make_builder(config.data, tokenizer, arch, model_dir, config.seed, recipe_dir)
-    engine = RolloutEngine(parts.graphdef, config.rollout, vocabulary)
-    return Session(config, model_dir, arch, tokenizer, vocabulary, builder, parts, engine)
+    local = sharding.local_mesh(mesh)
+    engine = RolloutEngine(parts.graphdef, config.rollout, vocabulary, local)
+    return Session(
+        config, model_dir, arch, tokenizer, vocabulary, builder, parts, engine, mesh, local
+    )
 
 
 def find_model(path: str) -> pathlib.Path:

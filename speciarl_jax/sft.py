@@ -20,9 +20,10 @@ from speciarl_jax.data.field_guide.answers import answer_text, sample_level
 from speciarl_jax.data.field_guide.specimens import Specimen, draw_specimens
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.selection import parse_mixture
+from speciarl_jax.learn import Metrics, finish_update, start_updates, update_batch
 from speciarl_jax.reward import import_function
+from speciarl_jax.scores import Scores
 from speciarl_jax.session import Session
-from speciarl_jax.step import Metrics, Scores, apply_updates, update_batch
 from speciarl_jax.types import PromptBatch
 
 TargetFn = Callable[[str, str, str, np.random.Generator], str]
@@ -138,9 +139,10 @@ def run_sft_step(
     scores = Scores(np.zeros_like(arrays.lengths), zeros, valid, zeros)
     embeds = None
     if not session.config.model.train_vision:
-        embeds = session.encode((state.trainable, session.parts.frozen), batch)
+        embeds = session.encode(session.local_states(state.trainable), batch)
     whole = update_batch(session, batch, arrays, scores, embeds)
-    state, metrics, _ = apply_updates(session, optimizer, state, whole)
+    update = start_updates(session, optimizer, state, whole, arrays.lengths)
+    state, metrics = finish_update(session.config, state, update)
     seconds = time.perf_counter() - start
     metrics |= {
         "time/step_s": seconds,

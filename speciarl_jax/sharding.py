@@ -25,7 +25,6 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from speciarl_jax.arch import Arch
@@ -46,7 +45,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         devices: all devices of the job, those of a planned topology included; None for jax's own.
 
     Returns:
-        A mesh with axes data, fsdp, tensor, all of type Auto; each replica within one process.
+        A mesh with axes data, fsdp, tensor, all of type Auto; each replica within one process. In
+        a job of one process, sizes that are all given may leave devices idle.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices, or a replica would span
@@ -54,6 +54,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Source: own.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = (config.data, config.fsdp, config.tensor)
+    if min(sizes) > 0 and jax.process_count() == 1:
+        devices = devices[: math.prod(sizes)]
     _, fsdp, tensor = mesh_shape(config, len(devices))
     by_process: dict[int, list[Any]] = collections.defaultdict(list)
     for device in devices:
@@ -70,10 +73,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _host_block(devices: list[Any], fsdp: int, tensor: int) -> np.ndarray:
-    shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
-    if devices[0].platform != "tpu":
-        return np.asarray(devices, dtype=object).reshape(shape)
-    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    """A host's replicas. Every host keeps jax's order: on v5e, where chips route in straight lines
+    only, XLA refuses collectives over hosts that order their chips differently."""
+    return np.asarray(devices, dtype=object).reshape(-1, fsdp, tensor)
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:

@@ -4,16 +4,16 @@
     semantic similarity   cosine of the embeddings of truth and answer
     concept similarity    highest cosine of the truth and any run of 1 to 3 words of the answer
 
-Similarities need word vectors, which are not shipped: a folder with ``words.txt`` (one word per
-line) and ``vectors.npy`` ([words, width], float), e.g. made by `convert_text_vectors` from a GloVe
-or word2vec text file. A text's embedding is the mean of its words' unit vectors.
+Similarities need an `Embedder`, which is not shipped: word vectors (`WordVectors`) or a sentence
+model (`text_model.SentenceModel`). What has no embedding has cosine 0, and so has a format failure.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,17 @@ from speciarl_jax.judge.parse import normalize
 from speciarl_jax.predictions import Prediction
 
 _CONCEPT_WORDS = 3
+_ANSWER_WORDS = 40  # of an answer that concepts are taken from; a label has two to five
+_FREQUENT_WORDS = 400_000  # of a word vector file, which lists the most frequent first
+METRICS = ("text_inclusion", "semantic_similarity", "concept_similarity")
+
+
+class Embedder(Protocol):
+    """Texts to unit vectors."""
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """[texts, width] float32 of length 1; a row of zeros where a text has no embedding."""
+        ...
 
 
 def text_inclusion(ground_truth: str, answer: str, synonyms: Iterable[str] = ()) -> bool:
@@ -37,155 +48,157 @@ def text_inclusion(ground_truth: str, answer: str, synonyms: Iterable[str] = ())
 
 @dataclasses.dataclass(frozen=True)
 class WordVectors:
-    """Unit word vectors.
+    """Word vectors; the embedding of a text is the mean of those of its words.
 
     Attributes:
         rows: row of each word.
-        vectors: [words, width] float32, of length 1.
+        vectors: [words, width] float32, of length 1 (0 where the file has zeros).
     """
 
     rows: dict[str, int]
     vectors: np.ndarray
 
-    def embed(self, text: str) -> np.ndarray | None:
-        """[width] unit mean of the words' vectors; None if no word is known."""
-        return self._mean([self.rows[w] for w in normalize(text).split() if w in self.rows])
-
-    def _mean(self, rows: Sequence[int]) -> np.ndarray | None:
-        if not rows:
-            return None
-        mean = self.vectors[list(rows)].mean(0)
-        length = float(np.linalg.norm(mean))
-        return None if length < 1e-6 else np.asarray(mean / length)
-
-    def semantic_similarity(self, ground_truth: str, answer: str) -> float | None:
-        """Cosine of both embeddings; None if one of them has no known word."""
-        truth, said = self.embed(ground_truth), self.embed(answer)
-        return None if truth is None or said is None else float(truth @ said)
-
-    def concept_similarity(self, ground_truth: str, answer: str) -> float | None:
-        """Highest cosine of the truth and 1 to 3 neighbouring words of the answer.
-
-        Source: concept similarity of Conti et al. (2025), which takes noun phrases of a parser;
-        runs of words stand in for them here.
-        """
-        truth = self.embed(ground_truth)
-        words = normalize(answer).split()
-        if truth is None:
-            return None
-        best: float | None = None
-        for size in range(1, _CONCEPT_WORDS + 1):
-            for start in range(len(words) - size + 1):
-                concept = self.embed(" ".join(words[start : start + size]))
-                if concept is not None:
-                    cosine = float(truth @ concept)
-                    best = cosine if best is None else max(best, cosine)
-        return best
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """[texts, width], see `Embedder`; a text without a known word has none."""
+        out = np.zeros((len(texts), self.vectors.shape[1]), np.float32)
+        for i, text in enumerate(texts):
+            known = [self.rows[w] for w in normalize(text).split() if w in self.rows]
+            if known:
+                out[i] = self.vectors[known].mean(0)
+        return unit_rows(out)
 
 
-def load_vectors(folder: str | Path) -> WordVectors:
-    """Reads ``words.txt`` and ``vectors.npy``.
-
-    Raises:
-        ValueError: a file is missing or they do not fit each other.
-    """
-    words_path, vectors_path = Path(folder) / "words.txt", Path(folder) / "vectors.npy"
-    for path in (words_path, vectors_path):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; expected words.txt and vectors.npy")
-    words = words_path.read_text(encoding="utf-8").splitlines()
-    try:
-        vectors = np.load(vectors_path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{vectors_path}: not a NumPy array: {error}") from None
-    if vectors.ndim != 2 or len(vectors) != len(words) or vectors.dtype.kind != "f":
-        raise ValueError(
-            f"{vectors_path}: expected floats of shape [{len(words)}, width] for the words of "
-            f"words.txt, got {vectors.dtype} {list(vectors.shape)}"
-        )
-    vectors = vectors.astype(np.float32)
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1; those shorter than 1e-6 become zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors = vectors / np.maximum(lengths, 1e-12)
-    return WordVectors({word: i for i, word in enumerate(words)}, vectors)
+    scaled: np.ndarray = np.where(lengths < 1e-6, 0.0, vectors / np.maximum(lengths, 1e-6))
+    return scaled
 
 
-def convert_text_vectors(text_file: str | Path, folder: str | Path, most: int = 400_000) -> int:
-    """Turns ``word v1 v2 ...`` lines (GloVe, word2vec text) into a folder for `load_vectors`.
+def load_vectors(file: str | Path) -> WordVectors:
+    """Reads ``word v1 v2 ...`` lines (GloVe, word2vec text), UTF-8, at most 400,000 of them.
 
-    Args:
-        text_file: UTF-8; a header line of two numbers is skipped.
-        folder: made if missing.
-        most: lines to take, the most frequent words come first in such files.
-
-    Returns:
-        Number of words.
+    A header line of two numbers is skipped.
 
     Raises:
-        ValueError: a line of another width or without numbers (named as ``file:line``).
+        ValueError: no word in it, or a line of another width or without numbers (``file:line``).
     """
     words: list[str] = []
     rows: list[np.ndarray] = []
-    with Path(text_file).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+    with Path(file).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
             word, *values = line.rstrip().split(" ")
             if number == 1 and len(values) == 1:
                 continue
             try:
                 row = np.array(values, np.float32)
             except ValueError:
-                raise ValueError(f"{text_file}:{number}: expected a word and numbers") from None
+                raise ValueError(f"{file}:{number}: expected a word and numbers") from None
             if len(row) == 0 or (rows and len(row) != len(rows[0])):
                 width = len(rows[0]) if rows else "some"
-                raise ValueError(f"{text_file}:{number}: {len(row)} numbers, expected {width}")
+                raise ValueError(f"{file}:{number}: {len(row)} numbers, expected {width}")
             words.append(word)
             rows.append(row)
-            if len(words) == most:
+            if len(words) == _FREQUENT_WORDS:
                 break
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "words.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    np.save(folder / "vectors.npy", np.array(rows))
-    return len(words)
+    if not words:
+        raise ValueError(f"{file}: holds no word vectors")
+    return WordVectors({word: i for i, word in enumerate(words)}, unit_rows(np.array(rows)))
+
+
+def concepts(answer: str) -> list[str]:
+    """Runs of 1 to 3 neighbouring words among the first 40 of an answer, normalised.
+
+    Source: Conti et al. (2025) take the noun phrases of a parser; runs of words stand in for them.
+    """
+    words = normalize(answer).split()[:_ANSWER_WORDS]
+    sizes = range(1, _CONCEPT_WORDS + 1)
+    return [" ".join(words[i : i + n]) for n in sizes for i in range(len(words) - n + 1)]
+
+
+def similarities(
+    pairs: Sequence[tuple[str, str]], embedder: Embedder
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """(semantic, concept) similarity of every distinct (ground truth, answer).
+
+    Each distinct text is embedded once.
+    """
+    distinct = dict.fromkeys(pairs)
+    spans = {answer: concepts(answer) for _, answer in distinct}
+    texts = dict.fromkeys(
+        text for truth, answer in distinct for text in (truth, answer, *spans[answer])
+    )
+    vectors = embedder.embed(list(texts))
+    row = {text: i for i, text in enumerate(texts)}
+    found = {}
+    for truth, answer in distinct:
+        places = [row[answer], *(row[span] for span in spans[answer])]
+        cosines = vectors[places] @ vectors[row[truth]]
+        found[truth, answer] = float(cosines[0]), float(cosines[1:].max(initial=0.0))
+    return found
 
 
 def score_text(
     predictions: Sequence[Prediction],
-    vectors: WordVectors | None = None,
+    embedder: Embedder | None = None,
     bootstrap_samples: int = 2000,
     seed: int = 0,
-) -> dict[str, bootstrap.Estimate]:
-    """Mean text metrics with 95 % intervals over images; a format failure scores 0.
+) -> dict[str, Any]:
+    """Mean text metrics with 95 % intervals over images, per data set and over data sets.
 
     Args:
         predictions: rows, of whatever data sets; images weigh by their number of rows.
-        vectors: similarities are left out if None; texts without a known word score 0.
+        embedder: similarities are left out if None.
         bootstrap_samples: resamples of the images.
         seed: of the resampling.
 
     Returns:
-        text_inclusion and, with vectors, semantic_similarity and concept_similarity.
+        ``{"datasets": {name: scores}, "averages": {"all": scores}}``; scores hold
+        text_inclusion and, with an embedder, semantic_similarity and concept_similarity as
+        ``{"value", "low", "high"}``, and n rows. The average is unweighted over data sets.
     """
-    metrics = ["text_inclusion"]
-    if vectors is not None:
-        metrics += ["semantic_similarity", "concept_similarity"]
-    sums: dict[tuple[str, str], np.ndarray] = {}
+    answered = [(p.ground_truth, p.prediction) for p in predictions if p.prediction is not None]
+    cosines = similarities(answered, embedder) if embedder is not None else None
+    metrics = METRICS if embedder is not None else METRICS[:1]
+    sums: dict[str, dict[str, np.ndarray]] = {}
     for p in predictions:
-        row = sums.setdefault((p.dataset, p.prompt_id), np.zeros(1 + len(metrics)))
+        row = sums.setdefault(p.dataset, {}).setdefault(p.prompt_id, np.zeros(1 + len(metrics)))
         row[0] += 1
         if p.prediction is None:
             continue
         row[1] += text_inclusion(p.ground_truth, p.prediction)
-        if vectors is not None:
-            row[2] += vectors.semantic_similarity(p.ground_truth, p.prediction) or 0.0
-            row[3] += vectors.concept_similarity(p.ground_truth, p.prediction) or 0.0
-    moments = np.array(list(sums.values())).reshape(-1, 1 + len(metrics))
-    rng = bootstrap.stratum_rng(seed, "text")
-    resampled = bootstrap.resample_sums(moments, bootstrap_samples, rng)
-    total = moments.sum(0)
-    count = total[0] if total[0] else np.nan
-    return {
-        name: bootstrap.estimate(
-            float(total[i] / count), resampled[:, i] / np.maximum(resampled[:, 0], 1), len(moments)
-        )
-        for i, name in enumerate(metrics, start=1)
+        if cosines is not None:
+            row[2:] += cosines[p.ground_truth, p.prediction]
+    scored = {
+        name: _resampled(name, np.array(list(images.values())), metrics, bootstrap_samples, seed)
+        for name, images in sums.items()
     }
+    members = list(scored.values())
+    return {
+        "datasets": {name: s.estimates() | {"n": s.rows} for name, s in scored.items()},
+        "averages": {"all": _average(members, metrics)} if members else {},
+    }
+
+
+def _resampled(
+    name: str, moments: np.ndarray, metrics: Sequence[str], samples: int, seed: int
+) -> bootstrap.Scored:
+    rng = bootstrap.stratum_rng(seed, f"text {name}")
+    resampled = bootstrap.resample_sums(moments, samples, rng)
+    total = moments.sum(0)
+    return bootstrap.Scored(
+        {m: float(total[i] / total[0]) for i, m in enumerate(metrics, start=1)},
+        {m: resampled[:, i] / resampled[:, 0] for i, m in enumerate(metrics, start=1)},
+        len(moments),
+        int(total[0]),
+    )
+
+
+def _average(members: Sequence[bootstrap.Scored], metrics: Sequence[str]) -> Mapping[str, Any]:
+    average = bootstrap.Scored(
+        {m: float(np.mean([s.values[m] for s in members])) for m in metrics},
+        {m: np.mean([s.replicates[m] for s in members], axis=0) for m in metrics},
+        min(s.images for s in members),
+        sum(s.rows for s in members),
+    )
+    return average.estimates() | {"n": average.rows}

@@ -9,12 +9,10 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import signal
 import time
-import types
-from collections.abc import Iterator
 from typing import Any
 
+import jax
 import optax
 from rich.console import Console
 from rich.table import Table
@@ -24,28 +22,35 @@ from speciarl_jax.config import Config
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.recipe import make_loader, open_train_source
 from speciarl_jax.evaluate import evaluate
+from speciarl_jax.gather import RolloutBatch, generation_prompts, training_sampling
 from speciarl_jax.judge.config import JudgeConfig
 from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.judge.verdict_log import VerdictLog
-from speciarl_jax.metrics import MetricsWriter, make_console, rollout_table, step_line
+from speciarl_jax.live import LiveView, format_seconds
+from speciarl_jax.metrics import (
+    MetricsWriter,
+    make_console,
+    open_wandb,
+    rollout_table,
+    step_line,
+)
 from speciarl_jax.optim import init_optimizer, make_optimizer
+from speciarl_jax.overlap import restore_rollouts, run_overlapped_step, save_rollouts
 from speciarl_jax.predictions import from_rollout, read_predictions, write_predictions
+from speciarl_jax.preemption import Preempted, stop_signal
 from speciarl_jax.report.compare import compare
 from speciarl_jax.report.plots import plot_training
 from speciarl_jax.report.tables import comparison_table, format_estimate, metrics_table
 from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.rollout.sampling import Sampling
-from speciarl_jax.session import Session, open_session
+from speciarl_jax.rollout.warm_up import BatchShapes, warm_up
+from speciarl_jax.scores import Groups, TrainingStopped
+from speciarl_jax.session import Session, enable_compile_cache, open_session
 from speciarl_jax.sft import resolve_target, run_sft_step
-from speciarl_jax.step import Groups, TrainingStopped, run_step
-from speciarl_jax.types import PromptBatch
+from speciarl_jax.step import StepResult, run_step
 from speciarl_jax.workdir import prepare_workdir
 
 _JUDGE_STARTUP_S = 60.0
-
-
-class Preempted(RuntimeError):
-    """SIGTERM came; the run is saved and goes on with --resume. Exit code 75."""
 
 
 def main(
@@ -75,6 +80,7 @@ def main(
         Preempted: SIGTERM; saved.
     """
     config.validate()
+    enable_compile_cache(config.compile_cache_dir)
     console = make_console()
     prepare_workdir(workdir, config, resume=resume, overwrite=overwrite)
     session = open_session(config, recipe_dir)
@@ -88,12 +94,16 @@ def main(
             console.print(f"warning: {line}; using step {state.step}", markup=False)
         loader.set_state(state.data)
     report_start(console, session, loader, state)
+    if config.rollout.warm_up:
+        warm_up_rollouts(console, session, state)
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
         stack.callback(checkpoints.close)
-        judge = stack.enter_context(open_judge(config.judge, workdir, state.step))
-        writer = MetricsWriter(workdir, state.step or -1)
+        sampled = state.step + (state.rollouts is not None)  # labels of these steps are known
+        judge = stack.enter_context(open_judge(config.judge, workdir, sampled))
+        writer = MetricsWriter(workdir, state.step or -1, open_wandb(config, workdir))
         stack.callback(writer.close)
+        view = stack.enter_context(LiveView(console, config.train.num_steps, state.step))
         eval_judge = judge
         if not config.eval.use_train_judge:
             eval_judge = stack.enter_context(open_judge(config.eval.judge, workdir, state.step))
@@ -108,6 +118,7 @@ def main(
             loader,
             checkpoints,
             writer,
+            view,
         )
         base = score(run, state, "base") if config.eval.score_base else None
         if base and config.train.eval_every and state.step == 0:
@@ -134,18 +145,23 @@ class Run:
     loader: PromptLoader
     checkpoints: Checkpoints
     writer: MetricsWriter
+    view: LiveView
 
 
 def train_loop(run: Run, state: TrainState) -> TrainState:
     """Steps until ``train.num_steps``, saving, logging and validating on the way."""
     train = run.config.train
     step_seconds: list[float] = []
+    ahead = None
+    if state.rollouts is not None:
+        ahead = restore_rollouts(run.session, state, run.loader, state.rollouts)
+        state = dataclasses.replace(state, rollouts=None)
     with stop_signal() as stop:
         while state.step < train.num_steps:
             waited = run.loader.wait_s
-            batch = next(run.loader)
+            result = take_step(run, state, ahead)
             waited = run.loader.wait_s - waited
-            state, groups, row = take_step(run, state, batch)
+            state, ahead, row = result.state, result.ahead, result.metrics
             row |= {"time/data_s": waited, "time/data_frac": waited / (waited + row["time/step_s"])}
             state.data = run.loader.get_state()
             step_seconds.append(row["time/step_s"])
@@ -153,9 +169,10 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
             if train.eval_every and (is_last or state.step % train.eval_every == 0):
                 row |= validation_metrics(run, state, is_last=is_last)
             run.writer.write(row)
-            report_step(run, row, groups, batch, step_seconds)
+            report_step(run, row, result.rollouts, step_seconds)
             if is_last or stop.is_set or state.step % train.save_every == 0:
-                run.checkpoints.save(state)
+                saved = save_rollouts(run.session, ahead) if ahead else None
+                run.checkpoints.save(dataclasses.replace(state, rollouts=saved))
             if stop.is_set and not is_last:
                 raise Preempted(
                     f"stopped by signal after step {state.step}, saved in {run.workdir}; "
@@ -164,15 +181,19 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
     return state
 
 
-def take_step(
-    run: Run, state: TrainState, batch: PromptBatch
-) -> tuple[TrainState, Groups, dict[str, float]]:
-    """A reinforcement or a supervised step, as the recipe says."""
-    if run.config.algo.name != "sft":
-        return run_step(run.session, run.judge, run.optimizer, state, batch)
-    target = resolve_target(run.config.train.sft_target, run.config.data.source)
-    state, row = run_sft_step(run.session, run.optimizer, state, run.loader, batch, target)
-    return state, [], row
+def take_step(run: Run, state: TrainState, ahead: RolloutBatch | None) -> StepResult:
+    """A supervised or a reinforcement step, the latter perhaps overlapping the next."""
+    train = run.config.train
+    if run.config.algo.name == "sft":
+        target = resolve_target(train.sft_target, run.config.data.source)
+        batch = next(run.loader)
+        state, row = run_sft_step(run.session, run.optimizer, state, run.loader, batch, target)
+        return StepResult(state, None, row)
+    parts = (run.session, run.judge, run.optimizer, state, run.loader)
+    if not train.async_steps:
+        return run_step(*parts)
+    is_last = state.step + 1 == train.num_steps
+    return run_overlapped_step(*parts, ahead, is_last=is_last)
 
 
 def open_train_loader(session: Session) -> PromptLoader:
@@ -183,14 +204,15 @@ def open_train_loader(session: Session) -> PromptLoader:
         config.data,
         source,
         session.builder,
-        config.train.prompts_per_step,
+        generation_prompts(config),
         seed=config.seed,
         pad_id=int(session.vocabulary.stop_ids[0]),
     )
     if loader.plan.batches_per_epoch < 1:
         raise ValueError(
             f"data.source={config.data.source!r} has {len(loader.index.kept)} usable images, "
-            f"train.prompts_per_step={config.train.prompts_per_step} needs at least as many"
+            f"a batch of {generation_prompts(config)} (train.prompts_per_step, or "
+            "algo.generation_prompts) needs at least as many"
         )
     return loader
 
@@ -253,6 +275,7 @@ def score(run: Run, state: TrainState, name: str, samples: int = 0) -> dict[str,
         samples=samples or settings.samples,
         sampling=sampling,
         image_root=run.workdir,
+        console=run.console,
         prompt_step=state.step,
     )
     seconds = time.perf_counter() - start
@@ -277,6 +300,27 @@ def eval_row(metrics: dict[str, Any]) -> dict[str, float]:
     return row
 
 
+def warm_up_rollouts(console: Console, session: Session, state: TrainState) -> None:
+    """Compiles every program that sampling can need; a step then waits for none."""
+    config, start = session.config, time.perf_counter()
+    shapes = BatchShapes(
+        num_prompts=generation_prompts(config) // jax.process_count(),
+        group_size=config.rollout.group_size,
+        prompt_lengths=config.data.prompt_buckets,
+        num_windows=config.data.window_buckets,
+    )
+    count = warm_up(
+        session.engine,
+        session.local_states(state.trainable),
+        session.encode,
+        session.arch.vision,
+        shapes,
+        sampling=training_sampling(config),
+        seed=config.seed,
+    )
+    console.print(f"warm-up: {count} programs in {time.perf_counter() - start:.1f}s")
+
+
 def report_start(
     console: Console, session: Session, loader: PromptLoader, state: TrainState
 ) -> None:
@@ -295,23 +339,27 @@ def report_start(
 
 
 def report_step(
-    run: Run, row: dict[str, float], groups: Groups, batch: PromptBatch, seconds: list[float]
+    run: Run, row: dict[str, float], rollouts: RolloutBatch | None, seconds: list[float]
 ) -> None:
-    """The line of a step; now and then a table and the rollouts as a file."""
+    """The line of a step, the live view; now and then a table and the rollouts as a file."""
     step, train = int(row["step"]), run.config.train
+    groups: Groups = rollouts.groups if rollouts is not None else []
     recent = sorted(seconds[-20:])
     eta = recent[len(recent) // 2] * (train.num_steps - step)
-    if not groups:
+    run.view.update(step, eta, groups)
+    if rollouts is None:
         if step % 20 == 0 or step == 1:
             run.console.print(
                 f"step {step}/{train.num_steps}  loss {row['policy/loss']:.4f}  "
-                f"{row['time/step_s']:.2f}s  eta {time.strftime('%H:%M:%S', time.gmtime(eta))}"
+                f"{row['time/step_s']:.2f}s  eta {format_seconds(eta)}"
             )
         return
     run.console.print(step_line(row, train.num_steps, eta), markup=False)
     if train.table_every and (step % train.table_every == 0 or step in (1, train.num_steps)):
         run.console.print(rollout_table(groups, step))
+        batch = rollouts.batch
         images = dict(zip(batch.prompt_ids, batch.images, strict=True))
+        run.writer.write_rollouts(step, groups, images)
         rows = [
             from_rollout(r, save_thumbnail(run.workdir, r.prompt_id, images[r.prompt_id]), step)
             for group in groups
@@ -361,32 +409,6 @@ def report_best_of(console: Console, metrics: dict[str, Any]) -> None:
         names = ("correctness", "specificity", "hm")
         values = "  ".join(f"{m} {format_estimate(scores['best'][m])}" for m in names)
         console.print(f"base, best of {scores['n']} on {name}: {values}", markup=False)
-
-
-@dataclasses.dataclass
-class StopFlag:
-    """Set by SIGTERM; read between steps."""
-
-    is_set: bool = False
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[StopFlag]:
-    """Turns SIGTERM into a flag while the loop runs (main thread only, else it stays unset)."""
-    flag = StopFlag()
-
-    def handle(number: int, frame: types.FrameType | None) -> None:
-        flag.is_set = True
-
-    try:
-        previous = signal.signal(signal.SIGTERM, handle)
-    except ValueError:  # not the main thread: the caller owns the signals
-        yield flag
-        return
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 __all__ = ["Preempted", "TrainingStopped", "main"]

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from speciarl_jax import loss as losses
 from speciarl_jax.optim import OptimState, apply_gradients
-from speciarl_jax.policy.attention import attend, attend_shared, causal_mask
+from speciarl_jax.policy.flash import attend_causal, attend_group
 from speciarl_jax.policy.layers import last_axis
 from speciarl_jax.policy.model import Policy
 from speciarl_jax.policy.text import TextModel
@@ -103,7 +103,7 @@ def tree_hidden(policy: Policy, batch: TrainBatch, config: LossConfig) -> Float[
     own_positions = batch.next_position[:, None] + column[None]  # [P, G*C]
     own_positions = jnp.broadcast_to(own_positions[:, None], (num_prompts, 3, group * width))
     positions = jnp.concatenate([batch.positions, own_positions], axis=2)
-    attend_fn = _tree_attention(batch.prompt_lengths, prompt_len, group, width)
+    attend_fn = _tree_attention(batch.prompt_lengths, prompt_len, group, width, config.mesh)
     hidden, _, _ = text.run(hidden, positions, attend_fn, remat=config.remat)
 
     last = jnp.maximum(batch.prompt_lengths - 1, 0)[:, None, None]
@@ -117,7 +117,7 @@ def _prompt_embeds(policy: Policy, batch: TrainBatch, config: LossConfig) -> Flo
     """Each prompt takes image tokens from its own images, so nothing crosses replicas."""
     images = batch.images
     if config.train_vision:
-        merged = policy.encode(*images, remat=config.remat)
+        merged = policy.encode(*images, remat=config.remat, mesh=config.mesh)
         images = merged.reshape(batch.tokens.shape[0], -1, merged.shape[-1])
     rows = batch.image_rows[..., None]
     hidden = policy.text.embed(batch.tokens)
@@ -125,15 +125,17 @@ def _prompt_embeds(policy: Policy, batch: TrainBatch, config: LossConfig) -> Flo
     return jnp.where(rows >= 0, from_image.astype(hidden.dtype), hidden)
 
 
-def _tree_attention(lengths: Int[Array, " P"], prompt_len: int, group: int, width: int) -> Any:
-    prompt_mask = causal_mask(lengths, prompt_len)
+def _tree_attention(
+    lengths: Int[Array, " P"], prompt_len: int, group: int, width: int, mesh: Mesh | None
+) -> Any:
     sees_prompt = jnp.arange(prompt_len)[None] < lengths[:, None]  # [P, S]
 
     def attend_fn(q: Array, k: Array, v: Array, layer: Array, carry: None) -> Any:
         prompt = [x[:, :prompt_len] for x in (q, k, v)]
         own = [x[:, prompt_len:].reshape(x.shape[0], group, width, *x.shape[2:]) for x in (q, k, v)]
-        out_prompt = attend(*prompt, prompt_mask)
-        out_own = attend_shared(*own, *prompt[1:], sees_prompt).reshape(q[:, prompt_len:].shape)
+        out_prompt = attend_causal(*prompt, lengths, mesh)
+        out_own = attend_group(*own, *prompt[1:], sees_prompt, mesh)
+        out_own = out_own.reshape(q[:, prompt_len:].shape)
         return jnp.concatenate([out_prompt, out_own], axis=1), carry, None
 
     return attend_fn

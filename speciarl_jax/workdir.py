@@ -68,7 +68,7 @@ _FREE = ("num_steps", "table_every", "save_every", "keep_checkpoints", "eval_eve
 
 def _check_same_recipe(old: dict[str, Any], new: dict[str, Any], marker: pathlib.Path) -> None:
     for section, values in new.items():
-        if section in ("judge", "eval", "mesh"):
+        if section in ("judge", "eval", "mesh", "logging"):
             continue
         before = old.get(section)
         if isinstance(values, dict) and isinstance(before, dict):

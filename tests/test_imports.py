@@ -11,20 +11,24 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "speciarl_jax"
 
 # A module may import rooms of its own level or lower ones.
 LEVELS = [
-    {"types", "arch"},
-    {"config", "judge"},
-    {"data", "optim", "scoring", "bootstrap", "predictions", "text_metrics"},
-    {"policy", "reward", "advantage", "weights", "loss"},
-    {"rollout", "update", "batching", "convert", "metrics", "report", "tiny"},
+    {"types", "arch", "flops", "clock", "preemption", "hosts", "storage"},
+    {"config", "judge", "presets"},
+    {"data", "optim", "sharding", "scoring", "bootstrap", "predictions", "text_metrics", "text_model"},
+    {"policy", "reward", "advantage", "weights", "loss", "scores"},
+    {"rollout", "update", "batching", "packing", "convert", "metrics", "live", "report", "tiny"},
     {"session", "checkpoint", "workdir"},
+    {"gather"},
+    {"learn"},
+    {"step_metrics", "programs", "plan"},
     {"step", "evaluate"},
+    {"overlap"},
     {"sft", "export_run", "sample_command"},
     {"train"},
     {"eval_command"},
     {"cli"},
 ]
-HOST_ONLY = {"types", "arch", "config", "judge", "data", "reward", "advantage", "weights"}
-HOST_ONLY |= {"scoring", "bootstrap", "predictions", "text_metrics", "report"}
+HOST_ONLY = {"types", "arch", "flops", "clock", "scores", "config", "judge", "data", "reward", "advantage", "weights"}
+HOST_ONLY |= {"scoring", "bootstrap", "predictions", "text_metrics", "text_model", "report"}
 DEVICE_FILES = ("policy", "rollout", "update", "loss")
 FORBIDDEN_ON_DEVICE = {"socket", "os", "subprocess", "asyncio", "aiohttp", "openai", "urllib"}
 

@@ -41,33 +41,39 @@ def endpoint_config(port, **changes):
     )
 
 
-@pytest.mark.slow
-def test_outage_pauses_and_leaves_no_trace_in_the_metrics(tmp_path):
-    with judge_server() as server:
-        train.main(endpoint_config(port_of(server)), tmp_path / "calm")
+def train_through_outage(folder, outage_s):
+    """One run with a judge, one whose judge is killed after the first step and comes back.
 
+    Returns the rows of both, times and judge counters included.
+    """
+    with judge_server() as server:
+        train.main(endpoint_config(port_of(server)), folder / "calm")
     first = judge_server()
-    first.__enter__()
-    port = port_of(first)
-    restarted = []
+    first.start()
+    port, workdir, again = port_of(first), folder / "outage", []
 
     def kill_and_restart():
-        while not (tmp_path / "outage" / "metrics.jsonl").is_file() or not rows(
-            tmp_path / "outage"
-        ):
+        while not (workdir / "metrics.jsonl").is_file() or not rows(workdir):
             time.sleep(0.01)
-        first.__exit__(None, None, None)
-        time.sleep(4.0)
-        server = judge_server(port)
-        server.__enter__()
-        restarted.append(server)
+        first.stop()
+        time.sleep(outage_s)
+        again.append(judge_server(port))
+        again[0].start()
 
     thread = threading.Thread(target=kill_and_restart)
     thread.start()
-    train.main(endpoint_config(port), tmp_path / "outage")
+    train.main(endpoint_config(port), workdir)
     thread.join()
-    restarted[0].__exit__(None, None, None)
-    assert rows(tmp_path / "outage") == rows(tmp_path / "calm")
+    again[0].stop()
+    return [metrics.read_rows(folder / name / "metrics.jsonl") for name in ("calm", "outage")]
+
+
+@pytest.mark.slow
+def test_outage_pauses_and_leaves_no_trace_in_the_metrics(tmp_path, caplog):
+    calm, outage = train_through_outage(tmp_path, 7.0)
+    assert [metrics.deterministic(r) for r in outage] == [metrics.deterministic(r) for r in calm]
+    assert outage[-1]["judge/pause_s"] > 4.0 > calm[-1]["judge/pause_s"]
+    assert any("judge paused" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.slow

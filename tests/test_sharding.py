@@ -62,7 +62,7 @@ def assert_same_update(session, shapes, config):
         # the gradient's sign where it is near zero.
         moments = (jax.tree.leaves(found[1].inner) for found in (alone, spread))
         for a, b in zip(*moments, strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-6 * float(np.abs(b).max()), rtol=2e-5)
+            np.testing.assert_allclose(a, b, atol=3e-5 * float(np.abs(b).max()))
 
 
 def test_two_devices_give_the_same_update(session):

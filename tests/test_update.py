@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from speciarl_jax import batching, step, update
+from speciarl_jax import batching, learn, update
 from speciarl_jax.optim import init_optimizer, make_optimizer
 from speciarl_jax.types import Rollout
 from tests.tiny_policy import (
@@ -232,4 +232,4 @@ def test_loss_value_against_numpy(session):
 
 def test_mini_batches_cover_the_step():
     config = open_small_session(train__prompts_per_update=2).config
-    assert step.mini_batches(config) == [slice(0, 2), slice(2, 4)]
+    assert learn.mini_batches(config) == [slice(0, 2), slice(2, 4)]

@@ -49,6 +49,8 @@ def small_config(**changes) -> Config:
     config.optim.learning_rate = 1e-3
     config.eval.max_completion_tokens = 16
     config.eval.bootstrap_samples = 50
+    config.mesh.data = 1
+    config.compile_cache_dir = ""
     for name, value in changes.items():
         section, _, field = name.partition("__")
         target = getattr(config, section)

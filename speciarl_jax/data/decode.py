@@ -42,10 +42,12 @@ def decode_image(data: bytes) -> Image.Image:
     animation the first frame counts.
 
     Raises:
-        BadImageError: not an image, truncated, empty, over `MAX_SOURCE_PIXELS`, or anything else
-            that the decoder refuses.
+        BadImageError: no bytes, not an image, truncated, empty, over `MAX_SOURCE_PIXELS`, or
+            anything else that the decoder refuses.
     Source: own; transparency from transformers image_transforms.convert_to_rgb.
     """
+    if not data:
+        raise BadImageError("no bytes: the file is missing, empty or may not be read")
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size

@@ -149,6 +149,7 @@ def _read_manifest(file: pathlib.Path) -> list[ImageFile]:
     image = _column(file, rows[0], _IMAGE_COLUMNS, "image path")
     label = _column(file, rows[0], _LABEL_COLUMNS, "label")
     files: list[ImageFile] = []
+    seen: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
         if not row.get(image) or not row.get(label):
             raise ValueError(f"manifest {file}, row {number}: empty {image!r} or {label!r}")
@@ -156,6 +157,11 @@ def _read_manifest(file: pathlib.Path) -> list[ImageFile]:
         if split and split not in SPLIT_NAMES:
             raise ValueError(f"manifest {file}, row {number}: split {split!r} is unknown")
         key = str(row[image])
+        if (first := seen.setdefault(key, number)) != number:
+            raise ValueError(
+                f"manifest {file}, rows {first} and {number}: both name {key!r}; list an image "
+                "once, or it is in two splits or has two labels"
+            )
         labels = (clean_label(str(row[label])),)
         files.append(ImageFile(file.parent / key, key, labels, SPLIT_NAMES.get(split, "")))
     return files

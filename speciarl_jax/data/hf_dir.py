@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import re
+import uuid
 from typing import Any
 
 import pyarrow
@@ -168,7 +169,7 @@ def _to_arrow(files: list[pathlib.Path], data_dir: pathlib.Path) -> pathlib.Path
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         schema = pyarrow.parquet.read_schema(files[0])
         with pyarrow.ipc.new_file(str(temporary), schema) as writer:

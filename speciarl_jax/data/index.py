@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import threading
+import uuid
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -251,7 +252,7 @@ def _save_rows(file: pathlib.Path | None, rows: list[_Row]) -> None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+        temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
         temporary.write_text(json.dumps([dataclasses.astuple(row) for row in rows]))
         os.replace(temporary, file)
     except OSError as error:

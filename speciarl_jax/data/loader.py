@@ -2,7 +2,8 @@
 
 One number says where a run is: the position in the global order of prompts. Epoch e visits
 permutation(seed, e) of the usable examples; batches are cut from that order and hosts take slices
-of batches, so neither the number of worker threads or processes nor the number of hosts changes
+of batches (of each of its mini-batches, so that these hold the same prompts whatever the number of
+hosts), so neither the number of worker threads or processes nor the number of hosts changes
 which prompt comes when. Grain supplies read-ahead, threads and worker processes; its own iterator
 state is not saved, because it depends on the number of workers. Instead a pipeline is started at
 the saved position.
@@ -77,18 +78,43 @@ class EpochPlan:
 class _Positions:
     """Global positions of one host's rows, from a batch on: a Grain source."""
 
-    def __init__(self, plan: EpochPlan, num_batches: int, first: int, host: tuple[int, int]):
+    def __init__(self, plan: EpochPlan, num_batches: int, first: int, rows: np.ndarray):
         self._plan = plan
         self._num_batches = num_batches
         self._first = first
-        self._host, self._rows = host[0], plan.batch_size // host[1]
+        self._rows = rows
 
     def __len__(self) -> int:
-        return (self._num_batches - self._first) * self._rows
+        return (self._num_batches - self._first) * len(self._rows)
 
     def __getitem__(self, index: int) -> int:
-        batch, row = divmod(index, self._rows)
-        return (self._first + batch) * self._plan.batch_size + self._host * self._rows + row
+        batch, row = divmod(index, len(self._rows))
+        return (self._first + batch) * self._plan.batch_size + int(self._rows[row])
+
+
+def host_rows(
+    batch_size: int, process_index: int, process_count: int, num_blocks: int
+) -> np.ndarray:
+    """Rows of a batch that one host reads: an equal slice of each block.
+
+    Args:
+        batch_size: prompts per batch over all hosts.
+        process_index: number of this host.
+        process_count: number of hosts.
+        num_blocks: blocks of a batch (mini-batches).
+
+    Raises:
+        ValueError: the sizes do not fit each other.
+    """
+    if process_count < 1 or num_blocks < 1 or batch_size % (process_count * num_blocks):
+        raise ValueError(
+            f"batch of {batch_size} prompts in {num_blocks} mini-batches over {process_count} "
+            "hosts: expected a positive multiple; change train.prompts_per_step"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index}: expected 0 to {process_count - 1}")
+    blocks = np.arange(batch_size).reshape(num_blocks, process_count, -1)
+    return blocks[:, process_index].reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +183,7 @@ class PromptLoader:
         prefetch_batches: int = 2,
         process_index: int = 0,
         process_count: int = 1,
+        num_blocks: int = 1,
         prompt_buckets: Sequence[int] = (),
         window_buckets: Sequence[int] = (),
         cache_bytes: int = 256 * 2**20,
@@ -182,6 +209,7 @@ class PromptLoader:
             prefetch_batches: finished batches held ready.
             process_index: number of this host.
             process_count: number of hosts.
+            num_blocks: see `host_rows`.
             prompt_buckets: see `collate`.
             window_buckets: see `collate`.
             cache_bytes: resized images kept between epochs (only with num_workers=0); 0 for none.
@@ -202,13 +230,13 @@ class PromptLoader:
         )
         is_dropping = shuffle if drop_last is None else drop_last
         self.plan = EpochPlan(len(self.index.kept), batch_size, seed, shuffle, is_dropping)
-        _check_sizes(self.plan, process_index, process_count)
+        _check_sizes(self.plan)
+        self._rows = host_rows(batch_size, process_index, process_count, num_blocks)
         self.num_batches = self.plan.batches_per_epoch * (num_epochs or _ENDLESS_EPOCHS)
         self.wait_s = 0.0
         self._encode = _Encode(source, builder, self.index.kept, self.plan, self._cache)
         self._builder, self._pad_id = builder, pad_id
         self._buckets = (tuple(prompt_buckets), tuple(window_buckets))
-        self._host = (process_index, process_count)
         self._num_workers, self._num_threads = num_workers, num_threads
         self._prefetch_batches = prefetch_batches
         self._next_batch = 0
@@ -297,9 +325,8 @@ class PromptLoader:
 
     def _rows_of(self, batch: int) -> np.ndarray:
         epoch, first = self.plan.locate(batch * self.plan.batch_size)
-        count = self.plan.batch_size // self._host[1]
-        first += self._host[0] * count
-        return self.plan.order(epoch)[first : first + count]
+        ranks = first + self._rows
+        return self.plan.order(epoch)[ranks[ranks < self.plan.num_prompts]]
 
     def _collate(self, items: Sequence[_Item]) -> PromptBatch:
         return collate(
@@ -314,8 +341,8 @@ class PromptLoader:
         )
 
     def _start(self) -> Iterator[PromptBatch]:
-        rows = self.plan.batch_size // self._host[1]
-        positions = _Positions(self.plan, self.num_batches, self._next_batch, self._host)
+        rows = len(self._rows)
+        positions = _Positions(self.plan, self.num_batches, self._next_batch, self._rows)
         pipeline = (
             grain.MapDataset.source(positions)
             .map(self._encode)
@@ -342,14 +369,12 @@ def _mark_flags_parsed() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def _check_sizes(plan: EpochPlan, process_index: int, process_count: int) -> None:
-    if plan.batch_size < 1 or process_count < 1 or plan.batch_size % process_count:
+def _check_sizes(plan: EpochPlan) -> None:
+    if plan.batch_size < 1:
         raise ValueError(
-            f"batch of {plan.batch_size} prompts over {process_count} hosts: expected a positive "
-            "multiple; change train.prompts_per_step"
+            f"batch of {plan.batch_size} prompts: expected a positive number; set "
+            "train.prompts_per_step"
         )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index}: expected 0 to {process_count - 1}")
     if plan.batches_per_epoch < 1:
         raise ValueError(
             f"batch of {plan.batch_size} prompts, but the data has only {plan.num_prompts} usable "

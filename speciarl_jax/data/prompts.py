@@ -22,7 +22,9 @@ from speciarl_jax.types import Example
 
 IMAGE_TOKEN = "<|image_pad|>"
 POOL_SEPARATOR = "---"
-REPO_PROMPTS = pathlib.Path(__file__).resolve().parents[2] / "configs" / "prompts"
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+# In a checkout, and where setup.py installs the same files.
+SHIPPED_PROMPTS = (_PACKAGE.parent / "configs" / "prompts", _PACKAGE / "prompts")
 
 
 class Tokenizer(Protocol):
@@ -65,8 +67,8 @@ class PromptTemplate:
 
         Args:
             name: a path; or a file name without ``.txt``, looked for in ``recipe_dir/prompts``,
-                ``configs/prompts`` under the working directory, then in the repository's
-                ``configs/prompts``; or several of these joined by commas. A file may itself hold a
+                ``configs/prompts`` under the working directory, then among those that ship with
+                the package; or several of these joined by commas. A file may itself hold a
                 pool, its texts parted by lines of ``---``.
             recipe_dir: folder of the recipe file, if there is one.
 
@@ -102,7 +104,7 @@ def _split_pool(content: str) -> list[str]:
 def _find_prompt(name: str, recipe_dir: str | pathlib.Path | None) -> pathlib.Path:
     places = [pathlib.Path(name)] if name.endswith(".txt") or "/" in name else []
     if not places:
-        folders = [pathlib.Path("configs/prompts"), REPO_PROMPTS]
+        folders = [pathlib.Path("configs/prompts"), *SHIPPED_PROMPTS]
         if recipe_dir is not None:
             folders.insert(0, pathlib.Path(recipe_dir) / "prompts")
         places = [folder / f"{name}.txt" for folder in folders]

@@ -134,7 +134,9 @@ def select(source: Source, selection: Selection) -> Source:
         places = _filter_classes(places, labels, selection)
     else:
         labels = []
-    wanted = selection.count or round(selection.share * len(places)) or len(places)
+    wanted = selection.count or len(places)
+    if selection.share:
+        wanted = max(1, round(selection.share * len(places)))
     if wanted > len(places):
         raise ValueError(
             f"selection of {wanted} examples: only {len(places)} are available; lower "
@@ -280,7 +282,7 @@ def divide(
         math.floor(size * total_weight / weight + 1e-9)
         for size, weight in zip(sizes, weights, strict=True)
     )
-    wanted = count or (round(most * share) if share else most)
+    wanted = count or (max(1, round(most * share)) if share else most)
     exact = [wanted * weight / total_weight for weight in weights]
     quotas = [math.floor(part + 1e-9) for part in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (quotas[i] - exact[i], i))

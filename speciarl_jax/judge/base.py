@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from speciarl_jax.types import Failure, FailureKind, Verdict
 
 Outcome = Verdict | Failure
 
 
-@dataclasses.dataclass(frozen=True, order=True, slots=True)
-class Pair:
+class Pair(NamedTuple):
     """One question for the judge; raw text, the client normalises it.
+
+    A named tuple, not a dataclass: half the time to make and to hash, which is most of what a
+    cached label costs.
 
     Attributes:
         ground_truth: the label of the image, as the data set spells it.
@@ -34,6 +36,10 @@ class JudgeDownError(JudgeError):
 
 class ReplayMissError(JudgeError):
     """Replay mode met a pair that the recording does not hold."""
+
+
+class TokenError(JudgeError):
+    """No access token just now (the token server is out); asking again may help."""
 
 
 class UnknownTruthError(JudgeError):

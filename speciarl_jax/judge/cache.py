@@ -1,11 +1,13 @@
-"""Verdicts that last: one SQLite file in WAL mode, written as each verdict arrives.
+"""Verdicts that last: a SQLite file in WAL mode, or a Redis server that several hosts share.
 
-The key is a hash of everything that could change a label: model, revision, prompt wording,
-sampling parameters and the two normalised texts. Only labels are kept, never failures.
+Each verdict is written as it arrives. The key is a hash of everything that could change a label:
+model, revision, prompt wording, sampling parameters and the two normalised texts. Only labels are
+kept, never failures.
 """
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 import sqlite3
@@ -23,6 +25,7 @@ CREATE TABLE IF NOT EXISTS verdicts (
 ) WITHOUT ROWID
 """
 _CHUNK = 500  # keys in one SELECT
+REDIS_SCHEMES = ("redis://", "rediss://")
 _FIELDS = ("key", "category", "judge", "ground_truth", "answer", "scope", "created")
 
 
@@ -36,9 +39,16 @@ class KeyMaker:
 
     def key(self, pair: Pair) -> bytes:
         """16 bytes for a normalised pair (which holds no NUL)."""
-        digest = self._prefix.copy()
-        digest.update(f"{pair.ground_truth}\0{pair.answer}".encode("utf-8", "surrogatepass"))
-        return digest.digest()[:16]
+        return self.keys([pair])[0]
+
+    def keys(self, pairs: Sequence[Pair]) -> list[bytes]:
+        """The key of each pair, 16 bytes."""
+        found = []
+        for truth, answer in pairs:
+            digest = self._prefix.copy()
+            digest.update(f"{truth}\0{answer}".encode("utf-8", "surrogatepass"))
+            found.append(digest.digest()[:16])
+        return found
 
 
 def open_database(path: str, schema: str) -> sqlite3.Connection:
@@ -61,34 +71,72 @@ def open_database(path: str, schema: str) -> sqlite3.Connection:
     return connection
 
 
-class VerdictCache:
-    """A durable map from key to label, with the most recent part in memory."""
+Row = tuple[bytes, int, str, str, str, str, float]  # in the order of _FIELDS
 
-    def __init__(self, path: str = "", memory_entries: int = 500_000) -> None:
-        """Opens the file.
+
+class VerdictCache(abc.ABC):
+    """A durable map from key to label, with the most recent part in memory.
+
+    Backends say how rows are fetched, inserted, listed and deleted.
+    """
+
+    def __init__(self, place: str, memory_entries: int = 500_000) -> None:
+        """Starts with an empty memory.
 
         Args:
-            path: SQLite file, made if missing; `""` keeps verdicts in memory only.
-            memory_entries: labels held in memory at most; older ones are read from the file.
-
-        Raises:
-            JudgeError: the file cannot be opened.
+            place: file or URL, for messages.
+            memory_entries: labels held in memory at most; older ones are fetched again.
         """
-        self.path = path
-        self._db = open_database(path, _SCHEMA)
+        self.place = place
         self._memory: dict[bytes, Verdict] = {}
         self._memory_entries = memory_entries
 
+    @abc.abstractmethod
+    def _fetch(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int, str]]:
+        """(key, category, judge) of those keys that are known."""
+
+    @abc.abstractmethod
+    def _insert(self, rows: Sequence[Row]) -> int:
+        """Stores rows durably, all or none; keys already there keep theirs.
+
+        Returns:
+            How many were new.
+
+        Raises:
+            JudgeError: the place cannot be written.
+        """
+
+    @abc.abstractmethod
+    def _scan(self) -> Iterator[Row]:
+        """Every row, ordered by ground truth, answer and key."""
+
+    @abc.abstractmethod
+    def purge(self, judge: str = "", older_than_s: float = 0.0) -> int:
+        """Deletes labels of a judge (all judges if empty) older than an age; returns how many."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of labels."""
+
+    @abc.abstractmethod
+    def stats(self) -> dict[str, object]:
+        """Number of labels in all, by category, by judge and by scope."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends the connection or closes the file."""
+
     def get_many(self, keys: Sequence[bytes]) -> dict[bytes, Verdict]:
-        """Verdicts, marked as cached, of those keys that are known."""
+        """Verdicts, marked as cached, of those keys that are known.
+
+        Raises:
+            JudgeError: the place cannot be read.
+        """
         memory = self._memory
         found = {key: memory[key] for key in keys if key in memory}
         missing = [key for key in keys if key not in found] if len(found) < len(keys) else []
-        for start in range(0, len(missing), _CHUNK):
-            chunk = missing[start : start + _CHUNK]
-            marks = ",".join("?" * len(chunk))
-            query = f"SELECT key, category, judge FROM verdicts WHERE key IN ({marks})"
-            for key, category, judge in self._db.execute(query, chunk):
+        if missing:
+            for key, category, judge in self._fetch(missing):
                 found[key] = self._remember(key, category, judge)
         return found
 
@@ -96,24 +144,12 @@ class VerdictCache:
         """Stores a label, durably before it returns; a label already there stays.
 
         Raises:
-            JudgeError: the file cannot be written (disk full, read-only).
+            JudgeError: the place cannot be written (disk full, read-only, server gone).
         """
-        row = (key, int(category), judge, pair.ground_truth, pair.answer, scope, time.time())
-        self._write([row])
+        self._insert(
+            [(key, int(category), judge, pair.ground_truth, pair.answer, scope, time.time())]
+        )
         self._remember(key, int(category), judge)
-
-    def _write(self, rows: Iterable[tuple[object, ...]]) -> int:
-        """Inserts rows in one transaction; returns how many were new."""
-        before = self._db.total_changes
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("INSERT OR IGNORE INTO verdicts VALUES (?,?,?,?,?,?,?)", rows)
-            self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise JudgeError(f"judge cache {self.path}: cannot be written: {error}") from error
-        return self._db.total_changes - before
 
     def _remember(self, key: bytes, category: int, judge: str) -> Verdict:
         """Keeps a label in memory, dropping the oldest if there are too many."""
@@ -122,27 +158,9 @@ class VerdictCache:
         verdict = self._memory[key] = Verdict(Category(category), judge, is_cached=True)
         return verdict
 
-    def __len__(self) -> int:
-        """Number of labels."""
-        return int(self._db.execute("SELECT count(*) FROM verdicts").fetchone()[0])
-
-    def stats(self) -> dict[str, object]:
-        """Number of labels in all, by category, by judge and by scope."""
-        by_category = self._db.execute("SELECT category, count(*) FROM verdicts GROUP BY 1")
-        by_judge = self._db.execute("SELECT judge, count(*) FROM verdicts GROUP BY 1")
-        by_scope = self._db.execute("SELECT scope, count(*) FROM verdicts GROUP BY 1")
-        return {
-            "labels": len(self),
-            "bytes": Path(self.path).stat().st_size if self.path else 0,
-            "by_category": {Category(number).label: count for number, count in by_category},
-            "by_judge": dict(by_judge.fetchall()),
-            "by_scope": dict(by_scope.fetchall()),
-        }
-
     def rows(self) -> Iterator[dict[str, object]]:
         """Every label as one JSON-ready object, ordered by ground truth and answer."""
-        query = f"SELECT {', '.join(_FIELDS)} FROM verdicts ORDER BY ground_truth, answer, key"
-        for row in self._db.execute(query):
+        for row in self._scan():
             values = dict(zip(_FIELDS, row, strict=True))
             yield {**values, "key": row[0].hex(), "category": Category(row[1]).label}
 
@@ -167,17 +185,80 @@ class VerdictCache:
         rows = []
         with Path(path).open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
-                try:
-                    item = json.loads(line)
-                    values = [item[field] for field in _FIELDS]
-                    values[0] = bytes.fromhex(values[0])
-                    values[1] = int(Category.from_label(values[1]))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise JudgeError(
-                        f"{path} line {number}: not an exported verdict: {error}"
-                    ) from error
-                rows.append(tuple(values))
-        return self._write(rows)
+                rows.append(_parse_row(f"{path} line {number}", line))
+        return self._insert(rows)
+
+
+def _parse_row(where: str, line: str) -> Row:
+    """A row out of a line of JSON.
+
+    Raises:
+        JudgeError: the line is not of that form.
+    """
+    try:
+        item = json.loads(line)
+        key, label, judge, truth, answer, scope, created = (item[field] for field in _FIELDS)
+        category = int(Category.from_label(label))
+        return bytes.fromhex(key), category, str(judge), str(truth), str(answer), scope, created
+    except (ValueError, KeyError, TypeError) as error:
+        raise JudgeError(f"{where}: not an exported verdict: {error}") from error
+
+
+class SqliteCache(VerdictCache):
+    """One SQLite file."""
+
+    def __init__(self, path: str = "", memory_entries: int = 500_000) -> None:
+        """Opens the file.
+
+        Args:
+            path: SQLite file, made if missing; `""` keeps verdicts in memory only.
+            memory_entries: labels held in memory at most; older ones are read from the file.
+
+        Raises:
+            JudgeError: the file cannot be opened.
+        """
+        super().__init__(path, memory_entries)
+        self._db = open_database(path, _SCHEMA)
+
+    def _fetch(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int, str]]:
+        for start in range(0, len(keys), _CHUNK):
+            chunk = keys[start : start + _CHUNK]
+            marks = ",".join("?" * len(chunk))
+            query = f"SELECT key, category, judge FROM verdicts WHERE key IN ({marks})"
+            yield from self._db.execute(query, chunk)
+
+    def _insert(self, rows: Iterable[Row]) -> int:
+        before = self._db.total_changes
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT OR IGNORE INTO verdicts VALUES (?,?,?,?,?,?,?)", rows)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise JudgeError(f"judge cache {self.place}: cannot be written: {error}") from error
+        return self._db.total_changes - before
+
+    def _scan(self) -> Iterator[Row]:
+        query = f"SELECT {', '.join(_FIELDS)} FROM verdicts ORDER BY ground_truth, answer, key"
+        yield from self._db.execute(query)
+
+    def __len__(self) -> int:
+        """Number of labels."""
+        return int(self._db.execute("SELECT count(*) FROM verdicts").fetchone()[0])
+
+    def stats(self) -> dict[str, object]:
+        """Number of labels in all, by category, by judge and by scope."""
+        by_category = self._db.execute("SELECT category, count(*) FROM verdicts GROUP BY 1")
+        by_judge = self._db.execute("SELECT judge, count(*) FROM verdicts GROUP BY 1")
+        by_scope = self._db.execute("SELECT scope, count(*) FROM verdicts GROUP BY 1")
+        return {
+            "labels": len(self),
+            "bytes": Path(self.place).stat().st_size if self.place else 0,
+            "by_category": {Category(number).label: count for number, count in by_category},
+            "by_judge": dict(by_judge.fetchall()),
+            "by_scope": dict(by_scope.fetchall()),
+        }
 
     def purge(self, judge: str = "", older_than_s: float = 0.0) -> int:
         """Deletes labels of a judge (all judges if empty) older than an age; returns how many."""
@@ -200,3 +281,17 @@ class VerdictCache:
     def close(self) -> None:
         """Closes the file."""
         self._db.close()
+
+
+def open_cache(place: str) -> VerdictCache:
+    """The cache at a place: `redis://HOST:PORT/DB` (`rediss://` over TLS), else a SQLite file.
+
+    Raises:
+        ValueError: a Redis URL, and the package redis is not installed.
+        JudgeError: the file cannot be opened, or the server does not answer.
+    """
+    if not place.startswith(REDIS_SCHEMES):
+        return SqliteCache(place)
+    from speciarl_jax.judge.redis_cache import RedisCache
+
+    return RedisCache(place)

@@ -19,7 +19,7 @@ import types
 from collections.abc import Sequence
 
 from speciarl_jax.judge.base import JudgeError, Outcome, Pair, as_cached, failure, spread
-from speciarl_jax.judge.cache import KeyMaker, VerdictCache
+from speciarl_jax.judge.cache import KeyMaker, open_cache
 from speciarl_jax.judge.cascade import Cascade
 from speciarl_jax.judge.config import JudgeConfig
 from speciarl_jax.judge.endpoints import Endpoint, EndpointPool, key_source, open_endpoints
@@ -102,10 +102,11 @@ class JudgeClient:
         """Opens cache, log, recording and connections; starts the embedded server if asked.
 
         Raises:
+            ValueError: the cache needs a package that is not installed.
             JudgeError: a file cannot be opened, or the embedded server does not start.
         """
         config = self._config
-        self._cache = VerdictCache(config.cache_path)
+        self._cache = open_cache(config.cache_path)
         self._log = VerdictLog(config.log_path) if config.log_path else None
         self._recording = Recording(config.recording) if config.mode != "live" else None
         if config.mode == "replay":
@@ -156,7 +157,8 @@ class JudgeClient:
         """
         started = time.monotonic()
         positions: dict[Pair, int] = {}
-        normal = [Pair(normalize(pair.ground_truth), normalize(pair.answer)) for pair in pairs]
+        truths = {text: normalize(text) for text in {pair.ground_truth for pair in pairs}}
+        normal = [Pair(truths[pair.ground_truth], normalize(pair.answer)) for pair in pairs]
         order = [positions.setdefault(pair, len(positions)) for pair in normal]
         outcomes = await self._label_distinct(list(positions), step)
         self._stats.wait_s += time.monotonic() - started
@@ -168,23 +170,22 @@ class JudgeClient:
 
     async def _label_distinct(self, pairs: list[Pair], step: int) -> list[Outcome]:
         """Outcomes of distinct normalised pairs."""
-        keys = [self._keys.key(pair) for pair in pairs]
+        keys = self._keys.keys(pairs)
         if self._config.mode == "replay":
             assert self._recording is not None
             found = [self._recording.replay(k, step, p) for k, p in zip(keys, pairs, strict=True)]
             return found
-        cached = self._cache.get_many(keys)
-        outcomes: list[Outcome | None] = []
+        outcomes: list[Outcome | None] = [*map(self._cache.get_many(keys).get, keys)]
         waiting: list[tuple[int, _Ask, bool]] = []
         fresh: list[_Ask] = []
-        for key, pair in zip(keys, pairs, strict=True):
-            outcome = cached.get(key) or self._settle(key, pair, step)
-            if outcome is None:
+        for index in [number for number, found in enumerate(outcomes) if found is None]:
+            key, pair = keys[index], pairs[index]
+            outcomes[index] = self._settle(key, pair, step)
+            if outcomes[index] is None:
                 ask, is_new = self._join(key, pair)
-                waiting.append((len(outcomes), ask, is_new))
+                waiting.append((index, ask, is_new))
                 if is_new:
                     fresh.append(ask)
-            outcomes.append(outcome)
         if fresh and self._pool is not None and not self._workers:
             self._pool.renew()
         self._submit(fresh)

@@ -13,7 +13,7 @@ from pathlib import Path
 from speciarl_jax.judge.base import JudgeError, Pair
 from speciarl_jax.judge.config import FIELD_GUIDE_TAXONOMY, JudgeConfig, apply_overrides
 from speciarl_jax.judge.pairs_file import outcome_json, read_pairs
-from speciarl_jax.types import Verdict
+from speciarl_jax.types import Category, FailureKind, Verdict
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -64,7 +64,7 @@ def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     """`cache` and `log`: what is on disk."""
     cache = verbs.add_parser("cache", help="look after a verdict cache")
     cache.add_argument("action", choices=("stats", "export", "import", "purge"))
-    cache.add_argument("path", help="cache file")
+    cache.add_argument("path", help="cache file, or redis://HOST:PORT/DB")
     cache.add_argument("--file", default="", help="JSON lines to export to or import from")
     cache.add_argument("--judge", default="", help="purge: only labels of this judge")
     cache.add_argument("--older_than_days", type=float, default=0.0, help="purge: only older ones")
@@ -126,6 +126,8 @@ def run_label(args: argparse.Namespace) -> int:
     from speciarl_jax.judge.runner import JudgeThread
 
     items = read_pairs(args.pairs)
+    if not Path(args.out).parent.is_dir():
+        raise ValueError(f"--out={args.out}: no such folder; make it first")
     pairs = [Pair(item["ground_truth"], item["answer"]) for item in items]
     with JudgeThread(config_from_args(args)) as judge:
         outcomes = judge.label(pairs)
@@ -138,23 +140,30 @@ def run_label(args: argparse.Namespace) -> int:
 
 
 def run_eval(args: argparse.Namespace) -> int:
-    """Measures a judge against labelled pairs."""
+    """Measures a judge against labelled pairs; exit code 1 if any pair stayed without a label."""
     from speciarl_jax.judge import quality
 
     report = asyncio.run(quality.evaluate_file(config_from_args(args), args.labelled, args.out))
     print(json.dumps(report.to_json()) if args.json else report.to_text())
-    return 0
+    if not report.num_failed:
+        return 0
+    print(
+        f"{report.num_failed} of {report.num_pairs} pairs got no label; the rest was measured",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def run_cache(args: argparse.Namespace) -> int:
     """Statistics, export, import, purge."""
-    from speciarl_jax.judge.cache import VerdictCache
+    from speciarl_jax.judge.cache import REDIS_SCHEMES, open_cache
 
     if args.action in ("export", "import") and not args.file:
         raise ValueError(f"judge cache {args.action} needs --file")
-    if args.action != "import" and not Path(args.path).exists():
+    is_file = not args.path.startswith(REDIS_SCHEMES)
+    if is_file and args.action != "import" and not Path(args.path).exists():
         raise JudgeError(f"judge cache {args.path}: no such file")
-    cache = VerdictCache(args.path)
+    cache = open_cache(args.path)
     try:
         if args.action == "stats":
             print(json.dumps(cache.stats(), indent=1))
@@ -175,6 +184,9 @@ def run_log(args: argparse.Namespace) -> int:
 
     if not Path(args.path).exists():
         raise JudgeError(f"verdict log {args.path}: no such file")
+    known = [c.label for c in Category] + [f"failed:{kind.value}" for kind in FailureKind]
+    if args.category and args.category not in known:
+        raise ValueError(f"--category={args.category}: expected one of {', '.join(known)}")
     log = VerdictLog(args.path)
     for row in log.rows(args.category, args.text, args.limit):
         sys.stdout.write(json.dumps(dataclasses.asdict(row)) + "\n")

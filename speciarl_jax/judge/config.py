@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+from speciarl_jax.judge.redis_cache import check_url
+
 FIELD_GUIDE_TAXONOMY = Path(__file__).parents[1] / "data" / "field_guide" / "taxonomy.json"
 _CHOICES = {
     "kind": ("taxonomy", "endpoint"),
@@ -51,7 +53,7 @@ class JudgeConfig:
     synonyms: str = ""  # path of a synonym table: CSV rows or JSON lists of equal names
     mode: str = "live"  # live | record (live, and keep a recording) | replay (offline)
     recording: str = ""  # SQLite file of record and replay mode
-    cache_path: str = ""  # SQLite file of verdicts; "" keeps them in memory only
+    cache_path: str = ""  # SQLite file of verdicts, or redis://HOST:PORT/DB; "" in memory only
     log_path: str = ""  # SQLite file of the run's verdict log; "" writes none
     concurrency: int = 64  # requests in flight, all hosts together
     num_hosts: int = 1  # hosts of the job that share the three limits equally
@@ -86,6 +88,8 @@ class JudgeConfig:
         for name in _ABOVE_ZERO:
             if not getattr(self, name) > 0:
                 raise ValueError(f"judge.{name}={getattr(self, name)}: set it above 0")
+        if "://" in self.cache_path:
+            check_url(self.cache_path)
         if self.mode != "replay":
             self._validate_source()
         if self.mode != "live" and not self.recording:

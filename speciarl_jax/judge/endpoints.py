@@ -20,7 +20,6 @@ from speciarl_jax.judge.request import (
     AskError,
     Reply,
     build_body,
-    classify,
     read_labels,
     send,
 )
@@ -142,15 +141,6 @@ class Endpoint:
                 FailureKind.UNPARSABLE, f"replies with no category: {reply.text[:60]!r}"
             )
         return None
-
-    async def model_names(self) -> list[str] | AskError:
-        """Names of the models served here; empty if the server does not tell."""
-        try:
-            page = await self._client.models.list(timeout=self._config.timeout_s)
-        except openai.APIError as error:
-            found = classify(error)
-            return found if found.kind != FailureKind.REFUSED or "HTTP" not in found.message else []
-        return [str(model.id) for model in page.data or ()]
 
 
 class EndpointPool:

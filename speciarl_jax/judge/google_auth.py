@@ -6,7 +6,7 @@ import asyncio
 import importlib
 from typing import Any
 
-from speciarl_jax.judge.base import JudgeError
+from speciarl_jax.judge.base import JudgeError, TokenError
 
 _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
@@ -41,6 +41,7 @@ class GoogleToken:
 
         Raises:
             JudgeError: there are no credentials, or they were refused.
+            TokenError: the token server is out or busy just now.
         """
         if self._credentials is None or not self._credentials.valid:
             async with self._lock:
@@ -56,6 +57,8 @@ class GoogleToken:
                 self._credentials, _ = self._auth.default(scopes=[_SCOPE])
             self._credentials.refresh(self._new_request())
         except exceptions.GoogleAuthError as error:
+            if error.retryable or isinstance(error, exceptions.TransportError):
+                raise TokenError(f"judge.auth=google: no token just now: {error}") from error
             raise JudgeError(
                 f"judge.auth=google: {error}; run `gcloud auth application-default login` or set "
                 "GOOGLE_APPLICATION_CREDENTIALS"

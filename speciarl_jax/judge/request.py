@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import openai
 
-from speciarl_jax.judge.base import Pair
+from speciarl_jax.judge.base import Pair, TokenError
 from speciarl_jax.judge.config import JudgeConfig
 from speciarl_jax.judge.parse import parse_batch, parse_category
 from speciarl_jax.judge.prompt import JudgePrompt
@@ -128,6 +128,8 @@ async def send(
             )
     except openai.APIError as error:
         return classify(error)
+    except TokenError as error:
+        return AskError(FailureKind.REFUSED, str(error), is_hard=True)
     except TimeoutError:
         return AskError(FailureKind.TIMEOUT, f"no reply within {timeout_s:g} s")
     except (OSError, aiohttp.ClientError) as error:

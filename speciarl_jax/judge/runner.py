@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 import types
 from collections.abc import Coroutine, Sequence
@@ -39,11 +40,10 @@ class JudgeThread:
         self._thread = threading.Thread(target=self._run, name="judge", daemon=True)
         self._is_open = True
         self._thread.start()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._stop_loop)
             self._call(self._client.__aenter__())
-        except BaseException:
-            self._stop_loop()
-            raise
+            undo.pop_all()
 
     def _run(self) -> None:
         """Thread body."""

@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from speciarl_jax.arch import Arch
@@ -35,9 +36,10 @@ class Policy(nnx.Module):
         positions: Int[Array, "I N 2"],
         mask: Array,
         remat: str = "none",
+        mesh: Mesh | None = None,
     ) -> Float[Array, "IM D"]:
         """Image embeddings of a batch as one table, rows in padded window order."""
-        merged = self.visual(patches, positions, mask, remat)
+        merged = self.visual(patches, positions, mask, remat, mesh)
         return jnp.reshape(merged, (-1, merged.shape[-1]))
 
     def hidden_states(

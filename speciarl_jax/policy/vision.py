@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from speciarl_jax.arch import VisionArch
 from speciarl_jax.policy.attention import attend
+from speciarl_jax.policy.flash import attend_image
 from speciarl_jax.policy.layers import Dtypes, GatedMLP, Linear, RMSNorm
 from speciarl_jax.policy.remat import checkpointed
 from speciarl_jax.policy.rope import rotate, vision_angles
@@ -44,6 +46,7 @@ class VisionBlock(nnx.Module):
         angles: Float[Array, "I N A_half"],
         mask: Bool[Array, "I N"],
         is_full: Bool[Array, ""],
+        mesh: Mesh | None = None,
     ) -> Float[Array, "I N D"]:
         """Applies the block; padded patches stay finite and are seen by no real patch.
 
@@ -52,12 +55,14 @@ class VisionBlock(nnx.Module):
             angles: rotary angles, float32.
             mask: True for real patches.
             is_full: this block attends over the whole image rather than within windows.
+            mesh: where the images lie; chooses the attention kernel.
         """
         qkv = self.qkv(self.norm1(hidden))
         qkv = qkv.reshape(*hidden.shape[:2], 3, self.num_heads, -1)  # [I, N, 3, H, A]
         q, k = rotate(qkv[:, :, 0], angles), rotate(qkv[:, :, 1], angles)
         v = qkv[:, :, 2]
-        out = jax.lax.cond(is_full, attend_image, self._attend_windows, q, k, v, mask)
+        whole = functools.partial(attend_image, mesh=mesh)
+        out = jax.lax.cond(is_full, whole, self._attend_windows, q, k, v, mask)
         hidden = hidden + self.proj(out.reshape(hidden.shape))
         return hidden + self.mlp(self.norm2(hidden))
 
@@ -66,16 +71,6 @@ class VisionBlock(nnx.Module):
             return x.reshape(-1, self.window_patches, *x.shape[2:])  # [I*W, U, ...]
 
         return attend(split(q), split(k), split(v), split(mask)[:, None]).reshape(q.shape)
-
-
-def attend_image(
-    q: Float[Array, "I N H A"],
-    k: Float[Array, "I N H A"],
-    v: Float[Array, "I N H A"],
-    mask: Bool[Array, "I N"],
-) -> Float[Array, "I N H A"]:
-    """Every patch sees every real patch of its own image."""
-    return attend(q, k, v, mask[:, None])
 
 
 class PatchMerger(nnx.Module):
@@ -122,6 +117,7 @@ class VisionTower(nnx.Module):
         positions: Int[Array, "I N 2"],
         mask: Bool[Array, "I N"],
         remat: str = "none",
+        mesh: Mesh | None = None,
     ) -> Float[Array, "I M D"]:
         """Encodes images.
 
@@ -130,6 +126,7 @@ class VisionTower(nnx.Module):
             positions: (row, column) of each patch, in patches; 0 at padding.
             mask: True for real patches.
             remat: see `speciarl_jax.policy.remat`.
+            mesh: where the images lie; chooses the attention kernel. None for the plain form.
 
         Returns:
             Merged tokens in the same padded window order, M = N / merge_unit; rows of padding are
@@ -145,28 +142,29 @@ class VisionTower(nnx.Module):
         def body(hidden: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, None]:
             state, is_full_block = layer
             block = nnx.merge(graphdef, state)
-            return block(hidden, angles, mask, is_full_block), None
+            return block(hidden, angles, mask, is_full_block, mesh), None
 
         scan_body = checkpointed(body, remat)
         hidden, _ = jax.lax.scan(scan_body, self.patch_embed(patches), (states, is_full))
         return self.merger(hidden)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
 def encode_images(
     graphdef: nnx.GraphDef,
     states: tuple[nnx.State, ...],
     patches: Array,
     positions: Array,
     mask: Array,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "IM D"]:
     """Jitted tower for frozen use: merged tokens of all images as one table, [I*M, D].
 
     Args:
         graphdef: of the whole policy.
         states: what it merges with.
-        patches, positions, mask: see `VisionTower`.
+        patches, positions, mask, mesh: see `VisionTower`.
     """
     tower = nnx.merge(graphdef, *states).visual
-    merged = tower(patches, positions, mask)
+    merged = tower(patches, positions, mask, mesh=mesh)
     return jnp.reshape(merged, (-1, merged.shape[-1]))

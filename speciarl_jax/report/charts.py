@@ -56,8 +56,8 @@ def draw_plane(ax: Axes, points: Sequence[Point], title: str, *, has_published: 
         ax.plot(x, y, marker="D", color=LIGHT["muted"], markersize=4, linestyle="none")
         ax.annotate(row.name, (x, y), (5, -3), textcoords="offset points", fontsize=7.5,
                     color=LIGHT["muted"])  # fmt: skip
-    for p, (x, y) in known:
-        _point(ax, p, x, y)
+    for i, (p, (x, y)) in enumerate(known):
+        _point(ax, p, x, y, _neighbours(ax, (x, y), [xy for _, xy in known[:i]]))
     for run in {p.run for p, _ in known}:
         own = [xy for p, xy in known if p.run == run]
         if len(own) > 1:
@@ -92,7 +92,18 @@ def _contours(ax: Axes) -> None:
     ax.clabel(lines, fmt=lambda v: f"HM {v:.2f}", fontsize=7.5, colors=LIGHT["muted"])
 
 
-def _point(ax: Axes, p: Point, x: float, y: float) -> None:
+def _neighbours(
+    ax: Axes, place: tuple[float, float], earlier: Sequence[tuple[float, float]]
+) -> int:
+    """How many labels are there already, so that the next one goes above them."""
+    spans = [np.ptp(ax.get_xlim()) / 6, np.ptp(ax.get_ylim()) / 20]
+    return sum(
+        all(abs(a - b) < span for a, b, span in zip(place, other, spans, strict=True))
+        for other in earlier
+    )
+
+
+def _point(ax: Axes, p: Point, x: float, y: float, labels_below: int) -> None:
     errors = []
     for metric, value in (("correctness", x), ("specificity", y)):
         low, high = p.scores[metric]["low"], p.scores[metric]["high"]
@@ -102,8 +113,8 @@ def _point(ax: Axes, p: Point, x: float, y: float) -> None:
     ax.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="o", markersize=8, color=colour,
                 markerfacecolor=LIGHT["paper"] if p.is_base else colour, elinewidth=1.0,
                 zorder=3)  # fmt: skip
-    ax.annotate(p.label, (x, y), (8, 7), textcoords="offset points", fontsize=9, color=colour,
-                fontweight="bold")  # fmt: skip
+    ax.annotate(p.label, (x, y), (8, 7 + 11 * labels_below), textcoords="offset points",
+                fontsize=9, color=colour, fontweight="bold")  # fmt: skip
 
 
 def draw_shares(ax: Axes, bars: Sequence[tuple[str, Mapping[str, float]]], title: str) -> bool:

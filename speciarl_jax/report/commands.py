@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from speciarl_jax.bootstrap import FORMAT_RULES
+from speciarl_jax.metrics import make_console
 from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
 from speciarl_jax.report.load import Run, load_runs
 from speciarl_jax.report.tables import comparison_table
@@ -128,7 +127,7 @@ def run_compare(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"names": [name_a, name_b]} | compared, allow_nan=False))
         return 0
-    console = Console()
+    console = make_console()
     title = f"{name_b} against {name_a}"
     console.print(
         comparison_table(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from speciarl_jax.report.series import Series
 from speciarl_jax.report.style import LIGHT, RUNGS, line_color, readable
@@ -51,6 +52,8 @@ def _line(
 def _finish(ax: Axes, title: str, *, has_legend: bool = True) -> None:
     ax.set_title(title)
     ax.set_xlabel("step")
+    if not ax.patches:  # bars have names below them, not steps
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     ax.margins(x=0.02)
     if has_legend and len(ax.get_legend_handles_labels()[1]) > 1:
         ax.legend()
@@ -171,5 +174,6 @@ def draw_time(ax: Axes, series: Series, title: str) -> bool:
 
 
 def length_names(series: Series) -> list[str]:
-    """Names of the token lengths a run logs, at most three."""
-    return [n for n in series if n.startswith("rollout/") and "tokens" in n][:3]
+    """Names of the token lengths worth a curve: the mean, and how far the lengths spread."""
+    ends = ("tokens_mean", "tokens_p10", "tokens_p90")
+    return [n for n in series if n.startswith("rollout/") and n.endswith(ends)]

@@ -4,6 +4,7 @@
     config.json                  the recipe, nested
     eval/<stage>/predictions.jsonl, metrics.json     stage: base, trained, best_of, ...
     rollouts/step_000010.jsonl   sampled while training
+    verdicts.sqlite              what the judge said, see `report.verdicts`
     predictions.jsonl, metrics.json                  what `speciarl eval` writes: one stage, "eval"
     thumbnails/                  see `thumbnails.save_thumbnail`
 

@@ -25,9 +25,16 @@ from speciarl_jax.report.levels import NameTree
 from speciarl_jax.report.load import Run, Stage
 from speciarl_jax.report.style import DARK, LIGHT, RUNGS, readable
 from speciarl_jax.report.training import figure, training_section
+from speciarl_jax.report.verdicts import judge_section
 
 _SHARED = 1_200_000  # bytes kept free for tables, charts and script
-_NAV = {"results": "Results", "training": "Training", "answers": "Answers", "cost": "Cost"}
+_NAV = {
+    "results": "Results",
+    "training": "Training",
+    "answers": "Answers",
+    "judge": "Judge",
+    "cost": "Cost",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +87,16 @@ def build_page(runs: Sequence[Run], options: ReportOptions) -> str:
         el("title", options.title),
         el("style", Markup(style)),
     )
+    parts = {
+        "results": _results(runs, options),
+        "training": training_section(runs),
+        "answers": _answers(gallery),
+        "judge": judge_section(runs),
+        "cost": cost_section(runs),
+    }
     body = join(
-        _header(runs, options.title),
-        el(
-            "main",
-            _results(runs, options),
-            training_section(runs),
-            _answers(gallery),
-            cost_section(runs),
-        ),
+        _header(runs, options.title, [name for name, part in parts.items() if part is not None]),
+        el("main", *parts.values()),
         el("footer", "Made by speciarl report. Works from a file, without a network."),
         *(_data(name, getattr(gallery, name)) for name in ("index", "completions", "images")),
         el("script", Markup(script)),
@@ -120,8 +128,8 @@ def _data(name: str, text: str) -> Markup:
     return el("script", Markup(text), type="application/octet-stream", id=f"data-{name}")
 
 
-def _header(runs: Sequence[Run], title: str) -> Markup:
-    links = [el("a", text, href=f"#{anchor}") for anchor, text in _NAV.items()]
+def _header(runs: Sequence[Run], title: str, parts: Sequence[str]) -> Markup:
+    links = [el("a", _NAV[part], href=f"#{part}") for part in parts]
     toggle = el("button", "◐", type="button", id="theme", aria_label="Switch dark and light")
     names = [
         el("li", el("bdi", r.name), " · ", _extent(r), class_=f"run{i % 6}")

@@ -15,6 +15,7 @@ from speciarl_jax.report.load import Run
 from speciarl_jax.report.published import PUBLISHED
 from speciarl_jax.report.style import RUNGS, readable
 from speciarl_jax.report.tables import format_estimate, format_value, metric_rows
+from speciarl_jax.text_metrics import METRICS as TEXT_METRICS
 
 MAIN = {"specificity": "Specificity", "correctness": "Correctness", "hm": "HM"}
 _HEADLINE = ("fine_grained", "out_of_domain", "all", "in_domain")
@@ -160,7 +161,17 @@ def headline(runs: Sequence[Run]) -> Markup:
 
 def per_dataset(runs: Sequence[Run]) -> Markup:
     """Every data set and average of every evaluation."""
-    columns = ("", *MAIN.values(), "format failures", "judge failures", "words", "n")
+    texts = [stage.metrics.get("text") for run in runs for stage in run.stages]
+    text_metrics = [m for m in TEXT_METRICS if any(t and _has_metric(t, m) for t in texts)]
+    columns = (
+        "",
+        *MAIN.values(),
+        "format failures",
+        "judge failures",
+        *map(readable, text_metrics),
+        "words",
+        "n",
+    )
     head = el("tr", *(el("th", h, scope="col") for h in columns))
     bodies = []
     for run in runs:
@@ -171,6 +182,7 @@ def per_dataset(runs: Sequence[Run]) -> Markup:
             ]
             for name, scores, is_average in metric_rows(stage.metrics):
                 words = scores.get("completion_words")
+                text = _text_scores(stage.metrics.get("text"), name)
                 lines.append(
                     el(
                         "tr",
@@ -180,6 +192,7 @@ def per_dataset(runs: Sequence[Run]) -> Markup:
                             el("td", format_value(scores[m]["value"]))
                             for m in ("format_failure_rate", "judge_failure_rate")
                         ),
+                        *(_cell(text[m]) if m in text else el("td") for m in text_metrics),
                         el("td", "" if words is None else f"{words:.1f}"),
                         el("td", f"{scores['n']:,}"),
                         class_="average" if is_average else None,
@@ -187,6 +200,20 @@ def per_dataset(runs: Sequence[Run]) -> Markup:
                 )
             bodies.append(el("tbody", *lines))
     return scroll(el("table", el("thead", head), *bodies), "Metrics per data set")
+
+
+def _text_scores(text: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    """Text metrics of a data set or of ``mean all``; empty where there are none."""
+    if text is None:
+        return {}
+    found: Mapping[str, Any] = (
+        text["averages"].get("all", {}) if name == "mean all" else text["datasets"].get(name, {})
+    )
+    return found
+
+
+def _has_metric(text: Mapping[str, Any], metric: str) -> bool:
+    return any(metric in scores for scores in text["datasets"].values())
 
 
 def comparison(names: tuple[str, str], compared: Mapping[str, Any]) -> Markup:

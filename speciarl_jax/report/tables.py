@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
+
+from speciarl_jax.text_metrics import METRICS
 
 COLUMNS = {
     "specificity": "specificity",
     "correctness": "correctness",
     "hm": "HM",
-    "format_failure_rate": "format fail",
-    "judge_failure_rate": "judge fail",
+    "format_failure_rate": "format\nfail",
+    "judge_failure_rate": "judge\nfail",
 }
 _MAIN = ("specificity", "correctness", "hm")
 
@@ -56,19 +59,56 @@ def metrics_table(metrics: Mapping[str, Any], title: str) -> Table:
         metrics: content of ``metrics.json``.
         title: above the table.
     """
-    table = Table(title=title, title_justify="left", caption="[ ]: 95 % bootstrap over images")
-    table.add_column("data set", no_wrap=True)
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("n", justify="right")
+    table = _table_of(title, list(COLUMNS.values()))
     for name, scores, is_average in metric_rows(metrics):
         cells = [
-            format_estimate(scores[m]).replace("[", "\\[")
-            if m in _MAIN
-            else format_value(scores[m]["value"])
+            _wrappable(scores[m]) if m in _MAIN else format_value(scores[m]["value"])
             for m in COLUMNS
         ]
         table.add_row(name, *cells, str(scores["n"]), style="bold" if is_average else None)
+    return table
+
+
+def _table_of(title: str, headings: Sequence[str]) -> Table:
+    """An empty table: data set, the headings, n; it fits 80 columns by wrapping its cells."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="[ ]: 95 % bootstrap over images",
+        caption_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        header_style="bold underline",
+    )
+    table.add_column("data set", overflow="fold")
+    for heading in headings:
+        is_rate = heading.endswith("fail")
+        min_width = len("format") if is_rate else len("[1.000,1.000]")
+        table.add_column(heading, justify="right", min_width=min_width)
+    table.add_column("n", justify="right", min_width=5)
+    return table
+
+
+def _wrappable(estimate: Mapping[str, float | None], *, is_signed: bool = False) -> str:
+    """Value and interval, each one word, so that a narrow terminal puts them on two lines."""
+    text = format_estimate(estimate, is_signed=is_signed)
+    return text.replace(", ", ",").replace("[", "\\[")
+
+
+def text_table(text: Mapping[str, Any], title: str) -> Table:
+    """Text metrics, one line per data set and one for their mean.
+
+    Args:
+        text: as `text_metrics.score_text` returns them.
+        title: above the table.
+    """
+    means = {f"mean {name}": scores for name, scores in text["averages"].items()}
+    lines = text["datasets"] | (means if len(text["datasets"]) > 1 else {})
+    metrics = [m for m in METRICS if any(m in scores for scores in lines.values())]
+    table = _table_of(title, [metric.replace("_", " ") for metric in metrics])
+    for name, scores in lines.items():
+        cells = [_wrappable(scores[m]) for m in metrics]
+        table.add_row(name, *cells, str(scores["n"]), style="bold" if name in means else None)
     return table
 
 
@@ -89,7 +129,15 @@ def comparison_table(
         differences: by data set or ``mean <average>``, as `scoring.paired_differences` returns
             them; a difference whose interval excludes 0 is coloured. None prints plain differences.
     """
-    table = Table(title=title, title_justify="left", caption="[ ]: 95 % paired bootstrap")
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="[ ]: 95 % paired bootstrap",
+        caption_justify="left",
+        box=box.HORIZONTALS,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for heading in ("data set", "metric"):
         table.add_column(heading, no_wrap=True)
     for heading in (*names, "difference"):
@@ -119,7 +167,7 @@ def _plain(a: float | None, b: float | None) -> dict[str, float | None]:
 
 
 def _styled(difference: Mapping[str, float | None]) -> str:
-    text = format_estimate(difference, is_signed=True).replace("[", "\\[")
+    text = _wrappable(difference, is_signed=True)
     low, high = difference["low"], difference["high"]
     if low is not None and low > 0:
         return f"[green]{text}[/green]"

@@ -56,6 +56,8 @@ def training_section(runs: Sequence[Run]) -> Markup | None:
     add("KL to the reference", ["policy/kl"], floor=True)
     add("Entropy", ["policy/entropy"], floor=True)
     lengths = dict.fromkeys(n for s in series.values() for n in curves.length_names(s))
+    if len(series) > 1:  # the spread of several runs would be a tangle
+        lengths = dict.fromkeys(n for n in lengths if n.endswith("_mean"))
     add("Length (tokens)", list(lengths))
     add("Share of the step spent waiting for the judge", ["judge/wait_frac"], floor=True)
     for name, one in series.items():

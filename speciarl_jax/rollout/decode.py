@@ -7,6 +7,8 @@ read once per step, not once per row:
     queries [R, H, A] --slot_rows--> [P, slots, H, A] x prompt KV [P, S, K, A]  (peak, sum, output)
     queries [R, H, A] -------------------------------- x own KV    [R, C, K, A]  (peak, sum, output)
                                                        joined in float32 by their softmax statistics
+
+On a mesh, prompts and rows are blocks, one per shard; see `speciarl_jax.rollout.placement`.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from speciarl_jax.policy.attention import attend, causal_mask
 from speciarl_jax.policy.rope import text_angles
 from speciarl_jax.policy.text import TextModel
+from speciarl_jax.rollout import cache
+from speciarl_jax.rollout.cache import KeyValues, Part
+from speciarl_jax.rollout.placement import Placement
 from speciarl_jax.rollout.sampling import Sampling, allowed_logits, sample_tokens
-
-_MASKED = np.float32(-1e30)
 
 
 @jax.tree_util.register_dataclass
@@ -34,14 +36,13 @@ class PromptCache:
     """What decoding reads of the prompts and never changes.
 
     Attributes:
-        k, v: [L, P, S, K, A] rotated keys, values.
+        kv: [L, P, S, K, A] rotated keys, values.
         lengths: [P] real prompt tokens.
         last_hidden: [P, D] final state of each prompt's last token; it predicts token 0.
         next_position: [P] M-RoPE id of completion token 0.
     """
 
-    k: Array
-    v: Array
+    kv: KeyValues
     lengths: Array
     last_hidden: Array
     next_position: Array
@@ -50,19 +51,17 @@ class PromptCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowMap:
-    """Which row answers which prompt.
+    """Which row answers which prompt; indices count from the start of a shard's block.
 
     Attributes:
         row_prompt: [R] prompt of each row.
         row_slot: [R] position of the row in the flattened [P * slots] grid.
         slot_rows: [P, slots] row of each slot; empty slots repeat row 0 and are discarded.
-        keys: [R] random keys, one per rollout.
     """
 
     row_prompt: Array
     row_slot: Array
     slot_rows: Array
-    keys: Array
 
 
 @jax.tree_util.register_dataclass
@@ -71,22 +70,28 @@ class DecodeState:
     """What decoding updates in place (donated).
 
     Attributes:
-        k, v: [L, R, C, K, A] own caches; column c belongs to completion token c.
+        own: [L, R, C, K, A] own caches; column c belongs to completion token c.
         hidden: [R, D] state that predicts the next token.
         tokens, logprobs: [R, C] sampled so far; 0 past a row's length.
         lengths: [R] completion tokens, the stop token included.
         is_done: [R] the row has stopped, or is padding.
+        keys: [R, 2] uint32, data of one random key per rollout.
         step: [] number of tokens decoded, the same for all rows.
     """
 
-    k: Array
-    v: Array
+    own: KeyValues
     hidden: Array
     tokens: Array
     logprobs: Array
     lengths: Array
     is_done: Array
+    keys: Array
     step: Array
+
+    @property
+    def num_columns(self) -> int:
+        """C."""
+        return self.tokens.shape[1]
 
 
 def prefill(
@@ -97,104 +102,137 @@ def prefill(
     position_deltas: Int[Array, " P"],
     image_rows: Int[Array, "P S"],
     image_embeds: Float[Array, "IM D"],
+    is_int8: bool,
+    placement: Placement,
 ) -> PromptCache:
     """Runs each prompt once and keeps its keys and values.
 
     Args:
         text: the language model.
-        tokens, positions, lengths, position_deltas, image_rows: see `types.PromptBatch`.
+        tokens, positions, lengths, position_deltas: see `types.PromptBatch`.
+        image_rows: as there, but counted from the start of the shard's block of the table.
         image_embeds: the encoder's table of merged tokens.
+        is_int8: store the cache in int8; the prompt itself attends exactly.
+        placement: where prompts live.
     """
     mask = causal_mask(lengths, tokens.shape[1])
 
     def attend_fn(q: Array, k: Array, v: Array, layer: Array, carry: None) -> Any:
-        return attend(q, k, v, mask), carry, (k, v)
+        return attend(q, k, v, mask), carry, cache.pack(k, v, is_int8)
 
-    hidden = text.embed(tokens, image_rows, image_embeds)
-    hidden, _, (k, v) = text.run(hidden, positions, attend_fn)
+    hidden = placement.embed(text, tokens, image_rows, image_embeds)
+    hidden, _, kv = text.run(hidden, positions, attend_fn)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     last_hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    return PromptCache(k, v, lengths, last_hidden, lengths + position_deltas)
+    return PromptCache(
+        jax.tree.map(placement.cache, kv),
+        placement.rows(lengths),
+        placement.rows(last_hidden),
+        placement.rows(lengths + position_deltas),
+    )
 
 
 def start_decoding(
-    cache: PromptCache, rows: RowMap, is_padding: Bool[Array, " R"], num_columns: int
+    prompts: PromptCache,
+    rows: RowMap,
+    keys: Array,
+    is_padding: Bool[Array, " R"],
+    num_columns: int,
+    placement: Placement,
 ) -> DecodeState:
     """Forks every prompt into its rows with empty own caches of `num_columns` tokens."""
     num_rows = rows.row_prompt.shape[0]
-    layers, _, _, kv_heads, head_dim = cache.k.shape
+    layers, _, _, kv_heads, head_dim = prompts.kv.k.shape
     own = (layers, num_rows, num_columns, kv_heads, head_dim)
-    return DecodeState(
-        k=jnp.zeros(own, cache.k.dtype),
-        v=jnp.zeros(own, cache.v.dtype),
-        hidden=jnp.take(cache.last_hidden, rows.row_prompt, axis=0),
+    state = DecodeState(
+        own=cache.empty(own, prompts.kv.k.dtype, prompts.kv.k_scale is not None),
+        hidden=placement.take(prompts.last_hidden, rows.row_prompt),
         tokens=jnp.zeros((num_rows, num_columns), jnp.int32),
         logprobs=jnp.zeros((num_rows, num_columns), jnp.float32),
         lengths=jnp.zeros((num_rows,), jnp.int32),
         is_done=is_padding,
+        keys=keys,
         step=jnp.zeros((), jnp.int32),
+    )
+    return _pin(state, placement)
+
+
+def _pin(state: DecodeState, placement: Placement) -> DecodeState:
+    """Rows on their shards, heads over the tensor axis: the layout every program keeps."""
+    pinned = jax.tree.map(placement.rows, dataclasses.replace(state, own=None, step=None))
+    return dataclasses.replace(
+        pinned, own=jax.tree.map(placement.cache, state.own), step=state.step
     )
 
 
 def decode_chunk(
     text: TextModel,
-    cache: PromptCache,
+    prompts: PromptCache,
     rows: RowMap,
     state: DecodeState,
+    is_done: Bool[Array, " R"],
     stop_ids: Int[Array, " stops"],
     banned: Bool[Array, " V"],
     until: Int[Array, ""],
+    enough: Int[Array, ""],
     sampling: Sampling,
+    placement: Placement,
 ) -> DecodeState:
-    """Decodes until step `until`, or until every row has stopped.
+    """Decodes until step `until`, or until no shard has more than `enough` unfinished rows.
 
     Args:
         text: the language model.
-        cache: the prompts' part.
+        prompts: the prompts' part.
         rows: row to prompt maps.
         state: donated; comes back advanced.
+        is_done: rows that are not decoded further: the host's own view, stop strings included.
         stop_ids: a sampled stop id is kept and ends its row.
         banned: ids that are never sampled.
         until: step at which to look up; at most the own cache's columns.
+        enough: rows of a smaller batch that the host would move to; 0 to finish all.
         sampling: options, static.
+        placement: where rows live, static.
     """
-    next_position = jnp.take(cache.next_position, rows.row_prompt)
+    next_position = placement.take(prompts.next_position, rows.row_prompt)
 
     def is_unfinished(state: DecodeState) -> Array:
-        return (state.step < until) & ~jnp.all(state.is_done)
+        live = (~state.is_done).reshape(placement.num_shards, -1)
+        return (state.step < until) & jnp.any(jnp.sum(live, axis=1) > enough)
 
     def advance(state: DecodeState) -> DecodeState:
-        tokens, logprobs = _sample_step(text, rows, state, banned, sampling)
+        tokens, logprobs = _sample_step(text, state, banned, sampling, placement)
         live = ~state.is_done
         tokens = jnp.where(live, tokens, 0)
-        column = (0, state.step)
         state = dataclasses.replace(
             state,
-            tokens=_write(state.tokens, tokens[:, None], column),
-            logprobs=_write(state.logprobs, jnp.where(live, logprobs, 0)[:, None], column),
+            tokens=_write_column(state.tokens, tokens, state.step),
+            logprobs=_write_column(state.logprobs, jnp.where(live, logprobs, 0), state.step),
             lengths=state.lengths + live,
             is_done=state.is_done | (jnp.isin(tokens, stop_ids) & live),
         )
-        hidden, k, v = _forward_step(text, cache, rows, state, tokens, next_position + state.step)
-        return dataclasses.replace(state, hidden=hidden, k=k, v=v, step=state.step + 1)
+        position = next_position + state.step
+        hidden, own = _forward_step(text, prompts, rows, state, tokens, position, placement)
+        state = dataclasses.replace(state, hidden=hidden, own=own, step=state.step + 1)
+        return _pin(state, placement)
 
+    state = _pin(dataclasses.replace(state, is_done=is_done), placement)
     return jax.lax.while_loop(is_unfinished, advance, state)
 
 
-def _write(buffer: Array, values: Array, start: tuple[Any, ...]) -> Array:
-    return jax.lax.dynamic_update_slice(buffer, values, start)
+def _write_column(buffer: Array, values: Array, column: Array) -> Array:
+    return jax.lax.dynamic_update_slice(buffer, values[:, None], (0, column))
 
 
 def _sample_step(
-    text: TextModel, rows: RowMap, state: DecodeState, banned: Array, sampling: Sampling
+    text: TextModel, state: DecodeState, banned: Array, sampling: Sampling, placement: Placement
 ) -> tuple[Array, Array]:
-    logits = allowed_logits(text.logits(state.hidden), banned, sampling.temperature)
-    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(
-        rows.keys
-    )
+    logits = placement.rows(text.logits(state.hidden))
+    logits = allowed_logits(logits, banned, sampling.temperature)
+    keys = jax.random.wrap_key_data(state.keys)
+    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(keys)
     seen = None
     if sampling.repetition_penalty != 1:
-        is_written = jnp.arange(state.tokens.shape[1])[None] < state.lengths[:, None]
+        is_written = jnp.arange(state.num_columns)[None] < state.lengths[:, None]
         seen = jnp.zeros(logits.shape, bool)
         row_index = jnp.arange(logits.shape[0])[:, None]
         seen = seen.at[row_index, state.tokens].max(is_written)
@@ -203,121 +241,73 @@ def _sample_step(
 
 def _forward_step(
     text: TextModel,
-    cache: PromptCache,
+    prompts: PromptCache,
     rows: RowMap,
     state: DecodeState,
     tokens: Int[Array, " R"],
     position: Int[Array, " R"],
-) -> tuple[Array, Array, Array]:
+    placement: Placement,
+) -> tuple[Array, KeyValues]:
     """One token per row through all layers; own caches are written at column `step`."""
     positions = jnp.broadcast_to(position[:, None, None], (tokens.shape[0], 3, 1))
     angles = text_angles(positions, text.arch)[:, 0]  # [R, A/2]
-    prompt_mask = jnp.arange(cache.k.shape[2])[None] < cache.lengths[:, None]  # [P, S]
-    own_mask = jnp.arange(state.k.shape[2]) <= state.step  # [C]
+    prompt_mask = jnp.arange(prompts.kv.k.shape[2])[None] < prompts.lengths[:, None]  # [P, S]
+    own_mask = (jnp.arange(state.num_columns) <= state.step)[None, None, None]  # [1, 1, 1, C]
 
-    def attend_fn(q: Array, k: Array, v: Array, layer: Array, own: tuple[Array, Array]) -> Any:
-        start = (layer, 0, state.step, 0, 0)
-        own_k, own_v = (
-            _write(own[0], k[None, :, None], start),
-            _write(own[1], v[None, :, None], start),
-        )
+    def attend_fn(q: Array, k: Array, v: Array, layer: Array, own: KeyValues) -> Any:
+        own = cache.write(own, cache.pack(k, v, own.k_scale is not None), layer, state.step)
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [R, K, rep, A]
         parts = (
-            _prompt_part(
-                grouped, _layer(cache.k, layer), _layer(cache.v, layer), rows, prompt_mask
-            ),
-            _own_part(grouped, _layer(own_k, layer), _layer(own_v, layer), own_mask),
+            _prompt_part(grouped, cache.one_layer(prompts.kv, layer), rows, prompt_mask, placement),
+            cache.partial_softmax(grouped, cache.one_layer(own, layer), own_mask),
         )
-        return _join(parts).astype(q.dtype).reshape(q.shape), (own_k, own_v), None
+        return cache.join(parts).astype(q.dtype).reshape(q.shape), own, None
 
     hidden = text.embed(tokens)
-    hidden, (k, v), _ = text.run(hidden, None, attend_fn, (state.k, state.v), angles=angles)
-    return hidden, k, v
-
-
-def _layer(stacked: Array, layer: Array) -> Array:
-    return jax.lax.dynamic_index_in_dim(stacked, layer, 0, keepdims=False)
-
-
-# (output before division [R, K, rep, A], peak score [R, K, rep], sum of exponentials), float32
-_Part = tuple[Array, Array, Array]
+    hidden, own, _ = text.run(hidden, None, attend_fn, state.own, angles=angles)
+    return hidden, own
 
 
 def _prompt_part(
     q: Float[Array, "R K rep A"],
-    k: Float[Array, "P S K A"],
-    v: Float[Array, "P S K A"],
+    kv: KeyValues,
     rows: RowMap,
     mask: Bool[Array, "P S"],
-) -> _Part:
+    placement: Placement,
+) -> Part:
     num_prompts, slots = rows.slot_rows.shape
     kv_heads, rep, head_dim = q.shape[1:]
-    gathered = jnp.take(q, rows.slot_rows.reshape(-1), axis=0)
+    gathered = placement.take(q, rows.slot_rows.reshape(-1))
     gathered = gathered.reshape(num_prompts, slots, kv_heads, rep, head_dim)
     gathered = gathered.transpose(0, 2, 1, 3, 4).reshape(num_prompts, kv_heads, -1, head_dim)
-    out, peak, total = _partial_softmax(gathered, k, v, mask[:, None, None])
+    out, peak, total = cache.partial_softmax(gathered, kv, mask[:, None, None])
 
     def scatter(x: Array) -> Array:
         x = x.reshape(num_prompts, kv_heads, slots, rep, *x.shape[3:])
         x = jnp.moveaxis(x, 2, 1).reshape(num_prompts * slots, kv_heads, rep, *x.shape[4:])
-        return jnp.take(x, rows.row_slot, axis=0)
+        return placement.take(x, rows.row_slot)
 
     return scatter(out), scatter(peak), scatter(total)
 
 
-def _own_part(
-    q: Float[Array, "R K rep A"],
-    k: Float[Array, "R C K A"],
-    v: Float[Array, "R C K A"],
-    mask: Bool[Array, " C"],
-) -> _Part:
-    return _partial_softmax(q, k, v, mask[None, None, None])
+def shrink(state: DecodeState, keep: Int[Array, " R2"], placement: Placement) -> DecodeState:
+    """Keeps the rows `keep` (live ones and fillers), counted within each shard's block."""
+    small = dataclasses.replace(state, own=None, step=None)
+    small = jax.tree.map(lambda x: placement.take(x, keep), small)
+    own = cache.take_rows(state.own, keep, placement)
+    return _pin(dataclasses.replace(small, own=own, step=state.step), placement)
 
 
-def _partial_softmax(q: Array, k: Array, v: Array, mask: Array) -> _Part:
-    """Unnormalised attention of q [X, K, Q, A] over k, v [X, T, K, A], float32 statistics."""
-    scores = jnp.einsum("xkqa,xtka->xkqt", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores * np.float32(q.shape[-1] ** -0.5), _MASKED)
-    peak = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - peak[..., None])
-    out = jnp.einsum(
-        "xkqt,xtka->xkqa", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+def widen(state: DecodeState, num_columns: int, placement: Placement) -> DecodeState:
+    """The same rows with room for `num_columns` tokens."""
+    extra = ((0, 0), (0, num_columns - state.num_columns))
+    wide = dataclasses.replace(
+        state,
+        own=cache.resize_columns(state.own, num_columns),
+        tokens=jnp.pad(state.tokens, extra),
+        logprobs=jnp.pad(state.logprobs, extra),
     )
-    return out, peak, jnp.sum(weights, axis=-1)
-
-
-def _join(parts: tuple[_Part, ...]) -> Array:
-    """Softmax over the union of the parts' keys."""
-    peak = jnp.max(jnp.stack([part[1] for part in parts]), axis=0)
-    scales = [jnp.exp(part[1] - peak) for part in parts]
-    total = sum(part[2] * scale for part, scale in zip(parts, scales, strict=True))
-    out = sum(part[0] * scale[..., None] for part, scale in zip(parts, scales, strict=True))
-    return out / total[..., None]
-
-
-def compact(state: DecodeState, keep: Int[Array, " R2"], num_columns: int) -> DecodeState:
-    """Keeps the rows `keep` (live ones and fillers) in caches of `num_columns` columns."""
-
-    def take(x: Array) -> Array:
-        return jnp.take(x, keep, axis=0)
-
-    def resize(x: Array, axis: int) -> Array:
-        extra = num_columns - x.shape[axis]
-        if extra <= 0:
-            return jax.lax.slice_in_dim(x, 0, num_columns, axis=axis)
-        pad = [(0, extra if i == axis else 0) for i in range(x.ndim)]
-        return jnp.pad(x, pad)
-
-    return DecodeState(
-        k=resize(jnp.take(state.k, keep, axis=1), 2),
-        v=resize(jnp.take(state.v, keep, axis=1), 2),
-        hidden=take(state.hidden),
-        tokens=resize(take(state.tokens), 1),
-        logprobs=resize(take(state.logprobs), 1),
-        lengths=take(state.lengths),
-        is_done=take(state.is_done),
-        step=state.step,
-    )
+    return _pin(wide, placement)
 
 
 def merge_text(graphdef: nnx.GraphDef, *states: nnx.State) -> TextModel:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import http.server
 import io
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import zipfile
 
 import official
 import pytest
+import requests
 
 from speciarl_jax.data.builders import archives, base, benchmarks, layouts
 from speciarl_jax.data.builders.field_guide import FieldGuide, FieldGuideConfig
@@ -311,6 +314,25 @@ def test_wrong_download_is_refused(server, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="checksum"):
         benchmarks.build("tiny_flowers", tmp_path / "data")
     assert not list((tmp_path / "data").rglob("dataset_info.json"))
+
+
+def test_no_connection_is_told_at_once_unless_all_is_there(server, tmp_path, monkeypatch):
+    _served(server, tmp_path, monkeypatch)
+    folder = benchmarks.build("tiny_flowers", tmp_path / "data")
+    whole = benchmarks.BENCHMARKS["tiny_flowers"]
+    gone = [dataclasses.replace(d, url=f"http://127.0.0.1:9/{d.filename}") for d in whole.downloads]
+    monkeypatch.setitem(
+        benchmarks.BENCHMARKS, "tiny_flowers", dataclasses.replace(whole, downloads=tuple(gone))
+    )
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"download failed .*--archive=FILE"):
+        benchmarks.build("tiny_flowers", tmp_path / "other")
+    assert time.monotonic() - started < 10
+    shutil.rmtree(folder)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "tiny_flowers", whole)
+    shutil.rmtree(tmp_path / "www")  # built again from what was kept
+    monkeypatch.setattr(requests, "get", None)
+    assert base.is_built(benchmarks.build("tiny_flowers", tmp_path / "data"))
 
 
 def test_failed_download_is_one_line(server, tmp_path, monkeypatch):

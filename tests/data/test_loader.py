@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speciarl_jax.data.index import PixelCache, build_index
-from speciarl_jax.data.loader import EpochPlan, PromptLoader, permutation
+from speciarl_jax.data.loader import EpochPlan, PromptLoader, host_rows, permutation
 
 
 class Recorded:
@@ -166,6 +166,36 @@ def test_hosts_slice_batches(examples, builder):
         np.testing.assert_array_equal(batch.global_index, joined)
 
 
+def test_resume_on_other_numbers_of_hosts(examples, builder):
+    """Two hosts take two batches, one host takes one, four hosts the rest: the same prompts."""
+
+    def open_hosts(count):
+        return [
+            PromptLoader(
+                examples, builder, 4, seed=7, num_epochs=2, process_index=k, process_count=count
+            )
+            for k in range(count)
+        ]
+
+    expected = [i for batch in open_hosts(1)[0] for i in batch.prompt_ids]
+    seen, state = [], None
+    for num_hosts, num_batches in ((2, 2), (1, 1), (4, 7)):
+        hosts = open_hosts(num_hosts)
+        for host in hosts:
+            if state is not None:
+                host.set_state(state)
+        for _ in range(num_batches):
+            parts = [next(host).prompt_ids for host in hosts]
+            assert {len(part) for part in parts} == {4 // num_hosts}
+            seen += [i for part in parts for i in part]
+        states = [json.loads(json.dumps(host.get_state())) for host in hosts]
+        assert all(other == states[0] for other in states)  # any host's will do
+        state = states[0]
+        for host in hosts:
+            host.close()
+    assert seen == expected
+
+
 def test_last_batch_may_be_all_padding_on_a_host(examples, builder):
     loaders = [
         PromptLoader(
@@ -294,3 +324,11 @@ def test_plan_arithmetic():
     padded = EpochPlan(num_prompts=10, batch_size=4, seed=0, is_shuffled=False, drop_last=False)
     assert padded.batches_per_epoch == 3
     assert padded.locate(11) == (0, 11)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_mini_batches_hold_the_same_prompts_on_any_number_of_hosts(hosts):
+    rows = [host_rows(16, k, hosts, num_blocks=2) for k in range(hosts)]
+    half = 8 // hosts
+    assert {int(row) for part in rows for row in part[:half]} == set(range(8))
+    assert {int(row) for part in rows for row in part[half:]} == set(range(8, 16))

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -74,6 +79,35 @@ def test_bad_prompt_files(content, message, tmp_path):
     file.write_text(content)
     with pytest.raises(ValueError, match=message):
         PromptTemplate.load(str(file))
+
+
+@pytest.mark.slow
+def test_an_installed_package_brings_its_prompts(tmp_path):
+    """What setup.py copies into a wheel, used without the repository."""
+    root = pathlib.Path(__file__).parents[2]
+    source, built = tmp_path / "source", tmp_path / "built"
+    source.mkdir()
+    for name in ("setup.py", "README.md", "pyproject.toml"):
+        shutil.copy(root / name, source)
+    for name in ("speciarl_jax", "configs"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "setup.py", "--quiet", "build_py", f"--build-lib={built}"]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    shutil.rmtree(source)
+    names = sorted(path.stem for path in (root / "configs" / "prompts").glob("*.txt"))
+    code = (
+        "import speciarl_jax; from speciarl_jax.data.prompts import PromptTemplate; "
+        f"print(speciarl_jax.__file__, len([PromptTemplate.load(n) for n in {names}]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(built)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.split() == [str(built / "speciarl_jax" / "__init__.py"), str(len(names))]
 
 
 def test_missing_prompt_lists_the_places():

@@ -134,6 +134,7 @@ def test_manifests(kind, photos):
     ("name", "content", "message"),
     [
         ("a.csv", "foo,label\nx,y\n", "no column for the image path"),
+        ("a.csv", "image,label\na,x\nb,x\na,y\n", "rows 1 and 3: both name 'a'"),
         ("a.csv", "image,foo\nx,y\n", "no column for the label"),
         ("a.csv", "image,label\nx,\n", "row 1: empty"),
         ("a.csv", "image,label,split\nx,y,later\n", "split 'later' is unknown"),
@@ -156,6 +157,7 @@ def test_missing_files_of_a_manifest_are_bad_images(tmp_path, builder, encode, n
     source = open_folder(tmp_path / "m.csv", "train")
     loader = PromptLoader(source, builder, 1, bad_image_budget_frac=0.5)
     assert [s.image_name for s in loader.index.bad] == ["gone.png"]
+    assert "missing" in loader.index.bad[0].reason
 
 
 def test_no_folder_and_empty_folder(tmp_path):
@@ -305,6 +307,7 @@ def test_subsets_are_nested_seeded_and_in_order(make_examples):
     assert small != other
     assert small == sorted(small, key=lambda i: int(i.rpartition("/")[2]))
     assert len(select(source, Selection(share=0.25))) == 10
+    assert len(select(source, Selection(share=0.001))) == 1  # not "all"
     assert select(source, Selection()) is source
 
 
@@ -360,6 +363,7 @@ def test_divide_by_weight():
     assert divide([2, 1], [100, 100]) == [100, 50]
     assert divide([1, 1, 1], [10, 10, 10], count=10) == [4, 3, 3]
     assert divide([1, 1], [10, 30], share=0.5) == [5, 5]
+    assert divide([1, 1], [10, 30], share=0.001) == [1, 0]
     with pytest.raises(ValueError, match="source number 2 would give 5 and has 3"):
         divide([1, 1], [10, 3], count=10)
 

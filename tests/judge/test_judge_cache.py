@@ -8,7 +8,7 @@ import pytest
 
 from speciarl_jax.judge.app import serve
 from speciarl_jax.judge.base import JudgeError, Pair, ReplayMissError
-from speciarl_jax.judge.cache import KeyMaker, VerdictCache
+from speciarl_jax.judge.cache import KeyMaker, SqliteCache
 from speciarl_jax.judge.cascade import Cascade
 from speciarl_jax.judge.client import JudgeClient
 from speciarl_jax.judge.faults import FaultPlan
@@ -30,16 +30,16 @@ def test_keys_depend_on_everything_that_could_change_a_label():
 def test_put_get_and_reopen(tmp_path):
     path = str(tmp_path / "cache.sqlite")
     key = KeyMaker(model="m").key(PAIR)
-    cache = VerdictCache(path)
+    cache = SqliteCache(path)
     cache.put(key, PAIR, Category.GENERIC, "m", "scope")
     cache.put(key, PAIR, Category.WRONG, "m", "scope")  # the first label stays
-    other = VerdictCache(path)  # while the first is still open, as after kill -9
+    other = SqliteCache(path)  # while the first is still open, as after kill -9
     assert other.get_many([key, b"x" * 16]) == {key: Verdict(Category.GENERIC, "m", is_cached=True)}
     assert len(other) == 1
 
 
 def test_memory_is_bounded(tmp_path):
-    cache = VerdictCache(str(tmp_path / "c"), memory_entries=10)
+    cache = SqliteCache(str(tmp_path / "c"), memory_entries=10)
     maker = KeyMaker(model="m")
     pairs = [Pair("a", str(n)) for n in range(1200)]
     for pair in pairs:
@@ -50,13 +50,13 @@ def test_memory_is_bounded(tmp_path):
 
 
 def test_export_import_purge_snapshot_stats(tmp_path):
-    first = VerdictCache(str(tmp_path / "a"))
+    first = SqliteCache(str(tmp_path / "a"))
     maker = KeyMaker(model="m")
     for number, judge in enumerate(["m", "m", "n"]):
         pair = Pair("owl é", f"answer {number}")
         first.put(maker.key(pair), pair, Category(number), judge, maker.scope)
     assert first.export(tmp_path / "out.jsonl") == 3
-    second = VerdictCache(str(tmp_path / "b"))
+    second = SqliteCache(str(tmp_path / "b"))
     assert second.import_(tmp_path / "out.jsonl") == 3
     assert second.import_(tmp_path / "out.jsonl") == 0
     assert list(second.rows()) == list(first.rows())
@@ -65,7 +65,7 @@ def test_export_import_purge_snapshot_stats(tmp_path):
     assert stats["by_judge"] == {"m": 2, "n": 1}
     assert stats["by_category"] == {"wrong": 1, "abstain": 1, "generic": 1}
     second.snapshot(tmp_path / "copy")
-    assert len(VerdictCache(str(tmp_path / "copy"))) == 3
+    assert len(SqliteCache(str(tmp_path / "copy"))) == 3
     assert second.purge(older_than_s=60.0) == 0
     assert second.purge(judge="n") == 1
     assert second.purge() == 2
@@ -73,8 +73,8 @@ def test_export_import_purge_snapshot_stats(tmp_path):
 
 
 def test_import_names_the_bad_line_and_takes_nothing(tmp_path):
-    cache = VerdictCache()
-    good = VerdictCache()
+    cache = SqliteCache()
+    good = SqliteCache()
     good.put(b"k" * 16, PAIR, Category.GENERIC, "m", "s")
     good.export(tmp_path / "f")
     with (tmp_path / "f").open("a") as file:
@@ -88,15 +88,15 @@ def test_file_that_is_no_database(tmp_path):
     path = tmp_path / "c"
     path.write_text("not a database, but long enough to look like something" * 40)
     with pytest.raises(JudgeError, match="use another path"):
-        VerdictCache(str(path))
+        SqliteCache(str(path))
 
 
 WRITER = """
 import sys
 from speciarl_jax.judge.base import Pair
-from speciarl_jax.judge.cache import KeyMaker, VerdictCache
+from speciarl_jax.judge.cache import KeyMaker, SqliteCache
 from speciarl_jax.types import Category
-cache, maker = VerdictCache(sys.argv[1]), KeyMaker(model="m")
+cache, maker = SqliteCache(sys.argv[1]), KeyMaker(model="m")
 for number in range(10**6):
     pair = Pair("a", str(number))
     cache.put(maker.key(pair), pair, Category.GENERIC, "m", "s")
@@ -115,7 +115,7 @@ def test_every_verdict_survives_kill_9(tmp_path):
     child.wait()
     child.stdout.close()
     last = int(rest[-1]) if rest and rest[-1].isdigit() else last
-    cache = VerdictCache(path)
+    cache = SqliteCache(path)
     maker = KeyMaker(model="m")
     keys = [maker.key(Pair("a", str(number))) for number in range(last)]
     assert len(cache.get_many(keys)) == len(keys)
@@ -236,9 +236,9 @@ def test_cached_path_labels_50_000_a_second_in_one_call(fast_config, tmp_path):
     config = fast_config("http://127.0.0.1:9/v1", cache_path=str(tmp_path / "c"))
     pairs = [Pair("Black-footed Albatross", f"Some bird, number {n}!") for n in range(20_000)]
     client = JudgeClient(config)
-    filler = VerdictCache(config.cache_path)
+    filler = SqliteCache(config.cache_path)
     rows = [Pair("black-footed albatross", f"some bird number {n}") for n in range(20_000)]
-    filler._write((client._keys.key(p), 2, "m", *("",) * 3, 0.0) for p in rows)
+    filler._insert((client._keys.key(p), 2, "m", *("",) * 3, 0.0) for p in rows)
 
     async def run():
         async with client as judge:

@@ -5,7 +5,7 @@ import pytest
 
 from speciarl_jax.judge import commands
 from speciarl_jax.judge.base import JudgeError
-from speciarl_jax.judge.cache import VerdictCache
+from speciarl_jax.judge.cache import SqliteCache
 from speciarl_jax.judge.config import JudgeConfig, apply_overrides
 from speciarl_jax.judge.server import LocalJudgeServer
 
@@ -44,8 +44,8 @@ def test_label_then_cache_commands(tree_path, pairs_path, tmp_path, capsys):
     assert run("cache", "export", cache, "--file", tmp_path / "e.jsonl") == 0
     assert run("cache", "import", tmp_path / "new", "--file", tmp_path / "e.jsonl") == 0
     assert run("cache", "purge", cache) == 0
-    assert len(VerdictCache(str(cache))) == 0
-    assert len(VerdictCache(str(tmp_path / "new"))) == 2
+    assert len(SqliteCache(str(cache))) == 0
+    assert len(SqliteCache(str(tmp_path / "new"))) == 2
 
 
 def test_label_with_a_failure_exits_1(tree_path, tmp_path, capsys):
@@ -65,6 +65,16 @@ def test_eval_prints_one_json_object(tree_path, pairs_path, capsys):
     assert report["confusion"]["specific"]["generic"] == 1
     assert run("eval", pairs_path, "--taxonomy", tree_path) == 0
     assert "agreement 0.500" in capsys.readouterr().out
+
+
+def test_eval_with_missing_labels_exits_1(tree_path, tmp_path, capsys):
+    pairs = tmp_path / "p.jsonl"
+    known = '{"ground_truth": "scarlet finch", "answer": "bird", "category": "generic"}\n'
+    pairs.write_text(known + known.replace("scarlet finch", "dragon"))
+    assert run("eval", pairs, "--taxonomy", tree_path) == 1
+    assert "1 of 2 pairs got no label" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no such folder"):
+        run("label", pairs, "--out", tmp_path / "x" / "o", "--taxonomy", tree_path)
 
 
 def test_check_against_a_served_judge(tree_path, capsys):
@@ -96,6 +106,8 @@ def test_log_command(tree_path, pairs_path, tmp_path, capsys):
         (["check", "--set", "colour=red"], ValueError, "expected FIELD=VALUE"),
         (["check", "--set", "concurrency=many"], ValueError, "'many': expected int"),
         (["label", "/no/such", "--out", "x"], ValueError, "cannot be read"),
+        (["log", __file__, "--category", "genric"], ValueError, "expected one of wrong, abstain"),
+        (["cache", "stats", "redis://"], ValueError, "expected a file, or redis"),
     ],
 )
 def test_errors_are_one_line(argv, kind, message):

@@ -30,7 +30,7 @@ def llama_url():
     params.n_parallel = 2
     params.hostnames = ["127.0.0.1"]
     params.port = 0
-    params.cpuparams.n_threads = 2
+    params.cpuparams.n_threads = 1  # two would spin against each other on a busy machine
     server = xllamacpp.Server(params)
     yield f"{server.listening_address.rstrip('/')}/v1"
     del server

@@ -125,7 +125,19 @@ def test_parse_batch_is_all_or_nothing():
     assert parse_batch("[" * 100_000, 2) is None
 
 
-@given(st.text())
-def test_no_reply_makes_the_parsers_fail(reply):
-    parse_category(reply)
-    parse_batch(reply, 1)
+PIECES = st.lists(
+    st.sampled_from([*(c.label for c in Category), '"', "{", "}", "[", "]", ":", "category", " "])
+)
+
+
+@given(st.text() | PIECES.map("".join), st.integers(0, 3))
+def test_a_label_is_only_read_where_the_reply_is_one(reply, count):
+    """Any text is read or refused, never an error; what is read was said, and nothing else."""
+    category = parse_category(reply)
+    letters = "".join(c for c in reply.lower() if c.isalpha()).removeprefix("category")
+    if category is not None:
+        assert letters == category.label.replace("_", "")
+    labels = parse_batch(reply, count)
+    if labels is not None:
+        assert len(labels) == count
+        assert "".join(label.label for label in labels).replace("_", "") in letters

@@ -11,9 +11,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from speciarl_jax import scoring
+from speciarl_jax.judge.base import Pair, failure
+from speciarl_jax.judge.verdict_log import VerdictLog
 from speciarl_jax.predictions import Prediction, write_predictions
 from speciarl_jax.report.thumbnails import save_thumbnail
-from speciarl_jax.types import Category
+from speciarl_jax.types import Category, FailureKind, Verdict
 
 HOSTILE = (
     "<script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">",
@@ -175,6 +177,7 @@ def make_run(
         _write_stage(run / "eval" / stage, rows)
     many = [_row(rng, thing, BASE, s) for thing in tests for s in range(16)]
     _write_stage(run / "eval" / "best_of", many)
+    _write_verdicts(run)
     (run / "taxonomy.json").write_text(json.dumps(_tree()))
     config = {
         "name": "cpu_smoke",
@@ -185,6 +188,17 @@ def make_run(
     }
     (run / "config.json").write_text(json.dumps(config))
     return run
+
+
+def _write_verdicts(run: Path) -> None:
+    """A log with a frequent pair, a disagreement, a failure and a hostile answer."""
+    log = VerdictLog(str(run / "verdicts.sqlite"))
+    finch = Pair("scarlet finch", "finch")
+    log.add(1, [finch] * 3, [Verdict(Category.LESS_SPECIFIC, "model")] * 3)
+    log.add(4, [finch], [Verdict(Category.GENERIC, "other model")])
+    log.add(2, [Pair("azure wren", HOSTILE[0])], [Verdict(Category.WRONG, "model")])
+    log.add(2, [Pair("azure wren", "wren")], [failure(FailureKind.TIMEOUT, "no answer")])
+    log.close()
 
 
 def _tree() -> dict[str, object]:

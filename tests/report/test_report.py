@@ -22,7 +22,7 @@ from rich.console import Console
 from speciarl_jax import scoring
 from speciarl_jax.judge.taxonomy import Node
 from speciarl_jax.predictions import Prediction, read_predictions, write_predictions
-from speciarl_jax.report import commands, html, thumbnails
+from speciarl_jax.report import commands, html, sections, thumbnails
 from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
 from speciarl_jax.report.gallery import build_gallery
 from speciarl_jax.report.levels import NameTree
@@ -31,6 +31,7 @@ from speciarl_jax.report.page import ReportOptions, build_page
 from speciarl_jax.report.plots import plot_training
 from speciarl_jax.report.series import read_series
 from speciarl_jax.report.tables import comparison_table, format_value, metrics_table
+from speciarl_jax.text_metrics import score_text
 from speciarl_jax.types import Category
 
 from .synthetic import HOSTILE, make_run
@@ -97,6 +98,43 @@ def test_page_has_every_section(page: str) -> None:
     chart = page[page.index('aria-label="Mean reward"') :][:20_000]
     assert "var(--line0)" in chart
     assert "#1f6fb2" not in chart
+
+
+def test_judge_section(run: Path, page: str) -> None:
+    """Numbers of `synthetic._write_verdicts`: 6 labels asked for, 3 pairs, one of them failed."""
+    section = page[page.index('id="judge"') : page.index('id="cost"')]
+    cells = re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', section)
+    facts = dict(cells)
+    assert facts["labels asked for"] == "6"
+    assert facts["different pairs"] == "3"
+    assert facts["without a label"] == "1 (16.7%)"
+    assert facts["decided by model"] == "4"
+    assert facts["decided by other model"] == "1"
+    assert facts["from the cache"] == "90.0%"
+    assert "less specific: given 3× to 1 different" in section
+    assert "failed:timeout: given 1× to 1 different" in section
+    assert "Pairs with two different labels: 1." in section
+    assert "less specific 3× (model), generic 1× (other model)" in section
+    assert "&lt;script&gt;" in section
+    assert 'href="#judge"' in page
+
+
+def test_no_judge_section_without_a_log(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.5}\n')
+    page = build_page([load_run(tmp_path)], ReportOptions())
+    assert "#judge" not in page
+    assert not (tmp_path / "verdicts.sqlite").exists()
+
+
+def test_text_metrics_in_the_table_of_every_data_set(run: Path) -> None:
+    loaded = load_run(run)
+    text = score_text(loaded.stages[-1].predictions, bootstrap_samples=50)
+    loaded.stages[-1].metrics["text"] = text
+    table = sections.per_dataset([loaded])
+    assert '<th scope="col">text inclusion</th>' in table
+    assert "semantic similarity" not in table
+    value = text["averages"]["all"]["text_inclusion"]["value"]
+    assert format_value(value) in table
 
 
 def test_two_runs_side_by_side(run: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from speciarl_jax.rollout.engine import RolloutEngine, bucket_size
+from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.sampling import Sampling
 from tests.tiny_policy import full_logits, jolt, open_small_session, small_batch, states
 
@@ -121,8 +121,3 @@ def test_first_token_may_be_the_stop(session):
     rows, engine = generate(stopping, small_batch(session, 2))
     assert {len(row.tokens) for row in rows.values()} == {1}
     assert engine.stats.decode_steps == 1
-
-
-@pytest.mark.parametrize(("count", "expected"), [(100, 100), (76, 100), (75, 75), (50, 57), (1, 3)])
-def test_bucket_sizes_shrink_by_quarters(count, expected):
-    assert bucket_size(count, 100) == expected

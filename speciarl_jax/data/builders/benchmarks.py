@@ -16,11 +16,13 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import requests
 import tensorflow_datasets as tfds
 
 from speciarl_jax.data.builders import archives, base, layouts
 
 _NAMES_IN_ERROR = 5
+_REACH_S = 20.0  # seconds to wait for a host's first byte
 _DOWNLOAD_ERRORS = (
     OSError,  # those of `requests` are OSErrors
     tfds.core.download.util.DownloadError,
@@ -239,6 +241,7 @@ def _download(benchmark: Benchmark, dl_manager: Any, folder: pathlib.Path) -> li
         )
     folder.mkdir()
     try:
+        _reach_missing(benchmark, pathlib.Path(dl_manager.download_dir))
         found = dl_manager.download({item.filename: item.url for item in benchmark.downloads})
     except _DOWNLOAD_ERRORS as error:
         reason = " ".join(str(error).split())
@@ -249,6 +252,20 @@ def _download(benchmark: Benchmark, dl_manager: Any, folder: pathlib.Path) -> li
     for link in links:
         link.symlink_to(pathlib.Path(found[link.name]).resolve())
     return links
+
+
+def _reach_missing(benchmark: Benchmark, folder: pathlib.Path) -> None:
+    """One short request: TFDS repeats a hopeless download for minutes without a word.
+
+    Nothing is asked if TFDS has kept every file of an earlier build.
+
+    Raises:
+        OSError: no such host, or no connection to it. What the host answers is left to TFDS.
+    """
+    kept = list((folder / benchmark.name).glob("*.INFO"))
+    if len(kept) < len(benchmark.downloads):
+        with requests.get(benchmark.downloads[0].url, stream=True, timeout=_REACH_S):
+            pass
 
 
 def check_archives(benchmark: Benchmark, paths: Sequence[pathlib.Path]) -> None:

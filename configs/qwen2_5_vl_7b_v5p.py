@@ -1,0 +1,26 @@
+r"""The paper's run on a Cloud TPU v5p slice of 16 chips (v5p-32), 95 GB each.
+
+    speciarl train --config=configs/qwen2_5_vl_7b_v5p.py:algo=grpo --workdir=gs://BUCKET/NAME \
+        --config.judge.endpoints="('http://HOST:8000/v1',)"
+
+NOT YET RUN. PLANNED_V5P
+As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is one chip.
+Images above 504 x 504 px are scaled down (CUB's are smaller).
+"""
+
+import pathlib
+import runpy
+
+
+def get_config(arg=None):
+    """The recipe; `arg` as in `qwen2_5_vl_7b_cub.py`."""
+    recipe = runpy.run_path(str(pathlib.Path(__file__).with_name("qwen2_5_vl_7b_cub.py")))
+    config = recipe["get_config"](arg)
+    config.name = "qwen2_5_vl_7b_v5p"
+    config.mesh.auto, config.mesh.tensor = False, 1
+    config.data.prompt_buckets, config.data.max_prompt_tokens = (512,), 512
+    config.data.window_buckets, config.data.max_pixels = (25,), 504 * 504
+    config.rollout.max_cache_mb = 50_000
+    config.rollout.warm_up = True
+    config.train.micro_batch_tokens = 4 * (512 + config.rollout.group_size * 2048)
+    return config

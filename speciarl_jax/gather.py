@@ -1,0 +1,307 @@
+"""Gathers the answers that one step learns from: one generation batch, or as many as it takes.
+
+prompts -> encode -> sample; finished answers go to the judge at once
+algo.dynamic_sampling:  -> labels -> groups whose raw rewards differ are kept
+                        -> again, until train.prompts_per_step are kept -> joined to one batch
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from speciarl_jax import batching
+from speciarl_jax.checkpoint import TrainState
+from speciarl_jax.clock import Clock
+from speciarl_jax.config import Config
+from speciarl_jax.data.loader import PromptLoader
+from speciarl_jax.flops import Counts, count_tokens
+from speciarl_jax.judge.runner import JudgeThread
+from speciarl_jax.reward import dropped_groups
+from speciarl_jax.rollout.compilations import num_compiled
+from speciarl_jax.rollout.engine import FinishedRow
+from speciarl_jax.rollout.groups import Pending, await_verdicts, collect_groups
+from speciarl_jax.rollout.sampling import Sampling
+from speciarl_jax.scores import (
+    Groups,
+    TrainingStopped,
+    check_failed_budget,
+    has_lesson,
+    label_codes,
+)
+from speciarl_jax.session import Session
+from speciarl_jax.types import PromptBatch
+
+Poll = Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Which prompts of the run's global order a step uses, so that they can be read again.
+
+    Attributes:
+        data: the loader's state before the first of them.
+        num_batches: batches read from there.
+        rows: [P] the prompts used, counted over those batches in order.
+    """
+
+    data: dict[str, Any]
+    num_batches: int
+    rows: np.ndarray
+
+
+@dataclasses.dataclass
+class RolloutBatch:
+    """P groups for one step, labelled or waiting for their labels.
+
+    Attributes:
+        step: the step that learns from them.
+        sampled_after: finished steps of the policy that sampled them; step - 1 is on-policy.
+        batch: their prompts.
+        image_embeds: [I*M, D] of those prompts.
+        groups: in the order of the prompts, each in sample order.
+        pending: labels under way; empty once they are all there.
+        origin: where the prompts came from.
+        stats: metrics of sampling them.
+        sampled: tokens and patches of all that was sampled, dropped groups included.
+    """
+
+    step: int
+    sampled_after: int
+    batch: PromptBatch
+    image_embeds: Array
+    groups: Groups
+    pending: Pending
+    origin: Origin
+    stats: dict[str, float]
+    sampled: Counts
+
+    @property
+    def is_judged(self) -> bool:
+        """All labels have arrived."""
+        return all(future.done() for _, future in self.pending)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One generation batch and the work it took; programs that it had to wait for."""
+
+    batch: PromptBatch
+    image_embeds: Array
+    groups: Groups
+    pending: Pending
+    slot_steps: int
+    live_steps: int
+    recompilations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampler:
+    """What sampling for one step holds on to, and `poll`, called between chunks of decoding."""
+
+    session: Session
+    judge: JudgeThread
+    states: tuple[nnx.State, ...]
+    policy_version: int
+    loader: PromptLoader
+    step: int
+    clock: Clock
+    poll: Poll | None
+
+
+def generation_prompts(config: Config) -> int:
+    """Prompts sampled at a time, which is what the loader puts into one batch."""
+    return config.algo.generation_prompts or config.train.prompts_per_step
+
+
+def training_sampling(config: Config) -> Sampling:
+    """Sampling options of training rollouts."""
+    rollout = config.rollout
+    return Sampling(
+        rollout.temperature,
+        rollout.top_p,
+        rollout.top_k,
+        rollout.min_p,
+        rollout.repetition_penalty,
+    )
+
+
+def gather_rollouts(
+    session: Session,
+    judge: JudgeThread,
+    state: TrainState,
+    loader: PromptLoader,
+    step: int,
+    clock: Clock,
+    poll: Poll | None = None,
+) -> RolloutBatch:
+    """Samples G answers for each prompt of a step; without dynamic sampling labels come later.
+
+    Args:
+        session: model and engine.
+        judge: labels answers in the background.
+        state: the policy that samples.
+        loader: the next prompts.
+        step: the step that will learn from the answers; part of their randomness.
+        clock: gets laps data, rollout and judge.
+        poll: called between chunks of decoding, to start other work (`train.async_steps`).
+
+    Raises:
+        TrainingStopped: dynamic sampling found too few groups to learn from, or the judge leaves
+            too many answers without a label.
+        JudgeError: the judge gave up.
+    """
+    states = session.local_states(state.trainable)
+    version = int(state.optim.num_updates)
+    sampler = _Sampler(session, judge, states, version, loader, step, clock, poll)
+    start = loader.get_state()
+    if session.config.algo.dynamic_sampling:
+        parts, rows, stats = _sample_until_full(sampler)
+    else:
+        parts = [_sample_part(sampler)]
+        rows, stats = np.arange(parts[0].batch.num_prompts), {}
+    batch, image_embeds = join_prompts(session, [(p.batch, p.image_embeds) for p in parts], rows)
+    groups = [group for part in parts for group in part.groups]
+    slot_steps = sum(part.slot_steps for part in parts)
+    live_steps = sum(part.live_steps for part in parts)
+    return RolloutBatch(
+        step=step,
+        sampled_after=state.step,
+        batch=batch,
+        image_embeds=image_embeds,
+        groups=[groups[row] for row in rows],
+        pending=[] if session.config.algo.dynamic_sampling else parts[0].pending,
+        origin=Origin(start, len(parts), rows),
+        stats={
+            "rollout/slot_utilization": live_steps / slot_steps,
+            "rollout/recompilations": float(sum(part.recompilations for part in parts)),
+            **stats,
+        },
+        sampled=sum((count_batch(session, p.batch, p.groups) for p in parts), Counts()),
+    )
+
+
+def _sample_part(sampler: _Sampler) -> _Part:
+    """One generation batch; its labels are already on their way."""
+    session, config = sampler.session, sampler.session.config
+    batch = next(sampler.loader)
+    sampler.clock.lap("data")
+    compiled = num_compiled()
+    image_embeds = session.encode(sampler.states, batch)
+    compiled = num_compiled() - compiled
+    finished: Iterable[list[FinishedRow]] = session.engine.generate(
+        sampler.states,
+        batch,
+        image_embeds,
+        group_size=config.rollout.group_size,
+        sampling=training_sampling(config),
+        seed=config.seed,
+        step=sampler.step,
+    )
+    groups, pending = collect_groups(
+        finished if sampler.poll is None else _polling(finished, sampler.poll),
+        batch,
+        config.rollout.group_size,
+        session.vocabulary,
+        sampler.judge,
+        step=sampler.step,
+        policy_version=sampler.policy_version,
+    )
+    sampler.clock.lap("rollout")
+    work = session.engine.stats
+    compiled += work.recompilations
+    return _Part(batch, image_embeds, groups, pending, work.slot_steps, work.live_steps, compiled)
+
+
+def count_batch(session: Session, batch: PromptBatch, groups: Groups) -> Counts:
+    """Real tokens and patches of prompts and their answers, for `flops`."""
+    lengths = np.array([[len(r.completion_tokens) for r in group] for group in groups])
+    mask = batch.vision.mask
+    windows = mask.reshape(len(mask), -1, session.arch.vision.window_patches).sum(axis=2)
+    return count_tokens(batch.prompt_lengths[batch.is_real], lengths, windows)
+
+
+def _polling(finished: Iterable[list[FinishedRow]], poll: Poll) -> Iterator[list[FinishedRow]]:
+    for rows in finished:
+        yield rows
+        poll()
+
+
+def _sample_until_full(
+    sampler: _Sampler,
+) -> tuple[list[_Part], np.ndarray, dict[str, float]]:
+    """DAPO's dynamic sampling.
+
+    Returns:
+        (generation batches, rows [P] kept of them, metrics). Of more kept groups than needed the
+        first in the order of the prompts are used and the rest is dropped.
+    """
+    config, step = sampler.session.config, sampler.step
+    needed = config.train.prompts_per_step
+    parts: list[_Part] = []
+    codes: list[np.ndarray] = []
+    keep = np.zeros(0, bool)
+    while keep.sum() < needed:
+        if len(parts) == config.algo.max_generation_batches:
+            raise TrainingStopped(_too_few_lessons(config, step, codes, keep))
+        part = _sample_part(sampler)
+        await_verdicts(part.pending)
+        sampler.clock.lap("judge")
+        parts.append(part)
+        codes.append(label_codes(config, part.groups, part.batch.global_index, step))
+        check_failed_budget(config, codes, step)
+        keep = np.concatenate([keep, has_lesson(config, codes[-1])])
+    dropped = dropped_groups(np.concatenate(codes), config.algo.failed_quorum_frac)
+    stats = {
+        "rollout/generation_batches": float(len(parts)),
+        "group/kept_frac": float(keep.mean()),
+        "group/zero_std_frac": float(np.mean(~keep)),
+        "group/dropped_frac": float(dropped.mean()),
+    }
+    return parts, np.flatnonzero(keep)[:needed], stats
+
+
+def _too_few_lessons(config: Config, step: int, codes: list[np.ndarray], keep: np.ndarray) -> str:
+    dropped = int(dropped_groups(np.concatenate(codes), config.algo.failed_quorum_frac).sum())
+    equal = len(keep) - int(keep.sum()) - dropped
+    return (
+        f"step {step}: {len(codes)} generation batches gave {int(keep.sum())} of "
+        f"{config.train.prompts_per_step} groups whose rewards differ (of {len(keep)}, {equal} had "
+        f"equal rewards, {dropped} too few labels); raise algo.max_generation_batches="
+        f"{config.algo.max_generation_batches}, algo.generation_prompts or rollout.group_size, "
+        "take harder or more varied data, or set algo.dynamic_sampling=false, then --resume"
+    )
+
+
+def join_prompts(
+    session: Session, parts: list[tuple[PromptBatch, Array]], rows: np.ndarray
+) -> tuple[PromptBatch, Array]:
+    """The prompts `rows` of several generation batches as one batch, with their embeddings."""
+    if len(parts) == 1 and np.array_equal(rows, np.arange(parts[0][0].num_prompts)):
+        return parts[0]
+    pad_id = int(session.vocabulary.stop_ids[0])
+    return batching.join_batches(parts, rows, session.arch.vision.merge_unit, pad_id)
+
+
+def read_again(
+    session: Session, state: TrainState, loader: PromptLoader, origin: Origin
+) -> tuple[PromptBatch, Array]:
+    """The prompts of an earlier `gather_rollouts` and their embeddings, bit for bit.
+
+    The loader then stands where it stood after that call.
+
+    Raises:
+        ValueError: the data are not those of the saved position.
+    """
+    loader.set_state(origin.data)
+    states = session.local_states(state.trainable)
+    parts = []
+    for _ in range(origin.num_batches):
+        batch = next(loader)
+        parts.append((batch, session.encode(states, batch)))
+    return join_prompts(session, parts, origin.rows)

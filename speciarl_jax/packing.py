@@ -1,0 +1,255 @@
+"""Groups into micro-batches of similar completion length, within a budget of padded tokens.
+
+A group costs S + G*C tokens, its prompt once and G completions, each padded to the longest of the
+micro-batch it sits in. Fixed micro-batches pad every group to the longest of the whole step. Here
+groups are sorted by their longest completion and cut into micro-batches whose padded size stays
+within ``train.micro_batch_tokens``:
+
+    fixed    | ppp ccccc...... |      packed   | ppp ccccc.|     3 prompts of one shape
+             | ppp ccccccccccc |               | ppp ccccc.|
+             | ppp cc......... |               | ppp cc....|
+             | ppp cccc....... |               | ppp ccccccccccc |     1 of another
+
+C comes from a ladder of steps of about a quarter and S is the step's, so that few programs are
+compiled. What padding is left is mostly within groups: the longest of N answers is well above their
+mean. The weights of `speciarl_jax.weights` are those of the whole mini-batch, so the loss is the
+same sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from speciarl_jax import update
+from speciarl_jax.optim import OptimState, apply_gradients
+from speciarl_jax.sharding import place_prompts
+from speciarl_jax.update import LossConfig, TrainBatch, batch_logprobs, batch_loss
+
+_STEP = 16  # tokens
+_RATIO = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """One micro-batch.
+
+    Attributes:
+        rows: [n] groups in it, -1 for padding; each replica has an equal consecutive part.
+        prompt_tokens: S, padded prompt length.
+        completion_tokens: C, padded completion length.
+    """
+
+    rows: np.ndarray
+    prompt_tokens: int
+    completion_tokens: int
+
+    def padded_tokens(self, group_size: int) -> int:
+        """Tokens that the device computes."""
+        return len(self.rows) * (self.prompt_tokens + group_size * self.completion_tokens)
+
+
+def bucket(tokens: int, limit: int) -> int:
+    """Padded completion length: the next of 16, 32, 48, 64, 80, 112, 144, ..., at most `limit`.
+
+    Args:
+        tokens: at least 0 and at most `limit`.
+        limit: padded length of the step's arrays.
+    """
+    size = _STEP
+    while size < tokens:
+        size = math.ceil(size * _RATIO / _STEP) * _STEP
+    return min(size, limit)
+
+
+def pack_groups(
+    lengths: np.ndarray,
+    prompt_tokens: int,
+    limit: int,
+    budget_tokens: int,
+    num_replicas: int = 1,
+) -> list[Pack]:
+    """Cuts a mini-batch into micro-batches.
+
+    Args:
+        lengths: [P, G] completion tokens.
+        prompt_tokens: S, padded prompt length of the step.
+        limit: padded completion length of the step.
+        budget_tokens: padded tokens that a replica may hold at once.
+        num_replicas: D; every micro-batch has a multiple of D prompts, dealt so that the real
+            tokens of the replicas are as equal as a greedy deal makes them.
+
+    Returns:
+        Micro-batches, the longest completions first; each group is in exactly one.
+
+    Raises:
+        ValueError: one group alone is larger than the budget.
+    """
+    group_size = lengths.shape[1]
+    widths = np.array([bucket(int(longest), limit) for longest in lengths.max(axis=1)])
+    order = np.argsort(-widths, kind="stable")
+    packs = []
+    while len(order):
+        width = int(widths[order[0]])
+        size = prompt_tokens + group_size * width
+        if size > budget_tokens:
+            raise ValueError(
+                f"train.micro_batch_tokens={budget_tokens}: one group takes {size} padded tokens; "
+                "set it to at least that"
+            )
+        count = budget_tokens // size * num_replicas
+        rows = _deal(order[:count], lengths.sum(axis=1), count, num_replicas)
+        packs.append(Pack(rows, prompt_tokens, width))
+        order = order[count:]
+    return packs
+
+
+def _deal(members: np.ndarray, real: np.ndarray, count: int, num_replicas: int) -> np.ndarray:
+    """[count] rows, -1 filled: the largest group goes to the replica with the fewest tokens."""
+    hands: list[list[int]] = [[] for _ in range(num_replicas)]
+    totals = np.zeros(num_replicas)
+    for row in members[np.argsort(-real[members], kind="stable")].tolist():
+        open_hands = [d for d in range(num_replicas) if len(hands[d]) < count // num_replicas]
+        hand = min(open_hands, key=lambda d: (totals[d], d))
+        hands[hand].append(row)
+        totals[hand] += real[row]
+    size = count // num_replicas
+    return np.array([row for hand in hands for row in hand + [-1] * (size - len(hand))])
+
+
+def cut_pack(batch: TrainBatch, pack: Pack) -> TrainBatch:
+    """The groups of a micro-batch, leaves [n, ...]; padding rows have weight 0."""
+    rows, is_real = np.maximum(pack.rows, 0), pack.rows >= 0
+    prompt, width = pack.prompt_tokens, pack.completion_tokens
+
+    def take(x: Any, *tail: Any) -> Any:
+        chosen = x[rows] if isinstance(x, np.ndarray) else jnp.take(x, rows, axis=0)
+        return chosen[(slice(None), *tail)]
+
+    def own(x: Any) -> Any:
+        return None if x is None else take(x, slice(None), slice(width))
+
+    return TrainBatch(
+        tokens=take(batch.tokens, slice(prompt)),
+        prompt_lengths=take(batch.prompt_lengths),
+        positions=take(batch.positions, slice(None), slice(prompt)),
+        next_position=take(batch.next_position),
+        image_rows=take(batch.image_rows, slice(prompt)),
+        images=jax.tree.map(take, batch.images),
+        completions=own(batch.completions),
+        weights=own(batch.weights) * is_real[:, None, None].astype(np.float32),
+        advantages=take(batch.advantages),
+        old_logprobs=own(batch.old_logprobs),
+        ref_logprobs=own(batch.ref_logprobs),
+        importance=own(batch.importance),
+    )
+
+
+def _cut(batch: TrainBatch, pack: Pack, config: LossConfig) -> TrainBatch:
+    micro = cut_pack(batch, pack)
+    return micro if config.mesh is None else place_prompts(micro, config.mesh)
+
+
+def unpack(parts: Sequence[Array], packs: Sequence[Pack], like: np.ndarray) -> Array:
+    """Per-token results [n, G, C] of micro-batches in the order of the groups.
+
+    Args:
+        parts: one array per micro-batch.
+        packs: their rows.
+        like: [P, G, C] array whose shape the result has; 0 past a micro-batch's own C.
+    """
+    rows = np.concatenate([pack.rows for pack in packs])
+    wide = [jnp.pad(x, ((0, 0), (0, 0), (0, like.shape[2] - x.shape[2]))) for x in parts]
+    place = np.flatnonzero(rows >= 0)
+    place = place[np.argsort(rows[place])]
+    return jnp.take(jnp.concatenate(wide), place, axis=0)
+
+
+def packed_logprobs(
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
+    batch: TrainBatch,
+    packs: Sequence[Pack],
+    banned: Array,
+    config: LossConfig,
+) -> Array:
+    """`update.batch_logprobs`, [P, G, C], micro-batch by micro-batch of different shapes."""
+    parts = []
+    for pack in packs:
+        micro = jax.tree.map(lambda x: x[None], _cut(batch, pack, config))
+        parts.append(batch_logprobs(graphdef, states, micro, banned, config)[0])
+    return unpack(parts, packs, batch.completions)
+
+
+def packed_update(
+    graphdef: nnx.GraphDef,
+    trainable: nnx.State,
+    frozen: nnx.State,
+    optim_state: OptimState,
+    batch: TrainBatch,
+    packs: Sequence[Pack],
+    banned: Array,
+    optimizer: optax.GradientTransformation,
+    config: LossConfig,
+) -> tuple[nnx.State, OptimState, dict[str, Array]]:
+    """`update.update_step` over micro-batches of different shapes; `trainable` is donated too.
+
+    Returns:
+        (trainable, optimiser state, statistics) as there; ``logprobs`` is [P, G, C].
+    """
+    grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
+    totals: dict[str, Array] = {}
+    logprobs = []
+    for pack in packs:
+        micro = _cut(batch, pack, config)
+        grads, stats = _accumulate(graphdef, trainable, frozen, grads, micro, banned, config)
+        logprobs.append(stats.pop("logprobs"))
+        totals = {k: v + totals.get(k, 0.0) for k, v in stats.items()}
+    trainable, optim_state, norm = _apply(optimizer, grads, optim_state, trainable, config)
+    joined = unpack(logprobs, packs, batch.completions)
+    return trainable, optim_state, {**totals, "grad_norm": norm, "logprobs": joined}
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "config"), donate_argnames=("grads",))
+def _accumulate(
+    graphdef: nnx.GraphDef,
+    trainable: nnx.State,
+    frozen: nnx.State,
+    grads: nnx.State,
+    micro: TrainBatch,
+    banned: Array,
+    config: LossConfig,
+) -> tuple[nnx.State, dict[str, Array]]:
+    def micro_loss(trainable: nnx.State) -> tuple[Array, dict[str, Array]]:
+        return batch_loss(nnx.merge(graphdef, trainable, frozen), micro, banned, config)
+
+    (_, stats), new = jax.value_and_grad(micro_loss, has_aux=True)(trainable)
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, new), stats
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("optimizer", "config"),
+    donate_argnames=("grads", "optim_state", "trainable"),
+)
+def _apply(
+    optimizer: optax.GradientTransformation,
+    grads: nnx.State,
+    optim_state: OptimState,
+    trainable: nnx.State,
+    config: LossConfig,
+) -> tuple[nnx.State, OptimState, Array]:
+    trainable, optim_state, norm = apply_gradients(optimizer, grads, optim_state, trainable)
+    if config.mesh is not None:
+        trainable, optim_state = update.lay_out(trainable, optim_state, optimizer, config.mesh)
+    return trainable, optim_state, norm

@@ -1,0 +1,178 @@
+"""Accelerators: memory, bandwidth, and their devices as jax sees them without having them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from speciarl_jax.flops import peak_flops
+
+GIB = 2**30
+GPU_CAVEAT = (
+    "GPU planned from XLA for CPU: temporaries are an upper bound (no fused attention, bfloat16 "
+    "products computed in float32), kernels and collectives are not those of the GPU"
+)
+
+HOST_CAVEAT = (
+    "encode, prefill, decode and shrink are compiled for one host on its own: libtpu compiles no "
+    "collectives for a part of this slice (docs/scale.md)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One accelerator.
+
+    Attributes:
+        kind: `jax.Device.device_kind`, which names the peak in `speciarl_jax.flops`.
+        memory_gib: of one device.
+        usable_frac: share of it that a program may use; the rest is the runtime's.
+        hbm_gb_s: memory bandwidth, 1e9 bytes a second.
+        link_gb_s: one link to a neighbour in one direction, 1e9 bytes a second.
+        config_name: libtpu's name of the core configuration, "" for its default.
+        is_straight: chips route along straight lines only, and libtpu compiles no collective for
+            a part of a slice.
+    """
+
+    kind: str
+    memory_gib: float
+    usable_frac: float
+    hbm_gb_s: float
+    link_gb_s: float
+    config_name: str = ""
+    is_straight: bool = False
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a program may use, bytes."""
+        return int(self.memory_gib * GIB * self.usable_frac)
+
+    @property
+    def peak(self) -> float:
+        """Dense bfloat16 FLOP/s.
+
+        Raises:
+            ValueError: `speciarl_jax.flops` does not know the kind.
+        """
+        peak = peak_flops(self.kind)
+        if peak is None:
+            raise ValueError(f"{self.kind}: no peak in speciarl_jax.flops.PEAK_FLOPS; add it")
+        return peak
+
+
+# TPU: memory and bandwidth from the system architecture pages of cloud.google.com/tpu/docs, links
+# as one-way bandwidth of one of the 4 (v5e, v6e) or 6 (v4, v5p) inter-chip links. XLA keeps about
+# 2 to 4 % of a TPU's memory. GPU: data sheets, memory as nvidia-smi shows it; NVLink is half of the
+# one-way total; 8 to 10 % go to CUDA, cuDNN and fragmentation.
+CHIPS = {
+    "v4": Chip("TPU v4", 32, 0.96, 1228, 45, "megacore"),
+    "v5e": Chip("TPU v5 lite", 16, 0.98, 819, 45, is_straight=True),
+    "v5p": Chip("TPU v5", 95, 0.98, 2765, 90),
+    "v6e": Chip("TPU v6 lite", 32, 0.97, 1640, 90, is_straight=True),
+    "h200": Chip("NVIDIA H200", 139, 0.92, 4800, 225),
+    "h100": Chip("NVIDIA H100", 79, 0.92, 3350, 225),
+    "a100": Chip("NVIDIA A100", 79, 0.92, 2039, 150),
+    "l4": Chip("NVIDIA L4", 22, 0.90, 300, 8),
+    "a10g": Chip("NVIDIA A10G", 22, 0.90, 600, 8),
+}
+_TPUS, _GPUS = ("v4", "v5e", "v5p", "v6e"), ("h200", "h100", "a100", "l4", "a10g")
+_HOST_SHAPE = "2x2"  # chips of one host of a v5e or v6e slice of several hosts
+_MAX_GPUS = 8  # of one host; a replica lies within one
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to plan for.
+
+    Attributes:
+        name: as given, ``v5e:8x8``.
+        chip: what each device is.
+        devices: jax devices that programs can be compiled for, not run on.
+        local_devices: those of one process, which samples on them.
+        caveat: what the figures do not say; "" for TPU.
+    """
+
+    name: str
+    chip: Chip
+    devices: tuple[Any, ...]
+    local_devices: tuple[Any, ...]
+    caveat: str = ""
+
+    @property
+    def num_hosts(self) -> int:
+        """Processes of the job."""
+        return len({device.process_index for device in self.devices})
+
+
+def parse_topology(name: str) -> tuple[str, str, int]:
+    """``v5e:8x8`` or ``gpu:h200x8`` as (chip, shape, number of devices).
+
+    Raises:
+        ValueError: unknown chip, or no sizes.
+    """
+    tpu = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    gpu = re.fullmatch(r"gpu:([a-z0-9]+?)x(\d+)", name)
+    if gpu and gpu[1] in _GPUS and 1 <= int(gpu[2]) <= _MAX_GPUS:
+        return gpu[1], gpu[2], int(gpu[2])
+    if tpu and tpu[1] in _TPUS:
+        return tpu[1], tpu[2], math.prod(map(int, tpu[2].split("x")))
+    raise ValueError(
+        f"--topology={name}: expected CHIP:SIZES with CHIP one of {', '.join(_TPUS)} (v5e:8x8, "
+        f"v5p:2x2x4), or gpu:CHIPxN with CHIP one of {', '.join(_GPUS)} and N up to {_MAX_GPUS}"
+    )
+
+
+def open_topology(name: str) -> Topology:
+    """The devices of a topology; needs the environment of `worker_environment`.
+
+    Raises:
+        ValueError: unknown topology, libtpu is not installed or refuses the shape, or too few fake
+            devices.
+    """
+    chip_name, shape, count = parse_topology(name)
+    chip = CHIPS[chip_name]
+    if chip_name in _GPUS:
+        devices = jax.devices("cpu")
+        if len(devices) < count:
+            raise ValueError(f"--topology={name}: {len(devices)} fake devices, expected {count}")
+        chosen = tuple(devices[:count])
+        return Topology(name, chip, chosen, chosen, GPU_CAVEAT)
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise ValueError(
+            f"--topology={name}: compiling for TPU needs libtpu; pip install 'speciarl-jax[plan]'"
+        )
+    devices = _tpu_devices(name, f"{chip_name}:{shape}", chip)
+    local = tuple(device for device in devices if device.process_index == 0)
+    if chip.is_straight and len(local) < len(devices):
+        local = _tpu_devices(name, f"{chip_name}:{_HOST_SHAPE}", chip)
+        return Topology(name, chip, devices, local, HOST_CAVEAT)
+    return Topology(name, chip, devices, local)
+
+
+def _tpu_devices(name: str, shape: str, chip: Chip) -> tuple[Any, ...]:
+    options = {"chip_config_name": chip.config_name} if chip.config_name else {}
+    try:
+        found = topologies.get_topology_desc(shape, platform="tpu", **options)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--topology={name}: libtpu refuses it ({reason})") from error
+    return tuple(found.devices)
+
+
+def worker_environment(name: str) -> dict[str, str]:
+    """Environment in which `open_topology` works: no TPU is looked for, fake devices for GPU."""
+    count = parse_topology(name)[2]
+    flags = os.environ.get("XLA_FLAGS", "")
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}".strip(),
+    }

@@ -1,0 +1,110 @@
+"""`speciarl plan`: what a recipe needs on a machine that is not there."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+from speciarl_jax.config import Config
+
+# (recipe path, overrides) -> (config, folder)
+LoadRecipe = Callable[[str, Sequence[str]], tuple[Config, Any]]
+
+
+def register(verbs: Any, load_recipe: LoadRecipe) -> None:
+    """Adds the verb ``plan``."""
+    plan = verbs.add_parser("plan", help="compile every program of a step for absent devices")
+    plan.add_argument(
+        "--config",
+        required=True,
+        help="recipe: PATH.py or PATH.py:ARGUMENT; --config.section.field=value overrides",
+    )
+    plan.add_argument("--topology", required=True, help="v5e:8x8, v5p:2x2x4, gpu:h200x8, ...")
+    plan.add_argument("--all_buckets", action="store_true", help="the smaller shapes too")
+    plan.add_argument("--search", action="store_true", help="find the largest settings that fit")
+    plan.add_argument("--price", type=float, default=0.0, help="of one chip, money per hour")
+    plan.add_argument("--limit_s", type=float, default=3600.0, help="give up after, seconds")
+    plan.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+    plan.set_defaults(handler=lambda args: run(args, load_recipe))
+
+
+def run(args: argparse.Namespace, load_recipe: LoadRecipe) -> int:
+    """Plans in a process of its own and prints the result.
+
+    Raises:
+        ValueError: bad recipe or topology, or the one does not fit the other.
+    """
+    from speciarl_jax.plan.chips import worker_environment
+    from speciarl_jax.plan.worker import Request
+
+    config, _ = load_recipe(args.config, args.overrides)
+    config.validate()
+    request = Request(config, args.topology, args.all_buckets, args.search, args.price)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "speciarl_jax.plan.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=worker_environment(args.topology),
+    )
+    code, output, noise = _talk(process, pickle.dumps(request), args.limit_s)
+    if code in (0, 2) and output:
+        return _show(json.loads(output), args.json)
+    reason = f"no result within --limit_s={args.limit_s:g}" if code < 0 else f"exit code {code}"
+    print(f"speciarl: error: the planning process ended: {reason}", file=sys.stderr)
+    print("".join(noise), end="", file=sys.stderr)
+    return 1
+
+
+def _talk(
+    process: subprocess.Popen[bytes], request: bytes, limit_s: float
+) -> tuple[int, bytes, Sequence[str]]:
+    """(exit code, standard output, last lines of standard error); shows progress meanwhile."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    noise: collections.deque[str] = collections.deque(maxlen=20)
+    listener = threading.Thread(target=_listen, args=(process.stderr, noise), daemon=True)
+    limit = threading.Timer(limit_s, process.kill)
+    listener.start()
+    limit.start()
+    try:
+        process.stdin.write(request)
+        process.stdin.close()
+        output = process.stdout.read()
+        code = process.wait()
+        listener.join()
+    finally:
+        limit.cancel()
+        process.kill()
+    return code, output, noise
+
+
+def _listen(stream: IO[bytes], noise: collections.deque[str]) -> None:
+    for raw in stream:
+        line = raw.decode(errors="replace")
+        if line.startswith("plan: "):
+            print(line, end="", file=sys.stderr, flush=True)
+        else:
+            noise.append(line)
+
+
+def _show(plan: dict[str, Any], is_json: bool) -> int:
+    from speciarl_jax.plan.table import plan_text
+
+    if "error" in plan:
+        raise ValueError(plan["error"])
+    if is_json:
+        print(json.dumps(plan))
+        return 0
+    if plan["flags"]:
+        print(f"found: {plan['flags']}\n")
+    print(plan_text(plan))
+    return 0

@@ -1,0 +1,202 @@
+"""A recipe on a topology: mesh, shapes, compiled programs, totals."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from speciarl_jax import sharding
+from speciarl_jax.arch import Arch
+from speciarl_jax.config import Config, MeshConfig
+from speciarl_jax.plan.chips import Topology
+from speciarl_jax.plan.measure import Measured, as_json, measure
+from speciarl_jax.plan.models import planned_arch
+from speciarl_jax.plan.shapes import StepShapes, all_shapes, plan_shapes
+from speciarl_jax.plan.work import Layout, Work, step_work
+from speciarl_jax.policy.layers import Dtypes
+from speciarl_jax.policy.model import abstract_policy, count_parameters
+from speciarl_jax.programs import (
+    AbstractSession,
+    Program,
+    abstract_session,
+    decode_programs,
+    device_bytes,
+    encode_program,
+    learning_programs,
+    prefill_program,
+    step_programs,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A recipe on a topology, nothing compiled yet.
+
+    Attributes:
+        config: with the mesh that is used.
+        topology: devices.
+        session: abstract policy and optimiser.
+        shapes: the largest ones.
+        layout: of the model.
+    """
+
+    config: Config
+    topology: Topology
+    session: AbstractSession
+    shapes: StepShapes
+    layout: Layout
+
+    def work(self) -> dict[str, Work]:
+        """Work of each program."""
+        arch, chip = self.session.arch, self.topology.chip
+        return step_work(self.config, arch, self.shapes, self.layout, chip)
+
+
+def open_plan(config: Config, topology: Topology) -> Planned:
+    """Lays a recipe out on a topology.
+
+    Raises:
+        ValueError: unknown model, or a mesh or batch that does not fit the devices.
+    """
+    arch = planned_arch(config.model.path)
+    if config.mesh.auto:
+        config = dataclasses.replace(config, mesh=_choose_mesh(config, arch, topology))
+    mesh = sharding.make_mesh(config.mesh, topology.devices)
+    sharding.check_mesh(mesh, arch)
+    local_shape = MeshConfig(-1, mesh.shape["fsdp"], mesh.shape["tensor"])
+    local = sharding.make_mesh(local_shape, topology.local_devices)
+    session = abstract_session(config, arch, mesh, local)
+    shapes = plan_shapes(config, arch, dict(mesh.shape), topology.num_hosts)
+    return Planned(config, topology, session, shapes, _layout(session))
+
+
+def _choose_mesh(config: Config, arch: Arch, topology: Topology) -> MeshConfig:
+    """As a run with ``mesh.auto`` would."""
+    dtype = jnp.dtype(config.model.param_dtype)
+    text = nnx.state(abstract_policy(arch, Dtypes(dtype, dtype)).text)
+    num_bytes, chip = count_parameters(text) * dtype.itemsize, topology.chip
+    counts = (len(topology.devices), len(topology.local_devices))
+    mesh, reason = sharding.choose_mesh(arch, num_bytes, *counts, chip.usable_bytes)
+    log(f"mesh.auto: {reason}")
+    return mesh
+
+
+def _layout(session: AbstractSession) -> Layout:
+    trainable, frozen = session.parts.trainable, session.parts.frozen
+    is_adapter = not session.config.model.train_base
+    return Layout(
+        **dict(session.mesh.shape),
+        text_bytes=device_bytes((trainable, frozen["text"])),
+        vision_bytes=device_bytes(frozen.get("visual", ())),
+        adapter_bytes=device_bytes(trainable),
+        adapter_params=count_parameters(trainable) if is_adapter else 0,
+    )
+
+
+def log(line: str) -> None:
+    """Progress, on standard error; the parent process shows lines that start so."""
+    print(f"plan: {line}", file=sys.stderr, flush=True)
+
+
+def compile_all(planned: Planned, programs: list[Program]) -> list[Measured]:
+    """Compiles programs one after the other."""
+    found = []
+    for program in programs:
+        found.append(measure(program))
+        peak, seconds = found[-1].peak / 2**30, found[-1].compile_s
+        log(f"{program.name}: {peak:.2f} GiB, compiled in {seconds:.0f} s")
+    return found
+
+
+def bucket_programs(planned: Planned) -> list[Program]:
+    """Programs of the smaller buckets, named by their shapes; the largest are not repeated."""
+    session, largest = planned.session, planned.shapes
+    found: dict[str, Program] = {}
+
+    def add(program: Program, what: str) -> None:
+        name = f"{program.name} {what}"
+        found.setdefault(name, dataclasses.replace(program, name=name))
+
+    for shapes in all_shapes(planned.config, largest):
+        prompt, width = f"S={shapes.prompt_tokens}", f"C={shapes.completion_tokens}"
+        if shapes.windows < largest.windows:
+            add(encode_program(session, shapes), f"W={shapes.windows}")
+        if (shapes.prompt_tokens, shapes.windows) != (largest.prompt_tokens, largest.windows):
+            add(prefill_program(session, shapes), f"{prompt} W={shapes.windows}")
+        if shapes.windows == largest.windows and shapes != largest:
+            both = [*decode_programs(session, shapes), *learning_programs(session, shapes)]
+            for program in both:
+                add(program, f"{prompt} {width}")
+    return list(found.values())
+
+
+def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> dict[str, Any]:
+    """Compiles the step and sums it up as plain data.
+
+    Args:
+        planned: from `open_plan`.
+        has_all_buckets: the smaller shapes too.
+        price: of one chip, money per hour; 0 if unknown.
+
+    Returns:
+        What ``--json`` prints; see docs/scale.md.
+    """
+    chip, work = planned.topology.chip, planned.work()
+    measured = compile_all(planned, step_programs(planned.session, planned.shapes))
+    smaller = compile_all(planned, bucket_programs(planned)) if has_all_buckets else []
+    rows = [_row(planned, one, work.get(one.name)) for one in [*measured, *smaller]]
+    return {
+        "recipe": planned.config.name,
+        "model": planned.config.model.path,
+        "topology": planned.topology.name,
+        "num_devices": len(planned.topology.devices),
+        "num_hosts": planned.topology.num_hosts,
+        "usable_gib": chip.usable_bytes / 2**30,
+        "mesh": dict(planned.session.mesh.shape),
+        "remat": planned.config.model.remat,
+        "shapes": dataclasses.asdict(planned.shapes) | {"num_waves": planned.shapes.num_waves},
+        "programs": rows,
+        "fits": all(one.fits(chip.usable_bytes) for one in [*measured, *smaller]),
+        "totals": _totals(planned, work, price),
+        "caveat": planned.topology.caveat,
+    }
+
+
+def _row(planned: Planned, measured: Measured, work: Work | None) -> dict[str, Any]:
+    chip = planned.topology.chip
+    row = {"name": measured.name, **as_json(measured), "fits": measured.fits(chip.usable_bytes)}
+    if work is not None:
+        row |= {
+            "tflops_per_device": work.hardware_flops / planned.layout.num_devices / 1e12,
+            "memory_gb_per_device": work.device_bytes / 1e9,
+            "wire_gb_per_device": work.wire_bytes / 1e9,
+            "seconds": work.seconds,
+            "mfu_bound": work.mfu_bound(chip, planned.layout.num_devices),
+        }
+    return row
+
+
+def _totals(planned: Planned, work: dict[str, Work], price: float) -> dict[str, Any]:
+    """Judge calls, seconds, hours and money of the training; evaluations come on top."""
+    train, shapes = planned.config.train, planned.shapes
+    seconds = sum(one.seconds for one in work.values())
+    calls = shapes.sampled_prompts * shapes.group_size
+    hours = seconds * train.num_steps / 3600
+    model_flops = sum(one.model_flops for one in work.values())
+    peak = planned.topology.chip.peak * planned.layout.num_devices
+    return {
+        "step_s": seconds,
+        "mfu_bound": model_flops / (seconds * peak),
+        "num_steps": train.num_steps,
+        "hours": hours,
+        "chip_hours": hours * planned.layout.num_devices,
+        "cost": hours * planned.layout.num_devices * price,
+        "price_per_chip_hour": price,
+        "judge_calls_per_step": calls,
+        "judge_calls_per_run": calls * train.num_steps,
+        "judge_calls_per_s": calls / seconds,
+    }

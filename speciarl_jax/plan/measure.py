@@ -1,0 +1,119 @@
+"""Compiles a program for devices that are not there and reads what XLA says of it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+
+from speciarl_jax.plan.chips import GIB
+from speciarl_jax.programs import Program, device_bytes
+
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_CALL = re.compile(rf"\s({'|'.join(_COLLECTIVES)})(?:-start)?\(")
+_EXHAUSTED = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One compiled program; bytes on one device.
+
+    Attributes:
+        name: of the program.
+        arguments: bytes of its arguments.
+        temporaries: bytes of everything between, results that reuse no argument included.
+        others: bytes of what else is alive meanwhile.
+        collectives: calls in the program text by kind; one in a loop counts once.
+        compile_s: wall seconds to trace and compile.
+        is_too_large: XLA refused it; `temporaries` is then what it says it needs in all.
+    """
+
+    name: str
+    arguments: int
+    temporaries: int
+    others: int
+    collectives: dict[str, int]
+    compile_s: float
+    is_too_large: bool = False
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the device needs while it runs."""
+        return self.arguments + self.temporaries + self.others
+
+    def fits(self, usable_bytes: int) -> bool:
+        """Whether a device of so many usable bytes can run it."""
+        return not self.is_too_large and self.peak <= usable_bytes
+
+
+def measure(program: Program) -> Measured:
+    """Compiles one program.
+
+    Raises:
+        ValueError: XLA fails for another reason than memory; the message is its own.
+    """
+    start = time.perf_counter()
+    lowered, others = program.lower(), device_bytes(program.others)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed_bytes(str(error))
+        arguments = device_bytes((program.args, program.kwargs))
+        return Measured(
+            program.name,
+            arguments,
+            max(needed - arguments, 0),
+            others,
+            {},
+            time.perf_counter() - start,
+            is_too_large=True,
+        )
+    memory = compiled.memory_analysis()
+    temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return Measured(
+        program.name,
+        memory.argument_size_in_bytes,
+        temporaries - memory.alias_size_in_bytes,
+        others,
+        count_collectives(compiled.as_text()),
+        time.perf_counter() - start,
+    )
+
+
+def _needed_bytes(message: str) -> int:
+    """What XLA for TPU says that a program needs.
+
+    Raises:
+        ValueError: the message is about something else.
+    """
+    found = _EXHAUSTED.search(message)
+    if not found:
+        raise ValueError(f"XLA refuses a program: {' '.join(message.split())[:500]}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def count_collectives(text: str) -> dict[str, int]:
+    """Collective operations of an HLO text by kind; ``-start`` and ``-done`` count as one."""
+    return dict(collections.Counter(_CALL.findall(text)))
+
+
+def in_gib(num_bytes: float) -> float:
+    """Bytes as GiB."""
+    return num_bytes / GIB
+
+
+def as_json(measured: Measured) -> dict[str, Any]:
+    """Plain data of a compiled program, bytes in GiB."""
+    return {
+        "arguments_gib": in_gib(measured.arguments),
+        "temporaries_gib": in_gib(measured.temporaries),
+        "others_gib": in_gib(measured.others),
+        "peak_gib": in_gib(measured.peak),
+        "collectives": measured.collectives,
+        "compile_s": measured.compile_s,
+    }

@@ -1,0 +1,111 @@
+"""The plan as text: one Markdown table and a few lines, on a terminal and in docs/scale.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_SHORT = {
+    "all-reduce": "AR",
+    "all-gather": "AG",
+    "reduce-scatter": "RS",
+    "all-to-all": "A2A",
+    "collective-permute": "CP",
+}
+_HEADER = (
+    "program",
+    "arguments",
+    "temporaries",
+    "others",
+    "peak GiB",
+    "TFLOP",
+    "GB",
+    "wire GB",
+    "seconds",
+    "MFU <=",
+    "collectives",
+    "compile s",
+)
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """The whole plan, ready to print."""
+    mesh = " x ".join(f"{name} {size}" for name, size in plan["mesh"].items())
+    shapes = plan["shapes"]
+    lines = [
+        f"{plan['recipe']} ({plan['model']}) on {plan['topology']}: {plan['num_devices']} devices "
+        f"on {plan['num_hosts']} hosts, mesh {mesh}, remat {plan['remat']}",
+        f"largest shapes: prompt {shapes['prompt_tokens']} tokens, image {shapes['windows']} "
+        f"windows, {shapes['group_size']} answers of up to {shapes['completion_tokens']} tokens; "
+        f"a host samples {shapes['wave_prompts']} prompts at once, {shapes['num_waves']} waves a "
+        f"step; an update is {shapes['num_micro']} micro-batches of {shapes['micro_prompts']} "
+        f"prompts, {shapes['num_updates']} updates a step",
+        "",
+        *_markdown(_HEADER, [_cells(row) for row in plan["programs"]]),
+        "",
+        _verdict(plan),
+        *_total_lines(plan["totals"]),
+    ]
+    if plan["caveat"]:
+        lines.append(f"caveat: {plan['caveat']}")
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    work = ["", "", "", "", ""]
+    if "seconds" in row:
+        work = [
+            f"{row['tflops_per_device']:.4g}",
+            f"{row['memory_gb_per_device']:.4g}",
+            f"{row['wire_gb_per_device']:.3g}",
+            f"{row['seconds']:.3g}",
+            f"{row['mfu_bound']:.0%}",
+        ]
+    calls = " ".join(f"{_SHORT[kind]} {n}" for kind, n in sorted(row["collectives"].items()))
+    return [
+        row["name"],
+        f"{row['arguments_gib']:.2f}",
+        f"{row['temporaries_gib']:.2f}",
+        f"{row['others_gib']:.2f}",
+        f"{row['peak_gib']:.2f}" + ("" if row["fits"] else " TOO LARGE"),
+        *work,
+        calls or "-",
+        f"{row['compile_s']:.0f}",
+    ]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        others = (cell.rjust(n) for cell, n in zip(cells[1:], widths[1:], strict=True))
+        return f"| {' | '.join([first, *others])} |"
+
+    rule = "|" + "|".join("-" * (n + 1) + (":" if i else "-") for i, n in enumerate(widths)) + "|"
+    return [line(header), rule, *(line(row) for row in rows)]
+
+
+def _verdict(plan: dict[str, Any]) -> str:
+    worst = max(plan["programs"], key=lambda row: (not row["fits"], row["peak_gib"]))
+    says = "fits" if plan["fits"] else "does NOT fit"
+    return (
+        f"{says}: {worst['name']} needs {worst['peak_gib']:.2f} of {plan['usable_gib']:.2f} usable "
+        "GiB a device"
+    )
+
+
+def _total_lines(totals: dict[str, Any]) -> list[str]:
+    lines = [
+        f"at least {totals['step_s']:.1f} s a step (MFU at most {totals['mfu_bound']:.0%}), "
+        f"{totals['hours']:.1f} h and {totals['chip_hours']:.0f} chip-hours for "
+        f"{totals['num_steps']} steps; evaluations and checkpoints come on top",
+        f"judge: {totals['judge_calls_per_step']} calls a step, {totals['judge_calls_per_run']} in "
+        f"all, up to {totals['judge_calls_per_s']:.0f} a second; its cache saves repeats",
+    ]
+    if totals["price_per_chip_hour"]:
+        lines.append(
+            f"cost: at least {totals['cost']:.0f} at {totals['price_per_chip_hour']:g} per "
+            "chip-hour, judge not included"
+        )
+    return lines

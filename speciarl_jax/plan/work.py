@@ -1,0 +1,218 @@
+"""What a step costs: FLOPs, memory traffic, collectives, and the time that follows from a chip.
+
+Seconds are a roofline: the larger of FLOPs over peak and bytes over bandwidth, plus collectives,
+which XLA hides only in part. Real kernels reach a share of it; nothing here is measured. Lengths
+are those of a typical step (`shapes.expected_lengths`), prompts are all of the padded length, and
+groups are taken as packed without padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from speciarl_jax import flops
+from speciarl_jax.arch import Arch
+from speciarl_jax.config import Config
+from speciarl_jax.plan.chips import Chip
+from speciarl_jax.plan.shapes import StepShapes, expected_lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One program over a whole step.
+
+    Attributes:
+        model_flops: that the algorithm needs, all devices together.
+        hardware_flops: with what rematerialisation computes again.
+        device_bytes: read and written in the memory of one device.
+        wire_bytes: that one device sends to others.
+        seconds: roofline.
+    """
+
+    model_flops: float
+    hardware_flops: float
+    device_bytes: float
+    wire_bytes: float
+    seconds: float
+
+    def mfu_bound(self, chip: Chip, num_devices: int) -> float:
+        """Share of the peak that model FLOPs can reach at most."""
+        return self.model_flops / (self.seconds * chip.peak * num_devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the model lies on the devices.
+
+    Attributes:
+        data, fsdp, tensor: axis sizes.
+        text_bytes: of the language model on one device, adapter included.
+        vision_bytes: of the vision tower on one device.
+        adapter_bytes: of what is trained, float32, on one device.
+        adapter_params: scalars of the adapter.
+    """
+
+    data: int
+    fsdp: int
+    tensor: int
+    text_bytes: int
+    vision_bytes: int
+    adapter_bytes: int
+    adapter_params: int
+
+    @property
+    def num_devices(self) -> int:
+        """Of the job."""
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def num_replicas(self) -> int:
+        """Places over which prompts are spread."""
+        return self.data * self.fsdp
+
+
+def step_work(
+    config: Config, arch: Arch, shapes: StepShapes, layout: Layout, chip: Chip
+) -> dict[str, Work]:
+    """Work of each program of a step, by the names of `speciarl_jax.programs`.
+
+    Args:
+        config: a validated recipe.
+        arch: its model.
+        shapes: the largest shapes.
+        layout: of the model.
+        chip: what each device is.
+    """
+    counts = _counts(arch, shapes)
+    sampling = dataclasses.replace(shapes, num_prompts=shapes.sampled_prompts)
+    sampled_counts = _counts(arch, sampling)
+    training = _training(config, shapes, layout)
+    sampled = flops.sampling_flops(arch, sampled_counts, layout.adapter_params)
+    learned = flops.learning_flops(arch, counts, training)
+    traffic = _Traffic(config, arch, shapes, layout)
+
+    def make(model: float, hardware: float, memory: float, wire: float) -> Work:
+        compute = hardware / (layout.num_devices * chip.peak)
+        seconds = max(compute, memory / (chip.hbm_gb_s * 1e9)) + wire / _wire_rate(chip)
+        return Work(model, hardware, memory, wire, seconds)
+
+    tree = counts.prompt_tokens + counts.completion_tokens
+    micro = shapes.num_micro * shapes.num_updates
+    passes = {"old log-probs": learned["old"], "reference log-probs": learned["reference"]}
+    update = learned["forward"] + learned["backward"]
+    hardware = flops.update_hardware_flops(arch, counts, training)
+    backwards = 3 if config.model.remat == "full" else 2  # forward, backward, recomputation
+    found = {
+        "encode": make(sampled["encode"], sampled["encode"], traffic.encode(), 0),
+        "prefill": make(
+            sampled["prefill"],
+            sampled["prefill"],
+            shapes.num_waves * layout.text_bytes,
+            traffic.wire(sampled_counts.prompt_tokens, 1, shapes.num_waves),
+        ),
+        "decode": _decode_work(traffic, expected_lengths(sampling), sampled["decode"], make),
+        "update": make(
+            update,
+            hardware,
+            backwards * micro * layout.text_bytes,
+            traffic.wire(tree, backwards, micro * backwards)
+            + shapes.num_updates * _ring(layout.data, layout.adapter_bytes),
+        ),
+    }
+    for name, model in passes.items():
+        if model:
+            memory, wire = micro * layout.text_bytes, traffic.wire(tree, 1, micro)
+            found[name] = make(model, model, memory, wire)
+    return found
+
+
+def _counts(arch: Arch, shapes: StepShapes) -> flops.Counts:
+    patches = np.full((shapes.num_prompts, shapes.windows), arch.vision.window_patches)
+    prompts = np.full(shapes.num_prompts, shapes.prompt_tokens)
+    return flops.count_tokens(prompts, expected_lengths(shapes), patches)
+
+
+def _training(config: Config, shapes: StepShapes, layout: Layout) -> flops.Training:
+    algo = config.algo
+    needs_old = algo.old_logprobs == "recompute" and shapes.num_updates > 1
+    return flops.Training(
+        adapter_params=layout.adapter_params,
+        train_base=config.model.train_base,
+        train_vision=config.model.train_vision,
+        num_old=int(needs_old or algo.importance_cap > 0),
+        num_reference=int(algo.kl_coef > 0),
+        remat=config.model.remat,
+    )
+
+
+def _wire_rate(chip: Chip) -> float:
+    """Bytes a second of a ring over neighbours: both directions of one axis at once."""
+    return 2 * chip.link_gb_s * 1e9
+
+
+def _ring(size: int, num_bytes: float) -> float:
+    """Bytes that a device sends when `size` devices sum an array of `num_bytes`."""
+    return 2 * (size - 1) / size * num_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traffic:
+    """Bytes that move in the memory of a device and between devices."""
+
+    config: Config
+    arch: Arch
+    shapes: StepShapes
+    layout: Layout
+
+    @property
+    def compute_bytes(self) -> int:
+        return 4 if self.config.model.compute_dtype == "float32" else 2
+
+    @property
+    def token_kv_bytes(self) -> float:
+        """Keys and values of a token on one device."""
+        text, is_int8 = self.arch.text, self.config.rollout.kv_cache_dtype == "int8"
+        head = text.head_dim + 4 if is_int8 else text.head_dim * self.compute_bytes
+        return 2 * text.num_layers * text.num_kv_heads * head / self.layout.tensor
+
+    def encode(self) -> float:
+        """Weights once, float32 patches once."""
+        vision, shapes = self.arch.vision, self.shapes
+        images = shapes.sampled_prompts / self.layout.num_devices
+        values = images * shapes.windows * vision.window_patches * vision.patch_dim
+        return self.layout.vision_bytes + 4 * values
+
+    def wire(self, tokens: int, passes: int, gathers: int) -> float:
+        """Two sums over `tensor` a layer and pass; weights gathered over `fsdp`.
+
+        Args:
+            tokens: of the whole step.
+            passes: through the layers.
+            gathers: how often the weights are gathered.
+        """
+        text, layout = self.arch.text, self.layout
+        states = tokens / layout.num_replicas * text.hidden_size * self.compute_bytes
+        sums = _ring(layout.tensor, states) * 2 * text.num_layers * passes
+        return sums + gathers * (layout.fsdp - 1) * layout.text_bytes
+
+
+def _decode_work(
+    traffic: _Traffic, lengths: np.ndarray, model: float, make: Callable[..., Work]
+) -> Work:
+    """Every step of a wave reads the weights and all caches of rows that are still live."""
+    shapes, layout, text = traffic.shapes, traffic.layout, traffic.arch.text
+    replica_rows = lengths.size / layout.num_replicas
+    steps = np.arange(int(lengths.max()))
+    live = (lengths.reshape(-1)[:, None] > steps).mean(axis=0) * replica_rows  # [steps]
+    waves, cache = shapes.num_waves, traffic.token_kv_bytes
+    prompts = shapes.sampled_prompts / layout.num_replicas * shapes.prompt_tokens
+    own = float(np.sum(live * (steps + 1)))
+    weights = len(steps) * waves * layout.text_bytes
+    memory = weights + cache * (len(steps) * prompts + own)
+    gathered = live.sum() * text.vocab_size * 4 * (layout.tensor - 1) / layout.tensor  # logits
+    tokens = int(live.sum() * layout.num_replicas)
+    wire = traffic.wire(tokens, 1, len(steps) * waves) + gathered
+    return make(model, model, memory, wire)

@@ -1,0 +1,374 @@
+"""Every jitted program of a step, with the shapes and places of its arguments; allocates nothing.
+
+    encode -> prefill -> decode (shrink when rows have finished) -> old and reference log-probs
+    -> update
+
+The functions are those that a run calls; here they meet ShapeDtypeStructs instead of arrays, laid
+out as `speciarl_jax.sharding` says. Sampling programs run on the devices of one process, the others
+on the whole mesh. Rollout and update share one layout, so no program moves weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
+
+from speciarl_jax import sharding
+from speciarl_jax.arch import Arch
+from speciarl_jax.config import Config
+from speciarl_jax.gather import training_sampling
+from speciarl_jax.learn import loss_config
+from speciarl_jax.optim import OptimState, init_optimizer, make_optimizer
+from speciarl_jax.plan.shapes import StepShapes
+from speciarl_jax.policy.layers import Dtypes
+from speciarl_jax.policy.lora import add_lora
+from speciarl_jax.policy.model import Policy, PolicyParts, split_policy
+from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.rollout import layout
+from speciarl_jax.rollout import programs as rollout
+from speciarl_jax.rollout.decode import DecodeState, PromptCache, RowMap
+from speciarl_jax.rollout.placement import Placement
+from speciarl_jax.update import TrainBatch, batch_logprobs, update_step
+
+Abstract = Any  # a pytree of ShapeDtypeStructs
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One call of a jitted function.
+
+    Attributes:
+        name: as in the plan's table.
+        function: jitted.
+        args, kwargs: static values and ShapeDtypeStructs with shardings.
+        others: what else is alive on the devices meanwhile.
+    """
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    others: tuple[Abstract, ...] = ()
+
+    def lower(self) -> Any:
+        """Traces it for the devices of its arguments."""
+        return self.function.lower(*self.args, **self.kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractSession:
+    """A session without arrays: what `speciarl_jax.session.Session` opens, by shape.
+
+    Attributes:
+        config: the recipe.
+        arch: its model.
+        mesh: devices of the job.
+        local: those of one process.
+        parts: the policy; `trainable` and `frozen` are laid out on `mesh`.
+        optimizer: the run's; jit compares it by identity.
+        optim: its state.
+    """
+
+    config: Config
+    arch: Arch
+    mesh: Mesh
+    local: Mesh
+    parts: PolicyParts
+    optimizer: optax.GradientTransformation
+    optim: OptimState
+
+    @property
+    def states(self) -> tuple[nnx.State, nnx.State]:
+        """(trainable, frozen) as one process sees them."""
+        return tuple(place_params(x, self.local) for x in (self.parts.trainable, self.parts.frozen))
+
+
+def abstract_session(
+    config: Config, arch: Arch, mesh: Mesh, local: Mesh | None = None
+) -> AbstractSession:
+    """Shapes and places of policy and optimiser.
+
+    Args:
+        config: a validated recipe.
+        arch: its model.
+        mesh: from `sharding.make_mesh`, real or planned devices.
+        local: devices that stand for one process's; None for those of process 0 in `mesh`.
+    """
+    model = config.model
+    dtypes = Dtypes(jnp.dtype(model.param_dtype), jnp.dtype(model.compute_dtype))
+
+    def make() -> Policy:
+        policy = Policy(arch, dtypes=dtypes, rngs=nnx.Rngs(0))
+        if config.lora.rank and not model.train_base:
+            add_lora(policy, config.lora, 0)
+        return policy
+
+    policy = nnx.eval_shape(make)
+    parts = split_policy(policy, train_base=model.train_base, train_vision=model.train_vision)
+    parts = dataclasses.replace(
+        parts,
+        trainable=place_params(parts.trainable, mesh),
+        frozen=place_params(parts.frozen, mesh),
+    )
+    train = config.train
+    updates = train.num_steps * (train.prompts_per_step // train.prompts_per_update)
+    optimizer = make_optimizer(config.optim, updates)
+    state = jax.eval_shape(functools.partial(init_optimizer, optimizer), parts.trainable)
+    places = sharding.param_shardings(parts.trainable, mesh)
+    inner = sharding.optimizer_shardings(optimizer, state.inner, places, mesh)
+    everywhere = sharding.replicated(mesh)
+    optim = _place(state, OptimState(inner, everywhere, everywhere))
+    local = local or sharding.local_mesh(mesh)
+    return AbstractSession(config, arch, mesh, local, parts, optimizer, optim)
+
+
+def place_params(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """A state of parameters with their places on a mesh."""
+    return _place(state, sharding.param_shardings(state, mesh))
+
+
+def _place(tree: Abstract, places: Any) -> Abstract:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places
+    )
+
+
+def _array(shape: tuple[int, ...], dtype: DTypeLike, place: Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
+
+
+def device_bytes(tree: Abstract) -> int:
+    """Bytes that a tree takes on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def step_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:
+    """The programs of one step at one set of shapes, in the order of the step."""
+    return [
+        encode_program(session, shapes),
+        prefill_program(session, shapes),
+        *decode_programs(session, shapes),
+        *learning_programs(session, shapes),
+    ]
+
+
+def encode_program(session: AbstractSession, shapes: StepShapes) -> Program:
+    """The vision tower over one process's images."""
+    images = _images(session, shapes, shapes.host_prompts, _image_place(session, shapes))
+    args = (session.parts.graphdef, session.states, *images, session.local)
+    return Program("encode", encode_images, args, others=(session.optim,))
+
+
+def _image_place(session: AbstractSession, shapes: StepShapes) -> Sharding:
+    return sharding.image_sharding(session.local, shapes.host_prompts)
+
+
+def _images(
+    session: AbstractSession, shapes: StepShapes, lead: int | tuple[int, ...], place: Sharding
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Patches, positions, mask."""
+    vision = session.arch.vision
+    patches = shapes.windows * vision.window_patches
+    lead = (lead,) if isinstance(lead, int) else lead
+    return (
+        _array((*lead, patches, vision.patch_dim), jnp.float32, place),
+        _array((*lead, patches, 2), jnp.int32, place),
+        _array((*lead, patches), jnp.bool_, place),
+    )
+
+
+def _table_rows(session: AbstractSession, shapes: StepShapes) -> int:
+    """Merged tokens of one image, padded."""
+    return shapes.windows * session.arch.vision.window_patches // session.arch.vision.merge_unit
+
+
+def image_table(session: AbstractSession, shapes: StepShapes) -> jax.ShapeDtypeStruct:
+    """Embeddings of one process's images, [I*M, D]."""
+    rows = shapes.host_prompts * _table_rows(session, shapes)
+    width = session.arch.text.hidden_size
+    return _array((rows, width), session.config.model.compute_dtype, _image_place(session, shapes))
+
+
+def _host_array(session: AbstractSession) -> Callable[..., jax.ShapeDtypeStruct]:
+    """Arrays that the host hands to a sampling program."""
+    return functools.partial(_array, place=sharding.replicated(session.local))
+
+
+def prefill_program(session: AbstractSession, shapes: StepShapes) -> Program:
+    """One wave of prompts, read once."""
+    prompts, tokens = shapes.wave_prompts, shapes.prompt_tokens
+    host = _host_array(session)
+    arrays = (
+        host((prompts, tokens), jnp.int32),
+        host((prompts, 3, tokens), jnp.int32),
+        host((prompts,), jnp.int32),
+        host((prompts,), jnp.int32),
+        host((prompts, tokens), jnp.int32),
+        image_table(session, shapes),
+    )
+    args = (session.parts.graphdef, session.states, *arrays)
+    kwargs = {"is_int8": _is_int8(session), "placement": Placement(session.local)}
+    return Program("prefill", rollout.prefill, args, kwargs, others=(session.optim,))
+
+
+def _is_int8(session: AbstractSession) -> bool:
+    return session.config.rollout.kv_cache_dtype == "int8"
+
+
+def _prompt_cache(session: AbstractSession, shapes: StepShapes) -> PromptCache:
+    program = prefill_program(session, shapes)
+    cache = jax.eval_shape(
+        functools.partial(rollout.prefill, *program.args[:1], **program.kwargs), *program.args[1:]
+    )
+    return dataclasses.replace(_on_prompts(session, cache), kv=_on_heads(session, cache.kv))
+
+
+def _on_prompts(session: AbstractSession, tree: Abstract) -> Abstract:
+    place = sharding.prompt_sharding(session.local)
+    return jax.tree.map(lambda x: _array(x.shape, x.dtype, place), tree)
+
+
+def _on_heads(session: AbstractSession, tree: Abstract) -> Abstract:
+    spec = PartitionSpec(None, sharding.PROMPT_AXES, None, "tensor")
+    place = NamedSharding(session.local, spec)
+    return jax.tree.map(lambda x: _array(x.shape, x.dtype, place), tree)
+
+
+def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:
+    """The decode loop at its largest caches, and the move to fewer rows from there."""
+    placement, host = Placement(session.local), _host_array(session)
+    rows = shapes.wave_prompts * shapes.group_size
+    prompts = _prompt_cache(session, shapes)
+    row_map = RowMap(
+        host((rows,), jnp.int32),
+        host((rows,), jnp.int32),
+        host((shapes.wave_prompts, shapes.group_size), jnp.int32),
+    )
+    keys, is_done = host((rows, 2), jnp.uint32), host((rows,), jnp.bool_)
+    state = _decode_state(session, shapes, (prompts, row_map, keys, is_done))
+    vocabulary = host((session.arch.text.vocab_size,), jnp.bool_)
+    scalar = host((), jnp.int32)
+    args = (
+        session.parts.graphdef,
+        session.states,
+        prompts,
+        row_map,
+        state,
+        is_done,
+        host((2,), jnp.int32),
+        vocabulary,
+        scalar,
+        scalar,
+        training_sampling(session.config),
+        placement,
+    )
+    table = image_table(session, shapes)
+    found = [Program("decode", rollout.decode_chunk, args, others=(session.optim, table))]
+    per_shard = rows // placement.num_shards
+    smaller = layout.next_rows(per_shard, per_shard)
+    if session.config.rollout.compact and smaller:
+        keep = host((smaller * placement.num_shards,), jnp.int32)
+        alive = (session.states, session.optim, table, prompts)
+        found.append(Program("shrink", rollout.shrink, (state, keep, placement), others=alive))
+    return found
+
+
+def _decode_state(
+    session: AbstractSession, shapes: StepShapes, arrays: tuple[Abstract, ...]
+) -> DecodeState:
+    start = functools.partial(
+        rollout.start, num_columns=shapes.completion_tokens, placement=Placement(session.local)
+    )
+    state = jax.eval_shape(start, *arrays)
+    rest = _on_prompts(session, dataclasses.replace(state, own=None, step=None))
+    step = _host_array(session)((), jnp.int32)
+    return dataclasses.replace(rest, own=_on_heads(session, state.own), step=step)
+
+
+def learning_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:
+    """Old and reference log-probs, where the recipe needs them, and the update."""
+    algo, parts, mesh = session.config.algo, session.parts, session.mesh
+    settings = loss_config(session)
+    vocabulary = _array((session.arch.text.vocab_size,), jnp.bool_, sharding.replicated(mesh))
+    needs_old = algo.old_logprobs == "recompute" and shapes.num_updates > 1
+    needs_old = needs_old or algo.importance_cap > 0
+    found = []
+    whole = dataclasses.replace(
+        shapes, num_micro=shapes.num_micro * _updates_at_once(session, shapes)
+    )
+    plain = train_batch(session, whole)
+    if needs_old:
+        args = (parts.graphdef, (parts.trainable, parts.frozen), plain, vocabulary, settings)
+        found.append(Program("old log-probs", batch_logprobs, args, others=(session.optim,)))
+    if algo.kl_coef:
+        args = (parts.reference_graphdef, (parts.frozen,), plain, vocabulary, settings)
+        alive = (session.optim, parts.trainable)
+        found.append(Program("reference log-probs", batch_logprobs, args, others=alive))
+    has_old = needs_old or algo.old_logprobs == "rollout"
+    batch = train_batch(
+        session,
+        shapes,
+        old_logprobs=has_old,
+        ref_logprobs=bool(algo.kl_coef),
+        importance=algo.importance_cap > 0,
+    )
+    args = (
+        parts.graphdef,
+        parts.trainable,
+        parts.frozen,
+        session.optim,
+        batch,
+        vocabulary,
+        session.optimizer,
+        settings,
+    )
+    return [*found, Program("update", update_step, args)]
+
+
+def _updates_at_once(session: AbstractSession, shapes: StepShapes) -> int:
+    """Log-probs of all mini-batches are one program, unless groups are packed."""
+    return 1 if session.config.train.micro_batch_tokens else shapes.num_updates
+
+
+def train_batch(session: AbstractSession, shapes: StepShapes, **has: bool) -> TrainBatch:
+    """Groups as [U, P, ...] leaves spread over the replicas; `has` names optional fields."""
+    place = sharding.prompt_sharding(session.mesh, axis=1)
+    lead = (shapes.num_micro, shapes.micro_prompts)
+    tokens, group = shapes.prompt_tokens, (shapes.group_size, shapes.completion_tokens)
+
+    def make(*tail: int, dtype: DTypeLike = np.int32) -> jax.ShapeDtypeStruct:
+        return _array((*lead, *tail), dtype, place)
+
+    images: Any = make(
+        _table_rows(session, shapes),
+        session.arch.text.hidden_size,
+        dtype=session.config.model.compute_dtype,
+    )
+    if session.config.model.train_vision:
+        images = _images(session, shapes, lead, place)
+    return TrainBatch(
+        tokens=make(tokens),
+        prompt_lengths=make(),
+        positions=make(3, tokens),
+        next_position=make(),
+        image_rows=make(tokens),
+        images=images,
+        completions=make(*group),
+        weights=make(*group, dtype=np.float32),
+        advantages=make(shapes.group_size, dtype=np.float32),
+        **{name: make(*group, dtype=np.float32) for name, is_there in has.items() if is_there},
+    )

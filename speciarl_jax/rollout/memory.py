@@ -1,0 +1,142 @@
+"""How many bytes a rollout needs on a device, counted; and how many prompts fit a limit.
+
+Caches are counted exactly. What a program needs besides (activations of the prefill, logits of a
+decode step) is counted by its largest arrays and checked against XLA's own figure in a test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from speciarl_jax.arch import TextArch
+from speciarl_jax.rollout.layout import column_sizes, row_sizes
+
+_MIB = 2**20
+_LOGIT_ARRAYS = 4  # float32 [R, V] alive at once: logits, log-probs, weights, their running sum
+_SORT_ARRAYS = 3  # more of them while top-p, top-k or min-p cut
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutShape:
+    """What the bytes of a rollout depend on, besides the model.
+
+    Attributes:
+        num_prompts, group_size: P prompts of the batch (or wave), G answers each.
+        prompt_tokens: padded prompt length S.
+        completion_tokens: limit C.
+        chunk_tokens, compact: as in the recipe's rollout section.
+        compute_bytes: of one activation, 4 or 2.
+        is_int8: the caches are int8.
+        num_shards: over which prompts are spread (data x fsdp of this process).
+        tensor: over which heads are spread.
+        truncates: top-p, top-k or min-p is on.
+    """
+
+    num_prompts: int
+    group_size: int
+    prompt_tokens: int
+    completion_tokens: int
+    chunk_tokens: int
+    compact: bool
+    compute_bytes: int
+    is_int8: bool = False
+    num_shards: int = 1
+    tensor: int = 1
+    truncates: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutBytes:
+    """Bytes on one device, weights and image embeddings left out.
+
+    Attributes:
+        prompt_kv: keys and values of the prompts.
+        own_kv: of all rows at their largest number of columns.
+        moving: the second copy while rows or columns change their size.
+        decode_step: logits, what sampling makes of them, and one layer of the caches.
+        prefill: activations and scores while prompts are read.
+    """
+
+    prompt_kv: int
+    own_kv: int
+    moving: int
+    decode_step: int
+    prefill: int
+
+    @property
+    def peak(self) -> int:
+        """The largest sum of what exists at the same time."""
+        decoding = self.own_kv + max(self.moving, self.decode_step)
+        return self.prompt_kv + max(self.prefill, decoding)
+
+
+def rollout_bytes(arch: TextArch, shape: RolloutShape) -> RolloutBytes:
+    """Counts the bytes of a rollout on one device.
+
+    Every row is assumed to reach the limit: that is what must fit.
+
+    Args:
+        arch: the language model.
+        shape: the batch and how it is decoded.
+    """
+    prompts = shape.num_prompts // shape.num_shards
+    rows = prompts * shape.group_size
+    token_bytes = kv_token_bytes(arch, shape)
+    columns = column_sizes(shape.chunk_tokens, shape.completion_tokens, shape.compact)
+    own = rows * columns[-1] * token_bytes
+    moving = 0
+    if shape.compact:
+        smaller = [*row_sizes(rows), 0][1] * columns[-1]
+        narrower = rows * [0, *columns][-2]
+        moving = max(smaller, narrower) * token_bytes
+    logit_arrays = _LOGIT_ARRAYS + (_SORT_ARRAYS if shape.truncates else 0)
+    heads, inner = arch.num_heads // shape.tensor, arch.intermediate_size // shape.tensor
+    activations = prompts * shape.prompt_tokens * shape.compute_bytes
+    scores = prompts * heads * shape.prompt_tokens**2 * 4
+    prompt_kv = prompts * shape.prompt_tokens * token_bytes
+    one_layer = (prompt_kv + own) // arch.num_layers
+    return RolloutBytes(
+        prompt_kv=prompt_kv,
+        own_kv=own,
+        moving=moving,
+        decode_step=logit_arrays * rows * arch.vocab_size * 4 + one_layer,
+        prefill=max(activations * (3 * arch.hidden_size + 2 * inner), 2 * scores),
+    )
+
+
+def kv_token_bytes(arch: TextArch, shape: RolloutShape) -> int:
+    """Keys and values of one token in all layers, on one device."""
+    head = arch.head_dim + 4 if shape.is_int8 else arch.head_dim * shape.compute_bytes
+    return 2 * arch.num_layers * arch.num_kv_heads * head // shape.tensor
+
+
+def prompts_per_wave(arch: TextArch, shape: RolloutShape, limit_mb: int) -> int:
+    """Prompts that are sampled at once so that the peak stays below a limit.
+
+    Args:
+        arch: the language model.
+        shape: of the whole batch.
+        limit_mb: MiB on a device; 0 for no limit.
+
+    Returns:
+        A multiple of `shape.num_shards`: all prompts, or equal waves as few as possible.
+
+    Raises:
+        ValueError: not even one prompt per shard fits; the message names the numbers.
+    """
+    per_shard = shape.num_prompts // shape.num_shards
+    if not limit_mb:
+        return shape.num_prompts
+    for num_waves in range(1, per_shard + 1):
+        wave = -(-per_shard // num_waves) * shape.num_shards
+        found = rollout_bytes(arch, dataclasses.replace(shape, num_prompts=wave))
+        if found.peak <= limit_mb * _MIB:
+            return wave
+    raise ValueError(
+        f"rollout.max_cache_mb={limit_mb}: one prompt of {shape.prompt_tokens} tokens with "
+        f"{shape.group_size} answers of up to {shape.completion_tokens} tokens needs "
+        f"{found.peak / _MIB:.1f} MiB a device (prompt cache {found.prompt_kv / _MIB:.1f}, own "
+        f"caches {found.own_kv / _MIB:.1f}, their copy {found.moving / _MIB:.1f}, decode step "
+        f"{found.decode_step / _MIB:.1f}, prefill {found.prefill / _MIB:.1f}); raise it, or lower "
+        "rollout.group_size or rollout.max_completion_tokens, or set rollout.kv_cache_dtype=int8"
+    )

@@ -1,0 +1,85 @@
+"""Where a rollout's arrays live on a mesh.
+
+Prompts and rows are flat axes made of one equal block per shard; a shard is a place of the mesh's
+data and fsdp axes. A group's rows lie in the block of its prompt, and the index maps between rows
+and prompts count from the start of a block, so no row, query or cache ever crosses shards. Without
+a mesh there is one block and nothing to constrain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from speciarl_jax.policy.text import TextModel
+from speciarl_jax.sharding import PROMPT_AXES, num_replicas, prompt_sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Static under jit.
+
+    Attributes:
+        mesh: devices of this process, axes data, fsdp, tensor; None for one device.
+    """
+
+    mesh: Mesh | None = None
+
+    @property
+    def num_shards(self) -> int:
+        """Blocks that prompts and rows consist of."""
+        return num_replicas(self.mesh) if self.mesh else 1
+
+    def rows(self, x: Array) -> Array:
+        """Pins an array whose leading axis is prompts or rows."""
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, prompt_sharding(self.mesh))
+
+    def cache(self, x: Array) -> Array:
+        """Pins [L, X, T, K, ...]: X over the shards, heads over `tensor`."""
+        if self.mesh is None:
+            return x
+        spec = PartitionSpec(None, PROMPT_AXES, None, "tensor")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def take(self, x: Array, index: Int[Array, " n"], axis: int = 0) -> Array:
+        """Elements of an axis, chosen within each shard's block.
+
+        Args:
+            x: the axis is a multiple of the shards.
+            index: block by block, counted from the start of the block.
+            axis: of x.
+        """
+        if self.num_shards == 1:
+            return jnp.take(x, index, axis=axis)
+        blocks = x.reshape(*x.shape[:axis], self.num_shards, -1, *x.shape[axis + 1 :])
+
+        def take_block(block: Array, local: Array) -> Array:
+            return jnp.take(block, local, axis=axis)
+
+        taken = jax.vmap(take_block, in_axes=(axis, 0), out_axes=axis)(
+            blocks, index.reshape(self.num_shards, -1)
+        )
+        return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+    def embed(
+        self,
+        text: TextModel,
+        tokens: Int[Array, "P S"],
+        image_rows: Int[Array, "P S"],
+        image_embeds: Float[Array, "IM D"],
+    ) -> Float[Array, "P S D"]:
+        """Embedded prompts; `image_rows` count from the start of a shard's block of the table."""
+        if self.num_shards == 1:
+            return text.embed(tokens, image_rows, image_embeds)
+        tokens, image_rows, table = (
+            self.rows(x.reshape(self.num_shards, -1, x.shape[-1]))
+            for x in (tokens, image_rows, image_embeds)
+        )
+        hidden = jax.vmap(text.embed)(tokens, image_rows, table)
+        return self.rows(hidden.reshape(-1, *hidden.shape[2:]))

@@ -1,0 +1,185 @@
+"""Programs compiled from shapes alone: on fake devices here, for TPU with libtpu (tpu_aot)."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from speciarl_jax.cli import load_recipe, main
+from speciarl_jax.plan.chips import open_topology
+from speciarl_jax.plan.make import open_plan
+from speciarl_jax.plan.measure import measure
+from speciarl_jax.programs import (
+    decode_programs,
+    device_bytes,
+    encode_program,
+    learning_programs,
+    step_programs,
+)
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMOKE = str(ROOT / "configs" / "cpu_smoke.py")
+SMALL = [
+    "--config.mesh.tensor=2",
+    "--config.train.prompts_per_micro_batch=4",
+    "--config.rollout.compact=true",
+]
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None or "TPU_LIBRARY_PATH" in os.environ
+
+
+@pytest.fixture(scope="module")
+def planned():
+    config, _ = load_recipe(SMOKE, SMALL)
+    return open_plan(config, open_topology("gpu:l4x8"))
+
+
+def test_programs_of_a_step_in_order(planned):
+    names = [program.name for program in step_programs(planned.session, planned.shapes)]
+    expected = ["encode", "prefill", "decode", "shrink", "reference log-probs", "update"]
+    assert names == expected
+
+
+def test_log_probs_that_a_recipe_does_not_need_are_left_out():
+    topology = open_topology("gpu:l4x8")
+    for overrides, expected in (
+        (["--config.algo.kl_coef=0.0"], ["update"]),
+        (
+            ["--config.train.prompts_per_update=8"],
+            ["old log-probs", "reference log-probs", "update"],
+        ),
+    ):
+        smaller = ["--config.train.prompts_per_micro_batch=1", *overrides]
+        config, _ = load_recipe(SMOKE, smaller)
+        one = open_plan(config, topology)
+        programs = learning_programs(one.session, one.shapes)
+        assert [program.name for program in programs] == expected
+
+
+def test_layout_counts_the_bytes_of_a_device(planned):
+    session = planned.session
+    layout, frozen = planned.layout, session.parts.frozen
+
+    def whole(tree):
+        return sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    assert layout.vision_bytes == whole(frozen["visual"])
+    text = layout.text_bytes - layout.adapter_bytes
+    assert text == pytest.approx(whole(frozen["text"]) / 2, rel=0.01)  # norms stay whole
+    count = sum(np.prod(x.shape) for x in jax.tree.leaves(session.parts.trainable))
+    assert layout.adapter_params == count
+
+
+def test_xla_counts_the_same_arguments(planned):
+    program = encode_program(planned.session, planned.shapes)
+    measured = measure(program)
+    _, (_, frozen), *images, _ = program.args
+    # XLA drops arguments that the program does not read: all but the tower and its images.
+    assert measured.arguments == device_bytes((frozen["visual"], images))
+    assert measured.others == device_bytes(planned.session.optim)
+    assert measured.peak == measured.arguments + measured.temporaries + measured.others
+
+
+def test_shrinking_needs_the_old_and_the_new_cache(planned):
+    decode, shrink = decode_programs(planned.session, planned.shapes)
+    state = next(arg for arg in decode.args if hasattr(arg, "own"))
+    measured = measure(shrink)
+    own = device_bytes(state.own)
+    assert 0.7 * own < measured.temporaries < 1.2 * own  # 30 of 40 rows, and small arrays
+    assert measured.collectives == {}
+
+
+@pytest.mark.slow
+def test_the_run_calls_what_is_planned(tmp_path):
+    """Shapes and types of a real first wave, against the plan's on one device."""
+    from speciarl_jax.gather import training_sampling
+    from speciarl_jax.session import open_session
+    from speciarl_jax.train import open_train_loader
+
+    config, folder = load_recipe(SMOKE, ["--config.mesh.data=1"])
+    config.data.data_dir, config.data.num_train = str(tmp_path), 16
+    session = open_session(config, folder)
+    loader = open_train_loader(session)
+    batch = next(iter(loader))
+    loader.close()
+    states = session.local_states(session.parts.trainable)
+    table = session.encode(states, batch)
+    group = config.rollout.group_size
+    sampling = training_sampling(config)
+    (prompts,) = session.engine.plan_waves(states, batch, len(table), group, sampling)
+    wave = session.engine.start(states, prompts, table, group, 0, 1)
+
+    plan = open_plan(config, open_topology("gpu:l4x1"))
+    decode = decode_programs(plan.session, plan.shapes)[0]
+
+    def signature(tree):
+        return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+
+    _, planned_states, planned_cache, planned_rows, planned_state, *_ = decode.args
+    assert signature(states) == signature(planned_states)
+    assert signature(wave.cache) == signature(planned_cache)
+    assert signature(wave.rows.row_map(prompts.num_prompts, group)) == signature(planned_rows)
+    assert signature(wave.state) == signature(planned_state)
+
+
+@pytest.mark.slow
+def test_the_verb_plans_in_a_process_of_its_own(capfd):
+    words = ["plan", f"--config={SMOKE}", "--topology=gpu:l4x2", "--json", "--price=1.5"]
+    assert main([*words, "--config.train.prompts_per_micro_batch=8"]) == 0
+    out, err = capfd.readouterr()
+    plan = json.loads(out)
+    assert plan["fits"]
+    assert plan["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert "upper bound" in plan["caveat"]
+    totals = plan["totals"]
+    assert totals["judge_calls_per_run"] == 16 * 10 * 60
+    assert totals["cost"] == pytest.approx(totals["hours"] * 2 * 1.5)
+    assert "plan: update:" in err
+
+
+@pytest.mark.slow
+def test_a_time_limit_ends_the_process(capfd):
+    words = ["plan", f"--config={SMOKE}", "--topology=gpu:l4x1", "--limit_s=0.5"]
+    assert main(words) == 1
+    assert "no result within --limit_s=0.5" in capfd.readouterr().err
+
+
+def test_bad_requests_are_one_line(capfd):
+    assert main(["plan", f"--config={SMOKE}", "--topology=v9:2x2"]) == 2
+    assert "--topology=v9:2x2: expected CHIP:SIZES" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_search_finds_settings_that_fit(capfd):
+    words = ["plan", f"--config={SMOKE}", "--topology=gpu:l4x2", "--search", "--json"]
+    assert main(words) == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["fits"]
+    assert plan["remat"] == "none"
+    assert "--config.train.prompts_per_micro_batch=8" in plan["flags"]
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install 'speciarl-jax[plan]'")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_the_small_policy_compiles_for_tpu(topology):
+    words = ["plan", f"--config={SMOKE}", f"--topology={topology}", "--json", *SMALL]
+    result = subprocess.run(
+        [sys.executable, "-m", "speciarl_jax.cli", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["fits"]
+    assert plan["caveat"] == ""
+    rows = {row["name"]: row for row in plan["programs"]}
+    assert rows["update"]["collectives"]["all-reduce"] > 0
+    assert all(row["peak_gib"] < 1 for row in rows.values())

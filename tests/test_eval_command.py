@@ -1,0 +1,173 @@
+"""`speciarl eval`: which weights, which folder, files that exist, text metrics."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from speciarl_jax import eval_command, evaluate, train
+from speciarl_jax.config import Config
+from speciarl_jax.convert.adapter import save_peft
+from speciarl_jax.eval_command import EvalOptions, open_checkpoint
+from speciarl_jax.export_run import load_run
+from speciarl_jax.predictions import Prediction, read_predictions, write_predictions
+from speciarl_jax.session import open_session
+from speciarl_jax.tiny import shipped_tiny_dir
+from speciarl_jax.types import Category
+from tests.tiny_policy import small_config as training_config
+
+
+def small_config(rank=4, alpha=8.0):
+    """The shipped policy; nothing here is compiled."""
+    config = Config(name="test")
+    config.model.path = "tiny"
+    config.lora.rank, config.lora.alpha = rank, alpha
+    config.data.prompt = "field_guide"
+    config.eval.bootstrap_samples = 50
+    return config
+
+
+def row(number, sample=0, said="scarlet finch", category=None):
+    return Prediction(
+        f"birds/test/{number}", "birds", "", "scarlet finch", f"<answer>{said}</answer>", said,
+        category, None, sample,
+    )  # fmt: skip
+
+
+# --- which weights ------------------------------------------------------------------------------
+
+
+def test_adapter_directory_on_the_recipes_model(tmp_path):
+    """Rank and alpha come from the adapter, not from the recipe; the weights are its own."""
+    session = open_session(small_config())
+    moved = jax.tree.map(lambda leaf: leaf + 0.25, session.parts.trainable)  # B is not zero
+    parts = dataclasses.replace(session.parts, trainable=moved)
+    save_peft(parts, session.config.lora, "base", tmp_path / "adapter")
+    config = small_config(rank=2, alpha=1.0)
+    opened, name, weights, step = open_checkpoint(config, tmp_path, str(tmp_path / "adapter"), None)
+    assert (name, step) == ("adapter", 0)
+    assert weights.startswith(str(tmp_path / "adapter"))
+    assert (opened.config.lora.rank, opened.config.lora.alpha) == (4, 8.0)
+    assert opened.parts.graphdef == session.parts.graphdef
+    for mine, theirs in zip(
+        jax.tree.leaves(opened.parts.trainable), jax.tree.leaves(moved),
+        strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_model_directory_and_base():
+    path = str(shipped_tiny_dir())
+    opened, name, weights, _ = open_checkpoint(small_config(), None, path, None)
+    assert opened.config.model.path == path
+    assert name in weights
+    _, name, weights, step = open_checkpoint(small_config(), None, "base", None)
+    assert (name, weights, step) == ("base", "", 0)
+
+
+def test_other_directories_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected latest, base, a step number, a Hugging Face"):
+        open_checkpoint(small_config(), tmp_path, str(tmp_path), None)
+    with pytest.raises(ValueError, match="holds no checkpoints"):
+        open_checkpoint(small_config(), tmp_path, "latest", None)
+
+
+# --- which folder -------------------------------------------------------------------------------
+
+SETTINGS = {"weights": "step_000002", "samples": 1}
+
+
+def claimed(folder, settings=SETTINGS):
+    evaluate.claim_folder(folder, settings)
+    write_predictions(folder / "predictions.jsonl", [row(1)])
+    return folder
+
+
+def test_same_settings_go_on(tmp_path):
+    folder = claimed(tmp_path / "trained")
+    evaluate.claim_folder(folder, SETTINGS)
+    assert (folder / "predictions.jsonl").is_file()
+
+
+def test_answers_of_another_policy_are_never_mixed_in(tmp_path):
+    folder = claimed(tmp_path / "model", {"weights": "/a/model of 1", "samples": 1})
+    with pytest.raises(ValueError, match=r"weights='/a/model of 1', now it is '/a/model of 2'"):
+        evaluate.claim_folder(folder, {"weights": "/a/model of 2", "samples": 1})
+    with pytest.raises(ValueError, match="made with samples=1, now it is 4"):
+        evaluate.claim_folder(folder, {"weights": "/a/model of 1", "samples": 4})
+    (folder / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"without settings\.json"):
+        evaluate.claim_folder(folder, SETTINGS)
+
+
+def test_final_score_of_a_run_that_went_on_becomes_that_steps(tmp_path):
+    folder = claimed(tmp_path / "trained")
+    evaluate.claim_folder(folder, SETTINGS | {"weights": "step_000004"})
+    assert not (folder / "predictions.jsonl").exists()
+    assert (tmp_path / "step_000002" / "predictions.jsonl").is_file()
+    claimed(folder)
+    with pytest.raises(ValueError, match="weights='step_000002'"):  # that name is taken now
+        evaluate.claim_folder(folder, SETTINGS | {"weights": "step_000004"})
+
+
+def test_half_written_images_are_drawn_again(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    whole = [row(1, 0), row(1, 1)]
+    write_predictions(path, [*whole, row(2, 0)])
+    assert evaluate.cut_half_images(path, samples=2) == 1
+    assert read_predictions(path) == whole
+    assert evaluate.cut_half_images(path, samples=2) == 0
+
+
+# --- files that exist, text metrics -------------------------------------------------------------
+
+
+def test_predictions_are_judged_scored_and_measured_as_text(tmp_path, capsys):
+    source, vectors = tmp_path / "mine.jsonl", tmp_path / "glove.txt"
+    labelled = row(2, said="bird", category=Category.GENERIC)
+    write_predictions(source, [row(1), labelled])
+    vectors.write_text("scarlet 1 0\nfinch 1 0\nbird 0 1\n")
+    options = EvalOptions(
+        predictions=str(source), has_text_metrics=True, text_model=str(vectors), is_json=True
+    )
+    assert eval_command.run(small_config(), tmp_path / "run", options, None) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["datasets"]["birds"]["specificity"]["value"] == pytest.approx((1 + 0.5) / 2)
+    text = shown["text"]["datasets"]["birds"]
+    assert text["text_inclusion"]["value"] == 0.5
+    assert text["semantic_similarity"]["value"] == pytest.approx(0.5)
+    folder = tmp_path / "run" / "eval" / "mine"
+    assert json.loads((folder / "metrics.json").read_text()) == shown
+    judged = read_predictions(folder / "predictions.jsonl")
+    assert [p.category for p in judged] == [Category.SPECIFIC, Category.GENERIC]
+    assert read_predictions(source)[0].category is None
+    options = dataclasses.replace(options, text_model="", is_json=False)
+    assert eval_command.run(small_config(), tmp_path / "run", options, None) == 0
+    assert "text inclusion" in capsys.readouterr().out
+
+
+def test_contradicting_options(tmp_path):
+    with pytest.raises(ValueError, match="give that too"):
+        eval_command.run(small_config(), tmp_path, EvalOptions(text_model="minilm"), None)
+    with pytest.raises(ValueError, match="--samples=-1"):
+        eval_command.run(small_config(), tmp_path, EvalOptions(samples=-1), None)
+
+
+@pytest.mark.slow
+def test_run_adapter_and_step_give_the_same_answers(tmp_path, capsys):
+    run = tmp_path / "run"
+    quiet = {"eval__score_base": False, "eval__score_trained": False}
+    train.main(training_config(**quiet), run)
+    policy, lora, base = load_run(run)
+    save_peft(policy, lora, str(base), tmp_path / "adapter")
+    for checkpoint in ("latest", "1", str(tmp_path / "adapter"), "base"):
+        options = EvalOptions(checkpoint=checkpoint, is_json=True)
+        assert eval_command.run(training_config(), run, options, None) == 0
+    said = {
+        name: [p.completion for p in read_predictions(run / "eval" / name / "predictions.jsonl")]
+        for name in ("step_000002", "step_000001", "adapter", "base")
+    }
+    assert said["adapter"] == said["step_000002"]
+    assert len(said["base"]) == len(said["step_000001"]) == 8

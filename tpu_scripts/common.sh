@@ -1,0 +1,49 @@
+# shellcheck shell=bash
+# Sourced by the other scripts: settings with their defaults, and `run`, which obeys DRY_RUN=1.
+# Every setting is an environment variable; nothing here knows a project, a zone or a bucket.
+
+: "${TPU_NAME:=speciarl}"            # queued resource and node
+: "${ACCELERATOR:=v5litepod-64}"     # v5litepod-64, v5p-32, v6e-16, v4-32, ...
+: "${REMOTE_DIR:=speciarl-jax}"      # on each worker, below its home directory
+export TPU_NAME ACCELERATOR REMOTE_DIR
+
+fail() {
+  echo "$(basename "$0"): $*" >&2
+  exit 2
+}
+
+# need NAME MEANING: stops with one line unless the variable is set. A dry run shows a placeholder.
+need() {
+  if [[ -z "${!1:-}" ]]; then
+    [[ "${DRY_RUN:-0}" == 1 ]] || fail "$1 is not set: $2; e.g. $1=... $0"
+    printf -v "$1" '%s' "<$1>"
+  fi
+}
+
+# run COMMAND...: runs it, or prints it when DRY_RUN=1.
+run() {
+  if [[ "${DRY_RUN:-0}" == 1 ]]; then
+    printf 'would run:'
+    printf ' %q' "$@"
+    printf '\n'
+  else
+    "$@"
+  fi
+}
+
+# The software image that Cloud TPU asks for, by generation.
+runtime_version() {
+  case "$ACCELERATOR" in
+    v4-*) echo tpu-ubuntu2204-base ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) fail "ACCELERATOR=$ACCELERATOR: expected v4-N, v5litepod-N, v5p-N or v6e-N" ;;
+  esac
+}
+
+# on_workers COMMAND: the same command line on every host of the slice.
+on_workers() {
+  run gcloud compute tpus tpu-vm ssh "$TPU_NAME" --project="$PROJECT" --zone="$ZONE" \
+    --worker=all --command="$1"
+}
