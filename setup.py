@@ -70,7 +70,7 @@ setup(
             "plan/*.json",
             "tiny_policy/*",
             "report/static/*",
-        ]
+        ],
     },
     install_requires=BASE,
     extras_require={

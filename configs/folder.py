@@ -3,11 +3,15 @@
     speciarl train --config=configs/folder.py:PATH --workdir=DIR
     speciarl eval  --config=configs/folder.py:PATH --workdir=DIR
 
-The nested folder names become the offline judge's tree, written beside the pictures' prepared data.
+The nested folder names become the offline judge's tree. A fifth of every class is set aside for
+evaluation, or the folder `test` if PATH has folders `train` and `test`.
 Hardware: as the model asks for; the default is the small policy on a CPU, which knows only the
-field guide: set --config.model.path to a Qwen2.5-VL checkpoint for real pictures.
+field guide. For real pictures: --config.model.path=Qwen/Qwen2.5-VL-3B-Instruct
+--config.data.prompt=specific --config.rollout.max_completion_tokens=512
+--config.eval.max_completion_tokens=512, and a judge with --config.judge.kind=endpoint.
 """
 
+import hashlib
 import json
 import pathlib
 import tempfile
@@ -25,11 +29,8 @@ def get_config(arg=None):
     config.data.source = f"folder:{arg}"
     config.data.eval_sources = (f"folder:{arg}",)
     config.data.in_domain = (dataset_name(pathlib.Path(arg)),)
-    config.data.eval_split = "train"
     config.data.prompt = "field_guide"
-    tree = pathlib.Path(tempfile.mkdtemp(prefix="speciarl-taxonomy-")) / "taxonomy.json"
-    tree.write_text(json.dumps(folder_taxonomy(arg)), encoding="utf-8")
-    config.judge.taxonomy = str(tree)
+    config.judge.taxonomy = str(_write_tree(json.dumps(folder_taxonomy(arg))))
     config.rollout.group_size = 4
     config.rollout.max_completion_tokens = 48
     config.rollout.chunk_tokens = 12
@@ -41,3 +42,12 @@ def get_config(arg=None):
     config.train.save_every = 5
     config.eval.max_completion_tokens = 48
     return config
+
+
+def _write_tree(text):
+    """A temporary file named by its content: loading the recipe again adds no second one."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    file = pathlib.Path(tempfile.gettempdir()) / f"speciarl-taxonomy-{digest}.json"
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
+    return file

@@ -38,10 +38,16 @@ def bucket_tokens(length: int, limit: int) -> int:
     return min(max(padded, 1), limit)
 
 
-def group_arrays(groups: Sequence[Sequence[Rollout]], limit: int) -> GroupArrays:
-    """Pads the completions of equal-sized groups; `limit` is the configured maximum length."""
+def group_arrays(groups: Sequence[Sequence[Rollout]], limit: int, longest: int = 0) -> GroupArrays:
+    """Pads the completions of equal-sized groups.
+
+    Args:
+        groups: of this process.
+        limit: the configured maximum length.
+        longest: completion of all processes, which pad alike.
+    """
     lengths = np.array([[len(r.completion_tokens) for r in group] for group in groups], np.int32)
-    width = bucket_tokens(int(lengths.max()), limit)
+    width = bucket_tokens(max(int(lengths.max()), longest), limit)
     tokens = np.zeros((*lengths.shape, width), np.int32)
     logprobs = np.zeros((*lengths.shape, width), np.float32)
     for p, group in enumerate(groups):
@@ -108,11 +114,18 @@ def join_micro_batches(x: Array) -> Array:
     return jnp.reshape(x, (-1, *x.shape[2:]))
 
 
+def prompt_shape(batch: PromptBatch) -> tuple[int, int, int]:
+    """(padded prompt tokens, images per prompt, padded patches per image)."""
+    mask = batch.vision.mask
+    return batch.tokens.shape[1], len(mask) // batch.num_prompts, mask.shape[1]
+
+
 def join_batches(
     parts: Sequence[tuple[PromptBatch, Array]],
     rows: np.ndarray,
     merge_unit: int,
     pad_id: int,
+    at_least: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[PromptBatch, Array]:
     """Chosen prompts of several batches as one batch, padded to the largest shapes among them.
 
@@ -121,14 +134,14 @@ def join_batches(
         rows: [P] prompts to take, counted over the batches in order.
         merge_unit: patches per merged token.
         pad_id: token past the end of a prompt.
+        at_least: (prompt tokens, images per prompt, patches per image) to pad to at least.
 
     Returns:
         (the batch, its image embeddings [I*M, D]).
     """
     batches = [batch for batch, _ in parts]
-    length = max(b.tokens.shape[1] for b in batches)
-    slots = max(len(b.vision.mask) // b.num_prompts for b in batches)
-    patches = max(b.vision.mask.shape[1] for b in batches)
+    sizes = np.array([at_least, *(prompt_shape(batch) for batch in batches)])
+    length, slots, patches = (int(size) for size in sizes.max(axis=0))
     image_rows = [_wider_rows(b, slots, patches // merge_unit, merge_unit) for b in batches]
 
     def pick(name: str, fill: int) -> np.ndarray:

@@ -87,13 +87,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _workdir(text: str) -> pathlib.Path | str:
+    """A folder; an address such as gs://bucket/run stays text, for pathlib would mangle it."""
+    return text if "://" in text else pathlib.Path(text)
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         required=True,
         help="recipe: PATH.py or PATH.py:ARGUMENT; --config.section.field=value overrides",
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="run directory")
+    parser.add_argument("--workdir", required=True, type=_workdir, help="run directory")
 
 
 def _add_train(verbs: Any) -> None:
@@ -101,6 +106,18 @@ def _add_train(verbs: Any) -> None:
     _add_config(train)
     train.add_argument("--resume", action="store_true", help="go on with the run in --workdir")
     train.add_argument("--overwrite", action="store_true", help="delete the run in --workdir first")
+    train.add_argument(
+        "--profile", default="", help="steps=FIRST:LAST: XProf trace in WORKDIR/profile"
+    )
+    processes = train.add_argument_group(
+        "several processes", "one per host; each flag may come from SPECIARL_<NAME> instead"
+    )
+    processes.add_argument("--coordinator", help="HOST:PORT of process 0")
+    processes.add_argument("--num_processes", type=int, help="of the job")
+    processes.add_argument("--process_id", type=int, help="of this process, from 0")
+    processes.add_argument(
+        "--cluster", action="store_true", help="find the others on a TPU pod, GKE, SLURM or MPI"
+    )
     train.set_defaults(handler=run_train)
 
 
@@ -182,23 +199,59 @@ def load_recipe(path: str, overrides: Sequence[str]) -> tuple[Config, pathlib.Pa
 
 def run_train(args: argparse.Namespace) -> int:
     """`speciarl train`."""
-    from speciarl_jax import train
+    from speciarl_jax import train, watch
+    from speciarl_jax.storage import Spool, is_remote
 
     config, recipe_dir = load_recipe(args.config, args.overrides)
+    profile = watch.parse_profile(args.profile)
+    join_job(args)
+    spool, workdir = None, args.workdir
+    if is_remote(args.workdir):
+        spool = Spool(args.workdir)
+        workdir = spool.local
+        if args.resume:
+            spool.pull()
     train.main(
         config,
-        args.workdir,
+        workdir,
         resume=args.resume,
         overwrite=args.overwrite,
         recipe_dir=recipe_dir,
+        profile=profile,
+        spool=spool,
     )
     return 0
+
+
+def join_job(args: argparse.Namespace) -> None:
+    """Joins a job of several processes if the flags, or SPECIARL_* variables, name one.
+
+    Raises:
+        ValueError: see `hosts.connect`.
+    """
+    from speciarl_jax import hosts
+
+    names = {"coordinator": str, "num_processes": int, "process_id": int}
+    given = {}
+    for name, parse in names.items():
+        value = getattr(args, name)
+        text = os.environ.get(f"SPECIARL_{name.upper()}")
+        if value is None and text is not None:
+            try:
+                value = parse(text)
+            except ValueError as error:
+                raise ValueError(f"SPECIARL_{name.upper()}={text!r}: expected a number") from error
+        given[name] = value
+    if args.cluster or any(value is not None for value in given.values()):
+        hosts.connect(**given)
 
 
 def run_eval(args: argparse.Namespace) -> int:
     """`speciarl eval`."""
     from speciarl_jax import eval_command
 
+    if isinstance(args.workdir, str):
+        raise ValueError(f"--workdir={args.workdir}: eval works in a folder; copy the run there")
     config, recipe_dir = load_recipe(args.config, args.overrides)
     options = eval_command.EvalOptions(
         checkpoint=args.checkpoint,

@@ -92,7 +92,7 @@ class RolloutConfig:
     stop_strings: tuple[str, ...] = ()  # e.g. ("</answer>",)
     chunk_tokens: int = 32  # decode steps between two looks at which rollouts have finished
     compact: bool = True  # drop finished rows from the decode batch between chunks
-    kv_cache_dtype: str = "compute"  # or int8: half of bfloat16's cache, log-probs move by ~1e-2
+    kv_cache_dtype: str = "compute"  # or int8: half of bfloat16's cache; log-probs move < 1e-2
     max_cache_mb: int = 0  # device memory of a rollout, MiB; beyond it waves of prompts; 0: no limit
     warm_up: bool = False  # compile every shape before step one; needs data.*_buckets
 
@@ -151,7 +151,9 @@ class TrainConfig:
     async_steps: int = 0  # 1: the next rollout overlaps this update
     table_every: int = 10  # steps between printed rollout tables, 0 for never
     save_every: int = 10  # steps between checkpoints
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # newest ones
+    keep_best: int = 0  # beside them: those with the highest eval/all/hm at their validation
+    keep_every_hours: float = 0.0  # beside them: one in each such time, h; 0 for none
     eval_every: int = 0  # steps between validations, 0 for none
     sft_target: str = "answer"  # answer, field_guide, or a dotted path (objective sft only)
     logprob_chunk_tokens: int = 1024  # tokens whose logits exist at once

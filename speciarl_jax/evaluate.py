@@ -10,10 +10,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 from rich.console import Console
 
-from speciarl_jax import reward, scoring
+from speciarl_jax import hosts, reward, scoring
 from speciarl_jax.config import Config
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.recipe import make_loader, open_eval_source
@@ -25,6 +26,7 @@ from speciarl_jax.predictions import (
     append_predictions,
     cut_half_line,
     from_rollout,
+    parse_prediction,
     read_predictions,
     write_predictions,
 )
@@ -79,14 +81,12 @@ def evaluate(
     """
     config = session.config
     weights = weights or f"{STEP_PREFIX}{prompt_step:06d}"
-    claim_folder(out_dir, answer_settings(session, samples, sampling, weights))
     path = out_dir / "predictions.jsonl"
-    done: set[tuple[str, str]] = set()
-    if path.is_file():
-        cut_half_line(path)
-        cut_half_images(path, samples)
-        retry_failed(path, judge)
-        done = {(row.dataset, row.prompt_id) for row in read_predictions(path)}
+    finished = None
+    if hosts.is_first():
+        claim_folder(out_dir, answer_settings(session, samples, sampling, weights))
+        finished = _finished_images(path, samples, judge)
+    done = {(dataset, prompt_id) for dataset, prompt_id in hosts.from_first(finished)}
     rollout_config = dataclasses.replace(
         config.rollout, max_completion_tokens=config.eval.max_completion_tokens
     )
@@ -99,14 +99,36 @@ def evaluate(
         with contextlib.closing(loader), progress(console, f"{out_dir.name}: {name}", total) as at:
             for batch in loader:
                 keys = _image_keys(batch)
+                rows: list[Prediction] = []
                 if any(key not in done for key in keys):
                     groups = _sample(
                         session, engine, states, judge, batch, samples, sampling, prompt_step
                     )
-                    append_predictions(path, _rows(batch, groups, image_root, done))
-                seen += len(keys)
+                    rows = _rows(batch, groups, image_root, done)
+                _append(path, rows)
+                seen += sum(hosts.gather_json(len(keys)))
                 at(seen)
-    return write_scores(config, path, out_dir)
+    scores = write_scores(config, path, out_dir) if hosts.is_first() else None
+    return hosts.from_first(scores)
+
+
+def _finished_images(path: pathlib.Path, samples: int, judge: JudgeThread) -> list[tuple[str, str]]:
+    """(data set, prompt id) of the images that an earlier call has scored, mended first."""
+    if not path.is_file():
+        return []
+    cut_half_line(path)
+    cut_half_images(path, samples)
+    retry_failed(path, judge)
+    return sorted({(row.dataset, row.prompt_id) for row in read_predictions(path)})
+
+
+def _append(path: pathlib.Path, rows: list[Prediction]) -> None:
+    """The rows of all processes, written by the first."""
+    if jax.process_count() > 1:
+        everywhere = hosts.gather_json([row.to_json() for row in rows])
+        rows = [parse_prediction(row) for part in everywhere for row in part]
+    if hosts.is_first() and rows:
+        append_predictions(path, rows)
 
 
 def answer_settings(
@@ -176,6 +198,8 @@ def _open_loader(session: Session, name: str, console: Console) -> PromptLoader:
         seed=config.seed,
         shuffle=False,
         num_epochs=1,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     for skipped in loader.index.skipped:
         console.print(f"skipped {skipped.image_name}: {skipped.reason}", markup=False)

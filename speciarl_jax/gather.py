@@ -8,14 +8,14 @@ algo.dynamic_sampling:  -> labels -> groups whose raw rewards differ are kept
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from speciarl_jax import batching
+from speciarl_jax import batching, hosts
 from speciarl_jax.checkpoint import TrainState
 from speciarl_jax.clock import Clock
 from speciarl_jax.config import Config
@@ -25,7 +25,7 @@ from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.reward import dropped_groups
 from speciarl_jax.rollout.compilations import num_compiled
 from speciarl_jax.rollout.engine import FinishedRow
-from speciarl_jax.rollout.groups import Pending, await_verdicts, collect_groups
+from speciarl_jax.rollout.groups import Pending, Poll, await_verdicts, collect_groups, no_poll
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.scores import (
     Groups,
@@ -36,8 +36,6 @@ from speciarl_jax.scores import (
 )
 from speciarl_jax.session import Session
 from speciarl_jax.types import PromptBatch
-
-Poll = Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +109,7 @@ class _Sampler:
     loader: PromptLoader
     step: int
     clock: Clock
-    poll: Poll | None
+    poll: Poll
 
 
 def generation_prompts(config: Config) -> int:
@@ -138,7 +136,7 @@ def gather_rollouts(
     loader: PromptLoader,
     step: int,
     clock: Clock,
-    poll: Poll | None = None,
+    poll: Poll = no_poll,
 ) -> RolloutBatch:
     """Samples G answers for each prompt of a step; without dynamic sampling labels come later.
 
@@ -149,7 +147,8 @@ def gather_rollouts(
         loader: the next prompts.
         step: the step that will learn from the answers; part of their randomness.
         clock: gets laps data, rollout and judge.
-        poll: called between chunks of decoding, to start other work (`train.async_steps`).
+        poll: called between chunks of decoding and while labels are awaited; starts other work
+            (`train.async_steps`) or raises to leave the step.
 
     Raises:
         TrainingStopped: dynamic sampling found too few groups to learn from, or the judge leaves
@@ -204,7 +203,7 @@ def _sample_part(sampler: _Sampler) -> _Part:
         step=sampler.step,
     )
     groups, pending = collect_groups(
-        finished if sampler.poll is None else _polling(finished, sampler.poll),
+        _polling(finished, sampler.poll),
         batch,
         config.rollout.group_size,
         session.vocabulary,
@@ -250,7 +249,7 @@ def _sample_until_full(
         if len(parts) == config.algo.max_generation_batches:
             raise TrainingStopped(_too_few_lessons(config, step, codes, keep))
         part = _sample_part(sampler)
-        await_verdicts(part.pending)
+        await_verdicts(part.pending, sampler.poll)
         sampler.clock.lap("judge")
         parts.append(part)
         codes.append(label_codes(config, part.groups, part.batch.global_index, step))
@@ -286,6 +285,23 @@ def join_prompts(
         return parts[0]
     pad_id = int(session.vocabulary.stop_ids[0])
     return batching.join_batches(parts, rows, session.arch.vision.merge_unit, pad_id)
+
+
+def agree_shapes(session: Session, rollouts: RolloutBatch) -> RolloutBatch:
+    """Prompts and images padded alike in every process, for the update is one program of all."""
+    shape = batching.prompt_shape(rollouts.batch)
+    wanted = hosts.largest(*shape)
+    if wanted == shape:
+        return rollouts
+    rows = np.arange(rollouts.batch.num_prompts)
+    batch, image_embeds = batching.join_batches(
+        [(rollouts.batch, rollouts.image_embeds)],
+        rows,
+        session.arch.vision.merge_unit,
+        int(session.vocabulary.stop_ids[0]),
+        (wanted[0], wanted[1], wanted[2]),
+    )
+    return dataclasses.replace(rollouts, batch=batch, image_embeds=image_embeds)
 
 
 def read_again(

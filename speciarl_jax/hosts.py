@@ -10,6 +10,7 @@ service of jax ends them with an error rather than let them wait for ever.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,37 +62,31 @@ def gather(array: np.ndarray) -> np.ndarray:
     """The arrays of all processes, stacked on a new leading axis [processes, ...].
 
     Args:
-        array: of one shape in every process; called by all of them.
+        array: of one shape and dtype in every process; called by all of them. Bytes travel, so
+            64-bit numbers arrive whole.
     """
+    array = np.asarray(array)
     if jax.process_count() == 1:
-        return np.asarray(array)[None]
-    return np.asarray(multihost_utils.process_allgather(np.asarray(array)))
+        return array[None]
+    stacked = multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint8))
+    return np.asarray(stacked).view(array.dtype).reshape(-1, *array.shape)
 
 
-def gather_prompts(array: np.ndarray, num_blocks: int = 1) -> np.ndarray:
-    """Rows of all processes in the global order of prompts.
-
-    Args:
-        array: [rows, ...] of this process's prompts.
-        num_blocks: a batch is cut into this many blocks (mini-batches), each spread over the
-            processes (see `speciarl_jax.data.loader`).
-    """
+def gather_prompts(array: np.ndarray) -> np.ndarray:
+    """Rows of all processes, one after the other, [processes * rows, ...]."""
     stacked = gather(array)
-    hosts, rows = stacked.shape[:2]
-    blocks = stacked.reshape(hosts, num_blocks, rows // num_blocks, *stacked.shape[2:])
-    return np.moveaxis(blocks, 0, 1).reshape(hosts * rows, *stacked.shape[2:])
-
-
-def local_rows(array: np.ndarray, num_blocks: int = 1) -> np.ndarray:
-    """This process's part of an array in the global order; undoes `gather_prompts`."""
-    hosts, index = jax.process_count(), jax.process_index()
-    parts = array.reshape(num_blocks, hosts, -1, *array.shape[1:])[:, index]
-    return parts.reshape(-1, *array.shape[1:])
+    return stacked.reshape(-1, *stacked.shape[2:])
 
 
 def largest(*numbers: int) -> tuple[int, ...]:
     """The largest of each number over all processes: padded shapes must agree."""
     return tuple(int(x) for x in gather(np.asarray(numbers, np.int64)).max(axis=0))
+
+
+def mean(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Each number averaged over the processes; the same names in the same order everywhere."""
+    everywhere = gather(np.asarray(list(numbers.values()), np.float64)).mean(axis=0)
+    return dict(zip(numbers, everywhere.tolist(), strict=True))
 
 
 def any_process(flag: bool) -> bool:

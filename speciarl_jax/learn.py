@@ -26,7 +26,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from speciarl_jax import batching, packing, weights
+from speciarl_jax import batching, hosts, packing, weights
 from speciarl_jax.checkpoint import TrainState
 from speciarl_jax.config import Config
 from speciarl_jax.gather import RolloutBatch
@@ -34,7 +34,7 @@ from speciarl_jax.loss import importance_weights
 from speciarl_jax.optim import OptimState
 from speciarl_jax.scores import Scores, TrainingStopped
 from speciarl_jax.session import Session
-from speciarl_jax.sharding import num_replicas, place_prompts
+from speciarl_jax.sharding import num_replicas, own_prompts, place_prompts
 from speciarl_jax.types import PromptBatch
 from speciarl_jax.update import LossConfig, TrainBatch, batch_logprobs, update_step
 
@@ -86,14 +86,15 @@ def loss_config(session: Session) -> LossConfig:
         remat=config.model.remat,
         logprob_chunk_tokens=config.train.logprob_chunk_tokens,
         train_vision=config.model.train_vision,
-        mesh=session.mesh if session.mesh.size > 1 else None,
+        mesh=session.mesh,
     )
 
 
 def mini_batches(config: Config) -> list[slice]:
-    """Rows of each update of a step."""
-    size = config.train.prompts_per_update
-    return [slice(start, start + size) for start in range(0, config.train.prompts_per_step, size)]
+    """Rows of each update among this process's prompts of a step."""
+    size = config.train.prompts_per_update // jax.process_count()
+    total = config.train.prompts_per_step // jax.process_count()
+    return [slice(start, start + size) for start in range(0, total, size)]
 
 
 def update_batch(
@@ -120,12 +121,15 @@ def update_batch(
 def mini_batch_weights(
     config: Config, arrays: batching.GroupArrays, valid: np.ndarray, rows: slice
 ) -> np.ndarray:
-    """Aggregation weights [P, G, C] of one mini-batch; they do not know of micro-batches."""
+    """Aggregation weights [P, G, C] of one mini-batch; they do not know of micro-batches.
+
+    What they are divided by counts the tokens of all processes.
+    """
     algo = config.algo
-    lengths = arrays.lengths[rows]
+    lengths = hosts.gather(arrays.lengths[rows])
     flat = weights.token_weights(
         lengths.reshape(-1),
-        valid[rows].reshape(-1),
+        hosts.gather(valid[rows]).reshape(-1),
         arrays.tokens.shape[2],
         algo.aggregation,
         algo.normalization,
@@ -133,7 +137,7 @@ def mini_batch_weights(
         algo.verl_ranks,
         loss_norm_tokens=config.rollout.max_completion_tokens,
     )
-    return flat.reshape(*lengths.shape, -1)
+    return flat.reshape(*lengths.shape, -1)[jax.process_index()]
 
 
 def mini_batch_packs(
@@ -153,7 +157,7 @@ def mini_batch_packs(
 def micro_batches(session: Session, whole: TrainBatch, rows: slice) -> TrainBatch:
     """Fixed micro-batches of a mini-batch, [U, P, ...] leaves, spread over the replicas."""
     mesh = session.mesh
-    size = session.config.train.prompts_per_micro_batch * num_replicas(mesh)
+    size = session.config.train.prompts_per_micro_batch * num_replicas(session.local)
     micro = batching.micro_batches(whole, rows, size)
     return micro if mesh.size == 1 else place_prompts(micro, mesh, axis=1)
 
@@ -186,7 +190,8 @@ def _batch_logprobs(
         packs = mini_batch_packs(session, whole, lengths, slice(None))
         return packing.packed_logprobs(graphdef, states, whole, packs, banned, settings)
     micro = micro_batches(session, whole, slice(None))
-    return batching.join_micro_batches(batch_logprobs(graphdef, states, micro, banned, settings))
+    logprobs = batch_logprobs(graphdef, states, micro, banned, settings)
+    return batching.join_micro_batches(own_prompts(logprobs, axis=1))
 
 
 def start_update(
@@ -245,7 +250,8 @@ def start_updates(
             update.trainable, update.optim, stats = update_step(
                 *where, micro, banned, optimizer, settings
             )
-            stats["logprobs"] = batching.join_micro_batches(stats["logprobs"])
+            own = own_prompts(stats["logprobs"], axis=1)
+            stats["logprobs"] = batching.join_micro_batches(own)
         logprobs = stats.pop("logprobs")
         update.logprobs = update.logprobs if update.stats else logprobs
         update.stats.append(stats)

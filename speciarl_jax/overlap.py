@@ -29,7 +29,7 @@ from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.flops import Counts
 from speciarl_jax.gather import Origin, RolloutBatch, gather_rollouts, read_again
 from speciarl_jax.judge.runner import JudgeThread
-from speciarl_jax.rollout.groups import await_verdicts
+from speciarl_jax.rollout.groups import Poll, await_verdicts, no_poll
 from speciarl_jax.session import Session
 from speciarl_jax.step import Lesson, StepResult, report_step
 from speciarl_jax.types import Category, Failure, FailureKind, Rollout, Verdict
@@ -42,6 +42,7 @@ def run_overlapped_step(
     state: TrainState,
     loader: PromptLoader,
     ahead: RolloutBatch | None,
+    poll: Poll = no_poll,
     *,
     is_last: bool,
 ) -> StepResult:
@@ -54,6 +55,7 @@ def run_overlapped_step(
         state: after the last step.
         loader: the next prompts.
         ahead: the rollouts of this step; None at the first, which samples its own.
+        poll: called between chunks of work until this step's update starts; may raise.
         is_last: no step follows, so nothing is sampled for it.
 
     Raises:
@@ -63,13 +65,16 @@ def run_overlapped_step(
     sampled = Counts()
     rollouts = ahead
     if rollouts is None:
-        rollouts = gather_rollouts(session, judge, state, loader, state.step + 1, clock)
+        rollouts = gather_rollouts(session, judge, state, loader, state.step + 1, clock, poll)
         sampled += rollouts.sampled
     lesson = Lesson.begin(session, state, rollouts)
     writable = dataclasses.replace(state, trainable=jax.tree.map(jnp.copy, state.trainable))
 
     def learn_if_judged() -> None:
-        if lesson.update is None and rollouts.is_judged:
+        if lesson.update is not None:
+            return
+        poll()
+        if rollouts.is_judged:
             await_verdicts(rollouts.pending)
             lesson.learn(session, optimizer, writable)
 
@@ -78,7 +83,7 @@ def run_overlapped_step(
         step = state.step + 2
         following = gather_rollouts(session, judge, state, loader, step, clock, learn_if_judged)
         sampled += following.sampled
-    await_verdicts(rollouts.pending)
+    await_verdicts(rollouts.pending, poll if lesson.update is None else no_poll)
     clock.lap("judge")
     learn_if_judged()
     state, metrics = lesson.finish(session, state)

@@ -1,4 +1,10 @@
-"""SIGTERM becomes a flag that the loop reads between steps."""
+"""SIGTERM, and a cloud's notice of pre-emption, which arrives as one: save soon, exit with 75.
+
+A step can take longer than the grace period, so a stop is looked for between chunks of decoding and
+while labels are awaited; the step is then abandoned and the state before it saved. Once its update
+has been given to the device, a step is finished instead. In a job of several processes all of them
+stop together, after the step.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +19,24 @@ class Preempted(RuntimeError):
     """SIGTERM came; the run is saved and goes on with --resume. Exit code 75."""
 
 
+class StepAbandoned(Exception):
+    """A stop was asked for and the step can be left without loss of state."""
+
+
 @dataclasses.dataclass
 class StopFlag:
-    """Set by SIGTERM; read between steps."""
+    """Set by SIGTERM."""
 
     is_set: bool = False
+
+    def check(self) -> None:
+        """Call where the step may be left.
+
+        Raises:
+            StepAbandoned: a stop was asked for.
+        """
+        if self.is_set:
+            raise StepAbandoned
 
 
 @contextlib.contextmanager

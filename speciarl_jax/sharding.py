@@ -73,8 +73,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _host_block(devices: list[Any], fsdp: int, tensor: int) -> np.ndarray:
-    """A host's replicas. Every host keeps jax's order: on v5e, where chips route in straight lines
-    only, XLA refuses collectives over hosts that order their chips differently."""
+    """A host's replicas, its chips in jax's order.
+
+    On v5e, where chips route in straight lines only, XLA refuses collectives over hosts that order
+    their chips differently.
+    """
     return np.asarray(devices, dtype=object).reshape(-1, fsdp, tensor)
 
 
@@ -257,6 +260,19 @@ def local_view(tree: Any, local: Mesh) -> Any:
         return jax.make_array_from_single_device_arrays(x.shape, sharding, arrays)
 
     return tree if jax.process_count() == 1 else jax.tree.map(view, tree)
+
+
+def own_prompts(x: jax.Array, axis: int = 0) -> Any:
+    """This process's prompts of a global array; the array itself in a job of one process.
+
+    Args:
+        x: as a program returned it, spread over the replicas on axis `axis` and on no other.
+        axis: of the prompts.
+    """
+    if jax.process_count() == 1:
+        return x
+    parts = {shard.index[axis].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=axis)
 
 
 def place_prompts(tree: Any, mesh: Mesh, axis: int = 0) -> Any:

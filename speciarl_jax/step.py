@@ -16,12 +16,12 @@ import dataclasses
 
 import optax
 
-from speciarl_jax import batching
+from speciarl_jax import batching, hosts
 from speciarl_jax.checkpoint import TrainState
 from speciarl_jax.clock import Clock
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.flops import Counts
-from speciarl_jax.gather import RolloutBatch, gather_rollouts
+from speciarl_jax.gather import RolloutBatch, agree_shapes, gather_rollouts
 from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.learn import (
     References,
@@ -30,7 +30,7 @@ from speciarl_jax.learn import (
     reference_logprobs,
     start_update,
 )
-from speciarl_jax.rollout.groups import await_verdicts
+from speciarl_jax.rollout.groups import Poll, await_verdicts, no_poll
 from speciarl_jax.scores import Scores, TrainingStopped, score_groups
 from speciarl_jax.session import Session
 from speciarl_jax.step_metrics import (
@@ -69,8 +69,17 @@ def run_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     loader: PromptLoader,
+    poll: Poll = no_poll,
 ) -> StepResult:
     """One step: sample, judge, reward, update.
+
+    Args:
+        session: model and engine.
+        judge: labels answers in the background.
+        optimizer: of `state`.
+        state: after the last step.
+        loader: the next prompts.
+        poll: called between chunks of work until the update starts; may raise.
 
     Raises:
         JudgeError: the judge gave up; nothing was updated.
@@ -78,9 +87,9 @@ def run_step(
             disagree, or too many non-finite gradients.
     """
     clock = Clock()
-    rollouts = gather_rollouts(session, judge, state, loader, state.step + 1, clock)
+    rollouts = gather_rollouts(session, judge, state, loader, state.step + 1, clock, poll)
     lesson = Lesson.begin(session, state, rollouts)
-    await_verdicts(rollouts.pending)
+    await_verdicts(rollouts.pending, poll)
     clock.lap("judge")
     lesson.learn(session, optimizer, state)
     state, metrics = lesson.finish(session, state)
@@ -111,7 +120,10 @@ class Lesson:
     def begin(cls, session: Session, state: TrainState, rollouts: RolloutBatch) -> Lesson:
         """Starts old and reference log-probs, which need no labels."""
         limit = session.config.rollout.max_completion_tokens
-        arrays = batching.group_arrays(rollouts.groups, limit)
+        rollouts = agree_shapes(session, rollouts)
+        longest = max(len(r.completion_tokens) for group in rollouts.groups for r in group)
+        (longest,) = hosts.largest(longest)
+        arrays = batching.group_arrays(rollouts.groups, limit, longest)
         return cls(rollouts, arrays, reference_logprobs(session, state, rollouts, arrays))
 
     def learn(

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from speciarl_jax import advantage, flops, reward
+from speciarl_jax import advantage, flops, hosts, reward
 from speciarl_jax.batching import GroupArrays
 from speciarl_jax.config import Config
 from speciarl_jax.flops import Counts
@@ -27,17 +27,19 @@ def rollout_metrics(
 ) -> Metrics:
     """Rewards, categories, lengths and group statistics of the answers that were trained on.
 
-    With dynamic sampling ``group/*`` counts all groups that were sampled, dropped ones included.
+    All processes' answers together. With dynamic sampling ``group/*`` counts all groups that were
+    sampled, dropped ones included.
     """
-    valid, lengths = scores.valid, arrays.lengths
-    kept = scores.rewards[valid]
-    dropped = reward.dropped_groups(scores.codes, config.algo.failed_quorum_frac)
-    truncated = [[r.is_truncated for r in group] for group in rollouts.groups]
+    is_truncated = np.array([[r.is_truncated for r in group] for group in rollouts.groups])
+    parts = (scores.valid, arrays.lengths, scores.rewards, scores.codes, is_truncated)
+    valid, lengths, rewards, codes, truncated = (hosts.gather_prompts(x) for x in parts)
+    kept = rewards[valid]
+    dropped = reward.dropped_groups(codes, config.algo.failed_quorum_frac)
     return {
         "reward/mean": float(kept.mean()) if kept.size else 0.0,
         "reward/std": float(kept.std()) if kept.size else 0.0,
-        **category_metrics(scores.codes),
-        "group/zero_std_frac": float(np.mean(~advantage.has_spread(scores.rewards, valid))),
+        **category_metrics(codes),
+        "group/zero_std_frac": float(np.mean(~advantage.has_spread(rewards, valid))),
         "group/dropped_frac": float(np.mean(dropped)),
         "rollout/tokens_mean": float(lengths.mean()),
         "rollout/tokens_min": float(lengths.min()),
@@ -48,7 +50,7 @@ def rollout_metrics(
         "rollout/tokens_max": float(lengths.max()),
         "rollout/truncated_frac": float(np.mean(truncated)),
         "rollout/staleness": float(rollouts.step - 1 - rollouts.sampled_after),
-        **rollouts.stats,
+        **hosts.mean(rollouts.stats),
     }
 
 
@@ -57,7 +59,7 @@ def importance_metrics(config: Config, references: References, arrays: GroupArra
     cap = config.algo.importance_cap
     if not cap:
         return {}
-    gaps = (np.asarray(references.old) - arrays.rollout_logprobs)[_is_token(arrays)]
+    gaps = _token_values(np.asarray(references.old) - arrays.rollout_logprobs, _is_token(arrays))
     ratios = np.exp(np.clip(gaps.astype(np.float64), -20, 20))
     return {
         "policy/importance_mean": float(np.minimum(ratios, cap).mean()),
@@ -76,7 +78,8 @@ def mismatch_metrics(config: Config, update: Update, arrays: GroupArrays, step: 
     """
     rows = mini_batches(config)[0]
     trainer = np.asarray(jax.device_get(update.logprobs))
-    gaps = np.abs(trainer - arrays.rollout_logprobs[rows])[_is_token(arrays)[rows]]
+    gaps = np.abs(trainer - arrays.rollout_logprobs[rows])
+    gaps = _token_values(gaps, _is_token(arrays)[rows])
     metrics = {
         "mismatch/logprob_max_abs": float(gaps.max(initial=0.0)),
         "mismatch/logprob_mean_abs": float(gaps.mean()) if gaps.size else 0.0,
@@ -92,6 +95,11 @@ def mismatch_metrics(config: Config, update: Update, arrays: GroupArrays, step: 
             "the wrong tokens"
         )
     return metrics
+
+
+def _token_values(values: np.ndarray, is_token: np.ndarray) -> np.ndarray:
+    """The values at tokens, of all processes."""
+    return hosts.gather_prompts(values)[hosts.gather_prompts(is_token)]
 
 
 def _is_token(arrays: GroupArrays) -> np.ndarray:
@@ -110,7 +118,7 @@ def time_metrics(laps: Metrics, arrays: GroupArrays, judge: Metrics, num_devices
     ``judge/wait_frac`` is the share of the step in which nothing but the judge kept it waiting.
     """
     total = laps["time/step_s"]
-    rate = float(arrays.lengths.sum()) / total
+    rate = float(hosts.gather(arrays.lengths).sum()) / total
     return {
         **laps,
         "judge/wait_frac": laps["time/judge_s"] / total,
@@ -138,7 +146,8 @@ def throughput_metrics(
         **flops.sampling_flops(session.arch, sampled, training.adapter_params),
         **flops.learning_flops(session.arch, learned, training),
     }
-    rate = sum(parts.values()) / seconds / session.mesh.size
+    everywhere = float(hosts.gather(np.float64(sum(parts.values()))).sum())
+    rate = everywhere / seconds / session.mesh.size
     metrics = {
         "throughput/model_tflops_per_s": rate / 1e12,
         "throughput/padding_frac": _padding_frac(session, rollouts, arrays),

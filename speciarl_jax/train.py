@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 from rich.console import Console
-from rich.table import Table
 
+from speciarl_jax import hosts
 from speciarl_jax.checkpoint import Checkpoints, TrainState
 from speciarl_jax.config import Config
 from speciarl_jax.data.loader import PromptLoader
@@ -26,28 +26,21 @@ from speciarl_jax.gather import RolloutBatch, generation_prompts, training_sampl
 from speciarl_jax.judge.config import JudgeConfig
 from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.judge.verdict_log import VerdictLog
-from speciarl_jax.live import LiveView, format_seconds
-from speciarl_jax.metrics import (
-    MetricsWriter,
-    make_console,
-    open_wandb,
-    rollout_table,
-    step_line,
-)
-from speciarl_jax.optim import init_optimizer, make_optimizer
+from speciarl_jax.live import LiveView
+from speciarl_jax.metrics import MetricsWriter, make_console, open_wandb
+from speciarl_jax.optim import OptimState, init_optimizer, make_optimizer
 from speciarl_jax.overlap import restore_rollouts, run_overlapped_step, save_rollouts
-from speciarl_jax.predictions import from_rollout, read_predictions, write_predictions
-from speciarl_jax.preemption import Preempted, stop_signal
-from speciarl_jax.report.compare import compare
-from speciarl_jax.report.plots import plot_training
-from speciarl_jax.report.tables import comparison_table, format_estimate, metrics_table
-from speciarl_jax.report.thumbnails import save_thumbnail
+from speciarl_jax.preemption import Preempted, StepAbandoned, StopFlag, stop_signal
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.rollout.warm_up import BatchShapes, warm_up
-from speciarl_jax.scores import Groups, TrainingStopped
+from speciarl_jax.run_report import Run, finish, report_start, report_step
+from speciarl_jax.scores import TrainingStopped
 from speciarl_jax.session import Session, enable_compile_cache, open_session
 from speciarl_jax.sft import resolve_target, run_sft_step
+from speciarl_jax.sharding import optimizer_shardings, param_shardings, replicated
 from speciarl_jax.step import StepResult, run_step
+from speciarl_jax.storage import Spool
+from speciarl_jax.watch import Goodput, Heartbeat, Profile
 from speciarl_jax.workdir import prepare_workdir
 
 _JUDGE_STARTUP_S = 60.0
@@ -60,6 +53,8 @@ def main(
     resume: bool = False,
     overwrite: bool = False,
     recipe_dir: pathlib.Path | None = None,
+    profile: tuple[int, int] | None = None,
+    spool: Spool | None = None,
 ) -> TrainState:
     """Trains a recipe in a work directory.
 
@@ -69,6 +64,8 @@ def main(
         resume: go on from the newest checkpoint there.
         overwrite: delete what an earlier run left there.
         recipe_dir: folder of the recipe file, for its prompts.
+        profile: (first, last) step to trace, or None.
+        spool: copies `workdir` to object storage at each save; None for an ordinary folder.
 
     Returns:
         The final state.
@@ -81,11 +78,17 @@ def main(
     """
     config.validate()
     enable_compile_cache(config.compile_cache_dir)
-    console = make_console()
-    prepare_workdir(workdir, config, resume=resume, overwrite=overwrite)
+    console = make_console() if hosts.is_first() else Console(quiet=True)
+    check_processes(config, spool)
+    claim_workdir(workdir, config, resume=resume, overwrite=overwrite)
     session = open_session(config, recipe_dir)
     loader = open_train_loader(session)
-    checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+    checkpoints = Checkpoints(
+        workdir,
+        config.train.keep_checkpoints,
+        keep_best=config.train.keep_best,
+        keep_every_hours=config.train.keep_every_hours,
+    )
     optimizer = make_optimizer(config.optim, num_updates(config))
     state = initial_state(session, optimizer, loader)
     if resume and checkpoints.steps():
@@ -101,8 +104,10 @@ def main(
         stack.callback(checkpoints.close)
         sampled = state.step + (state.rollouts is not None)  # labels of these steps are known
         judge = stack.enter_context(open_judge(config.judge, workdir, sampled))
-        writer = MetricsWriter(workdir, state.step or -1, open_wandb(config, workdir))
-        stack.callback(writer.close)
+        writer = None
+        if hosts.is_first():
+            writer = MetricsWriter(workdir, state.step or -1, open_wandb(config, workdir))
+            stack.callback(writer.close)
         view = stack.enter_context(LiveView(console, config.train.num_steps, state.step))
         eval_judge = judge
         if not config.eval.use_train_judge:
@@ -119,33 +124,64 @@ def main(
             checkpoints,
             writer,
             view,
+            Heartbeat(workdir),
+            Profile(workdir, profile),
+            Goodput(),
+            spool,
         )
+        stack.callback(run.profile.close)
         base = score(run, state, "base") if config.eval.score_base else None
-        if base and config.train.eval_every and state.step == 0:
+        if base and writer and config.train.eval_every and state.step == 0:
             writer.write({"step": 0} | eval_row(base))
         if config.eval.best_of:
             score(run, initial_like(state, session), "best_of", samples=config.eval.best_of)
         state = train_loop(run, state)
         trained = score(run, state, "trained") if config.eval.score_trained else None
-        finish(run, base, trained)
+        if hosts.is_first():
+            finish(run, base, trained)
+        if spool is not None:
+            spool.push()
     return state
 
 
-@dataclasses.dataclass
-class Run:
-    """The open parts of a run."""
+def check_processes(config: Config, spool: Spool | None) -> None:
+    """Refuses what one process can do and several cannot yet.
 
-    config: Config
-    workdir: pathlib.Path
-    console: Console
-    session: Session
-    judge: JudgeThread
-    eval_judge: JudgeThread
-    optimizer: optax.GradientTransformation
-    loader: PromptLoader
-    checkpoints: Checkpoints
-    writer: MetricsWriter
-    view: LiveView
+    Raises:
+        ValueError: such a setting, in a job of several processes.
+    """
+    missing = {
+        "algo.dynamic_sampling=true": config.algo.dynamic_sampling,
+        f"train.async_steps={config.train.async_steps}": config.train.async_steps > 0,
+        f"train.micro_batch_tokens={config.train.micro_batch_tokens}": (
+            config.train.micro_batch_tokens > 0
+        ),
+        "algo.name=sft": config.algo.name == "sft",
+        "--workdir on object storage": spool is not None,
+    }
+    for what, is_asked in missing.items():
+        if is_asked and jax.process_count() > 1:
+            raise ValueError(
+                f"{what}: not implemented for {jax.process_count()} processes; use one process, "
+                "or leave it at its default (and give a folder that all processes see)"
+            )
+
+
+def claim_workdir(workdir: pathlib.Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+    """`prepare_workdir` by the first process; all of them end if it refuses.
+
+    Raises:
+        ValueError: see `workdir.prepare_workdir`.
+    """
+    problem = None
+    if hosts.is_first():
+        try:
+            prepare_workdir(workdir, config, resume=resume, overwrite=overwrite)
+        except ValueError as error:
+            problem = str(error)
+    problem = hosts.from_first(problem)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def train_loop(run: Run, state: TrainState) -> TrainState:
@@ -158,8 +194,13 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
         state = dataclasses.replace(state, rollouts=None)
     with stop_signal() as stop:
         while state.step < train.num_steps:
+            run.profile.before(state.step + 1)
             waited = run.loader.wait_s
-            result = take_step(run, state, ahead)
+            try:
+                result = take_step(run, state, ahead, make_poll(run, state.step + 1, stop))
+            except StepAbandoned:
+                save(run, state, ahead)
+                raise Preempted(_stopped(run, state)) from None
             waited = run.loader.wait_s - waited
             state, ahead, row = result.state, result.ahead, result.metrics
             row |= {"time/data_s": waited, "time/data_frac": waited / (waited + row["time/step_s"])}
@@ -168,32 +209,73 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
             is_last = state.step == train.num_steps
             if train.eval_every and (is_last or state.step % train.eval_every == 0):
                 row |= validation_metrics(run, state, is_last=is_last)
-            run.writer.write(row)
+            row |= run.goodput.metrics(row)
+            if run.writer is not None:
+                run.writer.write(row)
             report_step(run, row, result.rollouts, step_seconds)
-            if is_last or stop.is_set or state.step % train.save_every == 0:
-                saved = save_rollouts(run.session, ahead) if ahead else None
-                run.checkpoints.save(dataclasses.replace(state, rollouts=saved))
-            if stop.is_set and not is_last:
-                raise Preempted(
-                    f"stopped by signal after step {state.step}, saved in {run.workdir}; "
-                    "start again with --resume"
-                )
+            traced = run.profile.after(state.step)
+            if traced:
+                run.console.print(f"trace of the steps in {traced}", markup=False)
+            is_stopped = hosts.any_process(stop.is_set)
+            if is_last or is_stopped or state.step % train.save_every == 0:
+                save(run, state, ahead, row.get("eval/all/hm"))
+            if is_stopped and not is_last:
+                raise Preempted(_stopped(run, state))
+    run.checkpoints.wait()
     return state
 
 
-def take_step(run: Run, state: TrainState, ahead: RolloutBatch | None) -> StepResult:
+def _stopped(run: Run, state: TrainState) -> str:
+    return (
+        f"stopped by signal after step {state.step}, saved in {run.workdir}; "
+        "start again with --resume"
+    )
+
+
+def make_poll(run: Run, step: int, stop: StopFlag) -> Callable[[], None]:
+    """What a step calls between chunks of its work: the heartbeat, and whether to leave it.
+
+    With several processes none leaves alone: they agree after the step.
+    """
+
+    def poll() -> None:
+        run.heartbeat.beat(step)
+        if jax.process_count() == 1:
+            stop.check()
+
+    return poll
+
+
+def save(run: Run, state: TrainState, ahead: RolloutBatch | None, hm: float | None = None) -> None:
+    """Saves the state with the rollouts of the next step, if there are any.
+
+    It is written in the background, unless the run stops or its folder is copied elsewhere.
+    """
+    start = time.perf_counter()
+    pending = save_rollouts(run.session, ahead) if ahead else None
+    run.checkpoints.save(dataclasses.replace(state, rollouts=pending), hm)
+    if run.spool is not None:
+        run.checkpoints.wait()
+        run.spool.push()
+    run.goodput.add_checkpoint(time.perf_counter() - start)
+
+
+def take_step(
+    run: Run, state: TrainState, ahead: RolloutBatch | None, poll: Callable[[], None]
+) -> StepResult:
     """A supervised or a reinforcement step, the latter perhaps overlapping the next."""
     train = run.config.train
     if run.config.algo.name == "sft":
         target = resolve_target(train.sft_target, run.config.data.source)
+        poll()
         batch = next(run.loader)
         state, row = run_sft_step(run.session, run.optimizer, state, run.loader, batch, target)
         return StepResult(state, None, row)
     parts = (run.session, run.judge, run.optimizer, state, run.loader)
     if not train.async_steps:
-        return run_step(*parts)
+        return run_step(*parts, poll)
     is_last = state.step + 1 == train.num_steps
-    return run_overlapped_step(*parts, ahead, is_last=is_last)
+    return run_overlapped_step(*parts, ahead, poll, is_last=is_last)
 
 
 def open_train_loader(session: Session) -> PromptLoader:
@@ -207,6 +289,9 @@ def open_train_loader(session: Session) -> PromptLoader:
         generation_prompts(config),
         seed=config.seed,
         pad_id=int(session.vocabulary.stop_ids[0]),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_blocks=num_mini_batches(config) if jax.process_count() > 1 else 1,
     )
     if loader.plan.batches_per_epoch < 1:
         raise ValueError(
@@ -219,16 +304,23 @@ def open_train_loader(session: Session) -> PromptLoader:
 
 def num_updates(config: Config) -> int:
     """Optimiser updates of the whole run."""
-    train = config.train
-    return train.num_steps * (train.prompts_per_step // train.prompts_per_update)
+    return config.train.num_steps * num_mini_batches(config)
+
+
+def num_mini_batches(config: Config) -> int:
+    """Optimiser updates of a step."""
+    return config.train.prompts_per_step // config.train.prompts_per_update
 
 
 def initial_state(
     session: Session, optimizer: optax.GradientTransformation, loader: PromptLoader
 ) -> TrainState:
-    """Step 0."""
-    trainable = session.parts.trainable
-    return TrainState(trainable, init_optimizer(optimizer, trainable), 0, loader.get_state())
+    """Step 0; the optimiser's state lies where its parameters do."""
+    trainable, mesh = session.parts.trainable, session.mesh
+    optim = init_optimizer(optimizer, trainable)
+    moments = optimizer_shardings(optimizer, optim.inner, param_shardings(trainable, mesh), mesh)
+    places = OptimState(moments, replicated(mesh), replicated(mesh))
+    return TrainState(trainable, jax.device_put(optim, places), 0, loader.get_state())
 
 
 def initial_like(state: TrainState, session: Session) -> TrainState:
@@ -243,8 +335,11 @@ def open_judge(judge: JudgeConfig, workdir: pathlib.Path, step: int) -> JudgeThr
         JudgeError: nobody answers; one line with the place.
     """
     defaults = {"cache_path": "judge_cache.sqlite", "log_path": "verdicts.sqlite"}
+    number = jax.process_index()
+    if number:  # each process has its own files
+        defaults = {k: v.replace(".", f".{number}.") for k, v in defaults.items()}
     settings = {k: str(workdir / v) for k, v in defaults.items() if not getattr(judge, k)}
-    judge = dataclasses.replace(judge, **settings)
+    judge = dataclasses.replace(judge, **settings, num_hosts=jax.process_count())
     if pathlib.Path(judge.log_path).is_file():
         log = VerdictLog(judge.log_path)
         log.cut_back(step)
@@ -269,7 +364,7 @@ def score(run: Run, state: TrainState, name: str, samples: int = 0) -> dict[str,
     start = time.perf_counter()
     metrics = evaluate(
         run.session,
-        (state.trainable, run.session.parts.frozen),
+        run.session.local_states(state.trainable),
         run.eval_judge,
         run.workdir / "eval" / name,
         samples=samples or settings.samples,
@@ -319,96 +414,6 @@ def warm_up_rollouts(console: Console, session: Session, state: TrainState) -> N
         seed=config.seed,
     )
     console.print(f"warm-up: {count} programs in {time.perf_counter() - start:.1f}s")
-
-
-def report_start(
-    console: Console, session: Session, loader: PromptLoader, state: TrainState
-) -> None:
-    """What is about to run, and what data was left out."""
-    config = session.config
-    console.print(
-        f"{config.name}: {session.arch.text.num_layers} layers, {len(loader.index.kept)} images, "
-        f"{config.train.prompts_per_step} prompts x {config.rollout.group_size} rollouts a step, "
-        f"from step {state.step} to {config.train.num_steps}",
-        markup=False,
-    )
-    for skipped in loader.index.skipped[:20]:
-        console.print(f"skipped {skipped.image_name}: {skipped.reason}", markup=False)
-    if len(loader.index.skipped) > 20:
-        console.print(f"... {len(loader.index.skipped)} images skipped in all")
-
-
-def report_step(
-    run: Run, row: dict[str, float], rollouts: RolloutBatch | None, seconds: list[float]
-) -> None:
-    """The line of a step, the live view; now and then a table and the rollouts as a file."""
-    step, train = int(row["step"]), run.config.train
-    groups: Groups = rollouts.groups if rollouts is not None else []
-    recent = sorted(seconds[-20:])
-    eta = recent[len(recent) // 2] * (train.num_steps - step)
-    run.view.update(step, eta, groups)
-    if rollouts is None:
-        if step % 20 == 0 or step == 1:
-            run.console.print(
-                f"step {step}/{train.num_steps}  loss {row['policy/loss']:.4f}  "
-                f"{row['time/step_s']:.2f}s  eta {format_seconds(eta)}"
-            )
-        return
-    run.console.print(step_line(row, train.num_steps, eta), markup=False)
-    if train.table_every and (step % train.table_every == 0 or step in (1, train.num_steps)):
-        run.console.print(rollout_table(groups, step))
-        batch = rollouts.batch
-        images = dict(zip(batch.prompt_ids, batch.images, strict=True))
-        run.writer.write_rollouts(step, groups, images)
-        rows = [
-            from_rollout(r, save_thumbnail(run.workdir, r.prompt_id, images[r.prompt_id]), step)
-            for group in groups
-            for r in group
-        ]
-        folder = run.workdir / "rollouts"
-        folder.mkdir(exist_ok=True)
-        write_predictions(folder / f"step_{step:06d}.jsonl", rows)
-
-
-def finish(run: Run, base: dict[str, Any] | None, trained: dict[str, Any] | None) -> None:
-    """Plots and the closing table."""
-    plots = plot_training(run.workdir / "metrics.jsonl", run.workdir / "plots")
-    if base and trained:
-        run.console.print(change_table(run))
-    elif trained or base:
-        run.console.print(metrics_table(trained or base, "scores"))
-    best_of = run.workdir / "eval" / "best_of" / "metrics.json"
-    if best_of.is_file():
-        metrics = json.loads(best_of.read_text())
-        report_best_of(run.console, metrics)
-    run.console.print(f"{len(plots)} plots in {run.workdir / 'plots'}", markup=False)
-
-
-def change_table(run: Run) -> Table:
-    """Trained against base on the same images, differences with paired intervals."""
-    settings = run.config.eval
-    base, trained = (
-        read_predictions(run.workdir / "eval" / name / "predictions.jsonl")
-        for name in ("base", "trained")
-    )
-    found = compare(
-        base,
-        trained,
-        in_domain=run.config.data.in_domain,
-        format_failures=settings.format_failures,
-        bootstrap_samples=settings.bootstrap_samples,
-        seed=run.config.seed,
-    )
-    title = "before and after training"
-    return comparison_table(found["a"], found["b"], title, differences=found["differences"])
-
-
-def report_best_of(console: Console, metrics: dict[str, Any]) -> None:
-    """Upper bound: the base's best answer of N per image."""
-    for name, scores in metrics["best_of"]["datasets"].items():
-        names = ("correctness", "specificity", "hm")
-        values = "  ".join(f"{m} {format_estimate(scores['best'][m])}" for m in names)
-        console.print(f"base, best of {scores['n']} on {name}: {values}", markup=False)
 
 
 __all__ = ["Preempted", "TrainingStopped", "main"]

@@ -30,7 +30,13 @@ from speciarl_jax.policy.layers import last_axis
 from speciarl_jax.policy.model import Policy
 from speciarl_jax.policy.text import TextModel
 from speciarl_jax.rollout.sampling import allowed_logits
-from speciarl_jax.sharding import num_replicas, optimizer_shardings, param_shardings, replicated
+from speciarl_jax.sharding import (
+    num_replicas,
+    optimizer_shardings,
+    param_shardings,
+    prompt_sharding,
+    replicated,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -250,7 +256,14 @@ def batch_logprobs(
         hidden = tree_hidden(policy, micro, config)
         return token_logprobs(policy.text, hidden, micro.completions, banned, config)[0]
 
-    return jax.lax.map(one, batch)
+    return _spread(jax.lax.map(one, batch), config)
+
+
+def _spread(logprobs: Float[Array, "U P G C"], config: LossConfig) -> Float[Array, "U P G C"]:
+    """Pins log-probs to the replicas of their prompts."""
+    if config.mesh is None:
+        return logprobs
+    return jax.lax.with_sharding_constraint(logprobs, prompt_sharding(config.mesh, axis=1))
 
 
 @functools.partial(
@@ -294,7 +307,8 @@ def update_step(
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
     grads, stats = jax.lax.scan(accumulate, zeros, batch)
-    stats = {k: v if k == "logprobs" else jnp.sum(v, axis=0) for k, v in stats.items()}
+    logprobs = _spread(stats.pop("logprobs"), config)
+    stats = {"logprobs": logprobs, **{k: jnp.sum(v, axis=0) for k, v in stats.items()}}
     trainable, optim_state, norm = apply_gradients(optimizer, grads, optim_state, trainable)
     if config.mesh is not None:
         trainable, optim_state = lay_out(trainable, optim_state, optimizer, config.mesh)

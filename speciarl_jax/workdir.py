@@ -63,12 +63,20 @@ def _delete_run(workdir: pathlib.Path) -> None:
 
 
 # What may change between a run and its continuation without changing its numbers.
-_FREE = ("num_steps", "table_every", "save_every", "keep_checkpoints", "eval_every")
+_FREE = (
+    "num_steps",
+    "table_every",
+    "save_every",
+    "keep_checkpoints",
+    "keep_best",
+    "keep_every_hours",
+    "eval_every",
+)
 
 
 def _check_same_recipe(old: dict[str, Any], new: dict[str, Any], marker: pathlib.Path) -> None:
     for section, values in new.items():
-        if section in ("judge", "eval", "mesh", "logging"):
+        if section in ("judge", "eval", "mesh", "logging", "compile_cache_dir"):
             continue
         before = old.get(section)
         if isinstance(values, dict) and isinstance(before, dict):

@@ -11,12 +11,13 @@ if __name__ == "__main__":
     port, count, index = (int(x) for x in sys.argv[1:4])
     hosts.connect(f"127.0.0.1:{port}", count, index)
     own = np.arange(4) + 10 * index
-    everywhere = hosts.gather_prompts(own, num_blocks=2)
+    big = 2.0**60 + 2**8 * index
     print(
         json.dumps(
             {
-                "gathered": everywhere.tolist(),
-                "own": hosts.local_rows(everywhere, num_blocks=2).tolist(),
+                "gathered": hosts.gather_prompts(own).tolist(),
+                "exact": hosts.gather(np.float64(big)).tolist(),
+                "mean": hosts.mean({"a": float(index), "b": 2.0}),
                 "largest": hosts.largest(index, 7 - index),
                 "any": [hosts.any_process(index == 1), hosts.any_process(False)],
                 "json": hosts.gather_json({"name": "é" * (index + 1)}),

@@ -96,7 +96,9 @@ def test_recipe_has_the_papers_numbers():
 
 @pytest.fixture(scope="module")
 def session():
-    return open_small_session(model__path="tiny", rollout__max_completion_tokens=40)
+    return open_small_session(
+        model__path="tiny", rollout__max_completion_tokens=40, rollout__chunk_tokens=40
+    )
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +170,7 @@ class ScriptedJudge:
 
 def gather(session, judge, **changes):
     """Rollouts of step one for 4 prompts, 4 answers each, answered in one chunk."""
-    config = small_config(
-        algo__dynamic_sampling=True, algo__kl_coef=0.0, rollout__chunk_tokens=40, **changes
-    )
+    config = small_config(algo__dynamic_sampling=True, algo__kl_coef=0.0, **changes)
     session.config = config
     loader = train.open_train_loader(session)
     optimizer = make_optimizer(config.optim, 1)

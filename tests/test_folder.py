@@ -46,6 +46,7 @@ def test_folder_trains_and_evaluates_end_to_end(tmp_path):
         "--config.train.prompts_per_step=2",
         "--config.train.prompts_per_update=2",
         "--config.train.prompts_per_micro_batch=2",
+        "--config.mesh.data=1",  # the tests' eight fake devices would be eight replicas
     ]
     result = run_cli("train", recipe, f"--workdir={workdir}", *options)
     assert result.returncode == 0, result.stderr

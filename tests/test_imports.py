@@ -11,9 +11,18 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "speciarl_jax"
 
 # A module may import rooms of its own level or lower ones.
 LEVELS = [
-    {"types", "arch", "flops", "clock", "preemption", "hosts", "storage"},
+    {"types", "arch", "flops", "clock", "preemption", "hosts", "storage", "watch"},
     {"config", "judge", "presets"},
-    {"data", "optim", "sharding", "scoring", "bootstrap", "predictions", "text_metrics", "text_model"},
+    {
+        "data",
+        "optim",
+        "sharding",
+        "scoring",
+        "bootstrap",
+        "predictions",
+        "text_metrics",
+        "text_model",
+    },
     {"policy", "reward", "advantage", "weights", "loss", "scores"},
     {"rollout", "update", "batching", "packing", "convert", "metrics", "live", "report", "tiny"},
     {"session", "checkpoint", "workdir"},
@@ -22,12 +31,24 @@ LEVELS = [
     {"step_metrics", "programs", "plan"},
     {"step", "evaluate"},
     {"overlap"},
-    {"sft", "export_run", "sample_command"},
+    {"sft", "export_run", "sample_command", "run_report"},
     {"train"},
     {"eval_command"},
     {"cli"},
 ]
-HOST_ONLY = {"types", "arch", "flops", "clock", "scores", "config", "judge", "data", "reward", "advantage", "weights"}
+HOST_ONLY = {
+    "types",
+    "arch",
+    "flops",
+    "clock",
+    "scores",
+    "config",
+    "judge",
+    "data",
+    "reward",
+    "advantage",
+    "weights",
+}
 HOST_ONLY |= {"scoring", "bootstrap", "predictions", "text_metrics", "text_model", "report"}
 DEVICE_FILES = ("policy", "rollout", "update", "loss")
 FORBIDDEN_ON_DEVICE = {"socket", "os", "subprocess", "asyncio", "aiohttp", "openai", "urllib"}

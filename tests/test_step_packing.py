@@ -91,7 +91,7 @@ def run(session, function, train, *packs):
 
 @pytest.mark.slow
 def test_packing_changes_nothing(session):
-    """Loss, statistics, gradient norm and new weights of the fixed micro-batches, to 1e-6."""
+    """Loss, statistics and every gradient (Adam's moments) of fixed micro-batches, to 1e-6."""
     lengths, is_token, train, packs = ragged(session)
     fixed = run(session, update.update_step, batching.micro_batches(train, slice(None), 6))
     packed = run(session, packing.packed_update, train, packs)
@@ -102,10 +102,9 @@ def test_packing_changes_nothing(session):
     np.testing.assert_allclose(
         before[is_token], np.asarray(packed[2]["logprobs"])[is_token], atol=1e-5
     )
-    moved = jax.tree.leaves(session.parts.trainable)
-    for a, b, old in zip(*(jax.tree.leaves(x[0]) for x in (fixed, packed)), moved, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
-        assert np.abs(a - old).max() > 0
+    moments = (jax.tree.leaves(result[1].inner) for result in (fixed, packed))
+    for a, b in zip(*moments, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 * max(np.abs(a).max(), 1e-30))
     found = packing.packed_logprobs(
         session.parts.graphdef,
         (session.parts.trainable, session.parts.frozen),

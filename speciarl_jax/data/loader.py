@@ -326,7 +326,8 @@ class PromptLoader:
     def _rows_of(self, batch: int) -> np.ndarray:
         epoch, first = self.plan.locate(batch * self.plan.batch_size)
         ranks = first + self._rows
-        return self.plan.order(epoch)[ranks[ranks < self.plan.num_prompts]]
+        order = self.plan.order(epoch)
+        return np.asarray(order[ranks[ranks < self.plan.num_prompts]])
 
     def _collate(self, items: Sequence[_Item]) -> PromptBatch:
         return collate(

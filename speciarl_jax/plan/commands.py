@@ -79,12 +79,14 @@ def _talk(
         process.stdin.write(request)
         process.stdin.close()
         output = process.stdout.read()
-        code = process.wait()
         listener.join()
     finally:
         limit.cancel()
         process.kill()
-    return code, output, noise
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+    return process.returncode, output, noise
 
 
 def _listen(stream: IO[bytes], noise: collections.deque[str]) -> None:

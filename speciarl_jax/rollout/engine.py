@@ -102,7 +102,10 @@ class RolloutEngine:
         seed: int,
         step: int,
     ) -> Iterator[list[FinishedRow]]:
-        """Yields answers as they finish, in lists, each (prompt, sample) of real prompts once.
+        """Yields answers as they finish, each (prompt, sample) of real prompts once.
+
+        There is a list after every chunk of decoding, empty where no row has finished, so that
+        callers can look after other things meanwhile.
 
         Args:
             states: the parts that `graphdef` merges with (trainable, frozen).
@@ -201,9 +204,7 @@ class RolloutEngine:
             until = min(wave.step + self.config.chunk_tokens, columns)
             smaller = layout.next_rows(wave.rows.per_shard, full) if self.config.compact else 0
             self.advance(states, wave, row_map, until, smaller, sampling)
-            finished = self._take_finished(wave, wave.step >= limit)
-            if finished:
-                yield finished
+            yield self._take_finished(wave, wave.step >= limit)
             if wave.rows.is_free.all():
                 return
             has_shrunk = self.config.compact and self._shrink(wave, full)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from speciarl_jax.judge.base import Outcome, Pair
@@ -11,6 +11,8 @@ from speciarl_jax.judge.parse import extract_answer
 from speciarl_jax.rollout.engine import FinishedRow, Vocabulary
 from speciarl_jax.types import PromptBatch, Rollout
 
+Poll = Callable[[], None]
+_POLL_EVERY_S = 0.5
 Pending = list[tuple[list[Rollout], "concurrent.futures.Future[list[Outcome]]"]]
 
 
@@ -85,12 +87,23 @@ def _to_rollout(
     )
 
 
-def await_verdicts(pending: Pending) -> None:
+def no_poll() -> None:
+    """Nothing to look after while work goes on."""
+
+
+def await_verdicts(pending: Pending, poll: Poll = no_poll) -> None:
     """Waits for all labels and writes them into their rollouts, in rollout order.
+
+    Args:
+        pending: labels under way.
+        poll: called every half second of waiting; may raise.
 
     Raises:
         JudgeError: the judge gave up; see `speciarl_jax.judge`.
     """
     for rollouts, future in pending:
+        while not future.done():
+            poll()
+            concurrent.futures.wait([future], _POLL_EVERY_S)
         for rollout, outcome in zip(rollouts, future.result(), strict=True):
             rollout.outcome = outcome

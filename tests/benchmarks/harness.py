@@ -19,13 +19,27 @@ from collections.abc import Callable
 
 import numpy as np
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8  # glibc's malloc.h
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "peft")
 
 
-def use_one_core() -> None:
-    """Pins the process to its first core and both frameworks to one thread; call it first."""
-    _keep_freed_memory()
+def use_one_core(*, is_memory_run: bool = False) -> None:
+    """Pins the process to its first core and both frameworks to one thread; call it first.
+
+    Args:
+        is_memory_run: for `peak_growth_mb`: freed memory goes back at once. Otherwise glibc keeps
+            it, for both sides: in a virtual machine that gives freed pages back to its host,
+            faulting a gigabyte in again takes up to five seconds, and it hits the other side.
+
+    Raises:
+        OSError: not glibc.
+    """
+    keep = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
+    give_back = ((_M_MMAP_THRESHOLD, 2**16), (_M_TRIM_THRESHOLD, 2**16))
+    libc = ctypes.CDLL("libc.so.6")
+    for option, value in give_back if is_memory_run else keep:
+        if libc.mallopt(option, value) != 1:
+            raise OSError(f"mallopt({option}, {value}) was refused; these benchmarks need glibc")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     os.environ["OMP_NUM_THREADS"] = "1"
     flag = "--xla_cpu_multi_thread_eigen=false"
@@ -37,16 +51,19 @@ def use_one_core() -> None:
     torch.set_num_threads(1)
 
 
-def _keep_freed_memory() -> None:
-    """Lets glibc hold on to freed memory, for both sides: no pages are faulted in while timed.
+def peak_growth_mb(run: Callable[[], object]) -> int:
+    """MiB by which the resident memory of the process peaks above where it stood before `run`."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status_kb("VmRSS")
+    run()
+    return round((_status_kb("VmHWM") - before) / 1024)
 
-    In a virtual machine that gives freed pages back to its host, faulting a gigabyte in again takes
-    up to five seconds, and it hits whichever side comes second.
-    """
-    libc = ctypes.CDLL("libc.so.6")
-    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
-        if libc.mallopt(option, value) != 1:
-            raise OSError(f"mallopt({option}, {value}) was refused; these benchmarks need glibc")
+
+def _status_kb(field: str) -> int:
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}; these benchmarks need Linux")
 
 
 def summary(seconds: list[float]) -> dict[str, float | int]:

@@ -1,5 +1,6 @@
 """Programs compiled from shapes alone: on fake devices here, for TPU with libtpu (tpu_aot)."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ from speciarl_jax.cli import load_recipe, main
 from speciarl_jax.plan.chips import open_topology
 from speciarl_jax.plan.make import open_plan
 from speciarl_jax.plan.measure import measure
+from speciarl_jax.plan.search import search
 from speciarl_jax.programs import (
     decode_programs,
     device_bytes,
@@ -155,13 +157,21 @@ def test_bad_requests_are_one_line(capfd):
 
 
 @pytest.mark.slow
-def test_search_finds_settings_that_fit(capfd):
-    words = ["plan", f"--config={SMOKE}", "--topology=gpu:l4x2", "--search", "--json"]
-    assert main(words) == 0
-    plan = json.loads(capfd.readouterr().out)
-    assert plan["fits"]
-    assert plan["remat"] == "none"
-    assert "--config.train.prompts_per_micro_batch=8" in plan["flags"]
+def test_search_takes_the_largest_micro_batch_that_fits():
+    config, _ = load_recipe(SMOKE, ["--config.train.prompts_per_step=2"])
+    config.train.prompts_per_update, config.model.remat = 2, "full"
+    found = search(config, open_topology("gpu:l4x1"))
+    assert (found.config.model.remat, found.config.train.prompts_per_micro_batch) == ("none", 2)
+    assert "--config.mesh.tensor=1 --config.model.remat=none" in found.flags
+    assert 0 < found.config.rollout.max_cache_mb < 22 * 1024
+
+
+def test_search_says_that_nothing_fits():
+    topology = open_topology("gpu:l4x1")
+    chip = dataclasses.replace(topology.chip, memory_gib=0.001)
+    config, _ = load_recipe(SMOKE, [])
+    with pytest.raises(ValueError, match="--search: tiny does not fit gpu:l4x1"):
+        search(config, dataclasses.replace(topology, chip=chip))
 
 
 @pytest.mark.tpu_aot

@@ -116,11 +116,11 @@ def plain_gaps(session, rows, batch):
 @pytest.mark.parametrize(
     ("model", "dtype", "kv", "mean", "p99"),
     [
-        # Limits are about three times what was measured; see docs/benchmarks.md.
-        ("tiny", "float32", "int8", 0.01, 0.1),
-        ("tiny", "bfloat16", "compute", 0.02, 0.2),
-        ("tiny", "bfloat16", "int8", 0.02, 0.2),
-        ("random", "float32", "int8", 0.01, 0.1),
+        # About three times what was measured (docs/benchmarks.md); random weights: looser.
+        ("tiny", "float32", "int8", 5e-5, 1.2e-3),
+        ("tiny", "bfloat16", "compute", 2e-4, 6e-3),
+        ("tiny", "bfloat16", "int8", 2.5e-4, 6e-3),
+        ("random", "float32", "int8", 5e-3, 2e-2),
     ],
 )
 def test_reduced_precision_moves_logprobs_by_little(model, dtype, kv, mean, p99):
