@@ -76,7 +76,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],
-        "gcp": ["google-cloud-aiplatform>=1.70", "google-auth[requests]>=2.30"],
+        "gcp": ["google-cloud-aiplatform>=1.70", "google-auth[requests]>=2.30", "gcsfs>=2024.6"],
         "redis": ["redis[hiredis]>=6"],  # verdict cache shared by hosts
         "plan": ["libtpu"],
         "wandb": ["wandb>=0.20"],

@@ -93,7 +93,7 @@ class RolloutConfig:
     chunk_tokens: int = 32  # decode steps between two looks at which rollouts have finished
     compact: bool = True  # drop finished rows from the decode batch between chunks
     kv_cache_dtype: str = "compute"  # or int8: half of bfloat16's cache; log-probs move < 1e-2
-    max_cache_mb: int = 0  # device memory of a rollout, MiB; beyond it waves of prompts; 0: no limit
+    max_cache_mb: int = 0  # of a rollout on a device, MiB; beyond it waves of prompts; 0: no limit
     warm_up: bool = False  # compile every shape before step one; needs data.*_buckets
 
 
@@ -146,7 +146,7 @@ class TrainConfig:
     num_steps: int = 165  # rollout batches (sft: updates); 0 scores the base and trains nothing
     prompts_per_step: int = 256  # P
     prompts_per_update: int = 128  # mini-batch; prompts_per_step / this many updates per step
-    prompts_per_micro_batch: int = 8  # prompts in one forward-backward, per replica
+    prompts_per_micro_batch: int = 8  # prompts in one forward-backward of a replica, at most
     micro_batch_tokens: int = 0  # padded tokens at once per replica, packed; 0: fixed micro-batches
     async_steps: int = 0  # 1: the next rollout overlaps this update
     table_every: int = 10  # steps between printed rollout tables, 0 for never
@@ -370,6 +370,20 @@ def _check_built(config: Config) -> None:
     }
     for what, is_asked in missing.items():
         _require(not is_asked, f"{what}: not implemented yet; leave it at its default")
+
+
+def micro_batch_prompts(train: TrainConfig, num_replicas: int) -> int:
+    """Prompts in one forward-backward of a replica: the most that cut its share evenly.
+
+    Args:
+        train: ``prompts_per_update`` divides over the replicas; ``prompts_per_micro_batch`` is the
+            limit.
+        num_replicas: of the mesh.
+    """
+    share = train.prompts_per_update // num_replicas
+    return next(
+        size for size in range(min(train.prompts_per_micro_batch, share), 0, -1) if share % size == 0
+    )
 
 
 def parse_recipe_arg(arg: str | None, allowed: dict[str, str]) -> dict[str, str]:

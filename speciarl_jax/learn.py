@@ -28,7 +28,7 @@ from jaxtyping import Array
 
 from speciarl_jax import batching, hosts, packing, weights
 from speciarl_jax.checkpoint import TrainState
-from speciarl_jax.config import Config
+from speciarl_jax.config import Config, micro_batch_prompts
 from speciarl_jax.gather import RolloutBatch
 from speciarl_jax.loss import importance_weights
 from speciarl_jax.optim import OptimState
@@ -157,7 +157,8 @@ def mini_batch_packs(
 def micro_batches(session: Session, whole: TrainBatch, rows: slice) -> TrainBatch:
     """Fixed micro-batches of a mini-batch, [U, P, ...] leaves, spread over the replicas."""
     mesh = session.mesh
-    size = session.config.train.prompts_per_micro_batch * num_replicas(session.local)
+    size = micro_batch_prompts(session.config.train, num_replicas(mesh))
+    size *= num_replicas(session.local)
     micro = batching.micro_batches(whole, rows, size)
     return micro if mesh.size == 1 else place_prompts(micro, mesh, axis=1)
 

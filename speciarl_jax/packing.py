@@ -240,7 +240,7 @@ def _accumulate(
 @functools.partial(
     jax.jit,
     static_argnames=("optimizer", "config"),
-    donate_argnames=("grads", "optim_state", "trainable"),
+    donate_argnames=("optim_state", "trainable"),
 )
 def _apply(
     optimizer: optax.GradientTransformation,

@@ -155,13 +155,12 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     """Refuses batch sizes that leave replicas idle.
 
     Raises:
-        ValueError: ``train.prompts_per_update`` is not a multiple of one micro-batch everywhere.
+        ValueError: ``train.prompts_per_update`` does not divide over the replicas.
     """
-    train, replicas = config.train, sharding.num_replicas(mesh)
-    if train.prompts_per_update % (train.prompts_per_micro_batch * replicas):
+    size, replicas = config.train.prompts_per_update, sharding.num_replicas(mesh)
+    if size % replicas:
         raise ValueError(
-            f"train.prompts_per_update={train.prompts_per_update} is not a multiple of "
-            f"train.prompts_per_micro_batch={train.prompts_per_micro_batch} x {replicas} replicas "
+            f"train.prompts_per_update={size} is not a multiple of {replicas} replicas "
             f"(mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}); change one of them"
         )
 
@@ -183,8 +182,8 @@ def assemble_session(
     )
     parts = dataclasses.replace(
         parts,
-        trainable=jax.device_put(parts.trainable, sharding.param_shardings(parts.trainable, mesh)),
-        frozen=jax.device_put(parts.frozen, sharding.param_shardings(parts.frozen, mesh)),
+        trainable=sharding.place(parts.trainable, sharding.param_shardings(parts.trainable, mesh)),
+        frozen=sharding.place(parts.frozen, sharding.param_shardings(parts.frozen, mesh)),
     )
     builder = make_builder(config.data, tokenizer, arch, model_dir, config.seed, recipe_dir)
     local = sharding.local_mesh(mesh)

@@ -262,6 +262,25 @@ def local_view(tree: Any, local: Mesh) -> Any:
     return tree if jax.process_count() == 1 else jax.tree.map(view, tree)
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """Moves arrays to their places on the mesh.
+
+    Args:
+        tree: arrays that lie there already, or that every process holds whole and equal.
+        shardings: one for each.
+    """
+
+    def move(x: Any, sharding: NamedSharding) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(move, tree, shardings)
+
+
 def own_prompts(x: jax.Array, axis: int = 0) -> Any:
     """This process's prompts of a global array; the array itself in a job of one process.
 

@@ -37,7 +37,7 @@ from speciarl_jax.run_report import Run, finish, report_start, report_step
 from speciarl_jax.scores import TrainingStopped
 from speciarl_jax.session import Session, enable_compile_cache, open_session
 from speciarl_jax.sft import resolve_target, run_sft_step
-from speciarl_jax.sharding import optimizer_shardings, param_shardings, replicated
+from speciarl_jax.sharding import optimizer_shardings, param_shardings, place, replicated
 from speciarl_jax.step import StepResult, run_step
 from speciarl_jax.storage import Spool
 from speciarl_jax.watch import Goodput, Heartbeat, Profile
@@ -320,7 +320,7 @@ def initial_state(
     optim = init_optimizer(optimizer, trainable)
     moments = optimizer_shardings(optimizer, optim.inner, param_shardings(trainable, mesh), mesh)
     places = OptimState(moments, replicated(mesh), replicated(mesh))
-    return TrainState(trainable, jax.device_put(optim, places), 0, loader.get_state())
+    return TrainState(trainable, place(optim, places), 0, loader.get_state())
 
 
 def initial_like(state: TrainState, session: Session) -> TrainState:

@@ -42,8 +42,8 @@ runtime_version() {
   esac
 }
 
-# on_workers COMMAND: the same command line on every host of the slice.
+# on_workers COMMAND [all|N]: the same command line on every host of the slice, or on one.
 on_workers() {
   run gcloud compute tpus tpu-vm ssh "$TPU_NAME" --project="$PROJECT" --zone="$ZONE" \
-    --worker=all --command="$1"
+    --worker="${2:-all}" --command="$1"
 }

@@ -19,7 +19,7 @@ need WORKDIR "run directory, gs://BUCKET/PATH"
 need JUDGE_URL "judge endpoint, see judge.sh"
 [[ "${1:-}" == --config=* ]] || fail "usage: gke.sh --config=RECIPE [overrides]"
 
-words=$(printf ' %q' "$WORKDIR" "$@" "--config.judge.endpoints=('$JUDGE_URL',)")
+words=$(printf ' %q' "$WORKDIR" --cluster "$@" "--config.judge.endpoints=('$JUDGE_URL',)")
 # One start per pod: xpk restarts all hosts of the slice together.
 run xpk workload create --project="$PROJECT" --zone="$ZONE" --cluster="$CLUSTER" \
   --workload="$TPU_NAME" --tpu-type="$ACCELERATOR" --docker-image="$IMAGE" --num-slices=1 \

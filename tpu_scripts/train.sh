@@ -16,7 +16,7 @@ need WORKDIR "run directory that all workers reach, gs://BUCKET/PATH"
 need JUDGE_URL "judge endpoint, see judge.sh"
 [[ "${1:-}" == --config=* ]] || fail "usage: train.sh --config=RECIPE [overrides]"
 
-words=$(printf ' %q' "$WORKDIR" "$@" "--config.judge.endpoints=('$JUDGE_URL',)")
+words=$(printf ' %q' "$WORKDIR" --cluster "$@" "--config.judge.endpoints=('$JUDGE_URL',)")
 secrets=""
 [[ -n "${HF_TOKEN:-}" && "${DRY_RUN:-0}" != 1 ]] && secrets="HF_TOKEN=$(printf %q "$HF_TOKEN") "
 on_workers "cd $REMOTE_DIR && ${secrets}SPECIARL=.venv/bin/speciarl tpu_scripts/restart.sh$words"

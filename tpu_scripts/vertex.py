@@ -40,10 +40,11 @@ def machine_pool(accelerator: str, topology: str) -> tuple[dict[str, Any], int]:
 
     Args:
         accelerator: a key of `TPU_MACHINES` or `GPU_MACHINES`.
-        topology: chips of a TPU slice, e.g. ``4x4``; number of machines for GPUs.
+        topology: chips of a TPU slice, e.g. ``4x4``; 1 for GPUs.
 
     Raises:
-        ValueError: unknown accelerator, or a topology that does not fill whole machines.
+        ValueError: unknown accelerator, a topology that does not fill whole machines, or several
+            GPU machines.
     """
     if accelerator in GPU_MACHINES:
         machine_type, name, count = GPU_MACHINES[accelerator]
@@ -52,7 +53,12 @@ def machine_pool(accelerator: str, topology: str) -> tuple[dict[str, Any], int]:
             "accelerator_type": name,
             "accelerator_count": count,
         }
-        return spec, _positive(topology)
+        if _positive(topology) != 1:
+            raise ValueError(
+                f"--topology={topology}: {accelerator} is launched on one machine only, because "
+                "Vertex names no coordinator; set --topology=1, or use SLURM or GKE"
+            )
+        return spec, 1
     if accelerator not in TPU_MACHINES:
         known = ", ".join([*TPU_MACHINES, *GPU_MACHINES])
         raise ValueError(f"--accelerator={accelerator}: expected one of {known}")
@@ -76,7 +82,7 @@ def job_spec(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, An
         ``display_name``, ``worker_pool_specs``, ``scheduling`` and ``service_account`` as the REST
         CustomJob has them, ready for JSON.
     """
-    machine, count = machine_pool(args.accelerator, args.topology)
+    machine, num_hosts = machine_pool(args.accelerator, args.topology)
     workdir = f"{args.bucket.rstrip('/')}/runs/{args.name}"
     container = {
         "image_uri": args.image,
@@ -84,20 +90,15 @@ def job_spec(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, An
         "args": [
             f"--config={args.config}",
             f"--config.judge.endpoints=('{args.judge_url}',)",
+            *(["--cluster"] if num_hosts > 1 else []),
             *overrides,
         ],
     }
-    # The first pool is the chief, one machine; the others form the second.
-    sizes = [1] if count == 1 else [1, count - 1]
-    pools = [
-        {"machine_spec": machine, "replica_count": size, "container_spec": container}
-        for size in sizes
-    ]
-    if "tpu_topology" in machine:  # a slice is one pool; Vertex derives its hosts
-        pools = [{"machine_spec": machine, "replica_count": 1, "container_spec": container}]
+    # One pool: a TPU slice, whose hosts Vertex derives from the topology, or one GPU machine.
+    pool = {"machine_spec": machine, "replica_count": 1, "container_spec": container}
     return {
         "display_name": args.name,
-        "worker_pool_specs": pools,
+        "worker_pool_specs": [pool],
         "scheduling": {
             "strategy": "SPOT" if args.spot else "STANDARD",
             "restart_job_on_worker_restart": True,
@@ -143,7 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", required=True, help="container image, /app holds this package")
     parser.add_argument("--bucket", required=True, help="gs://BUCKET for runs and staging")
     parser.add_argument("--accelerator", required=True, help="v5e, v5p, v6e, a100, h100 or h200")
-    parser.add_argument("--topology", required=True, help="TPU: chips, 4x4; GPU: machines, 1")
+    parser.add_argument("--topology", required=True, help="TPU: chips, 4x4; GPU: 1")
     parser.add_argument("--judge_url", required=True, help="OpenAI-compatible judge endpoint")
     parser.add_argument("--config", required=True, help="recipe inside the image")
     parser.add_argument("--name", default="speciarl", help="of the job and its run directory")

@@ -46,15 +46,16 @@ def test_dry_run_prints_the_specification(vertex, capsys):
     assert container["args"] == [
         "--config=configs/qwen2_5_vl_7b_v5e.py",
         "--config.judge.endpoints=('http://h:8000/v1',)",
+        "--cluster",
         "--config.seed=1",
     ]
 
 
-def test_gpus_are_a_chief_and_workers(vertex, capsys):
-    spec = dry_run(vertex, capsys, accelerator="h100", topology="3")
-    assert [pool["replica_count"] for pool in spec["worker_pool_specs"]] == [1, 2]
-    machine = spec["worker_pool_specs"][0]["machine_spec"]
+def test_gpus_are_one_machine(vertex, capsys):
+    (pool,) = dry_run(vertex, capsys, accelerator="h100", topology="1")["worker_pool_specs"]
+    machine = pool["machine_spec"]
     assert (machine["accelerator_type"], machine["accelerator_count"]) == ("NVIDIA_H100_80GB", 8)
+    assert "--cluster" not in pool["container_spec"]["args"]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,7 @@ def test_gpus_are_a_chief_and_workers(vertex, capsys):
         ({"accelerator": "v9"}, "--accelerator=v9: expected one of v5e"),
         ({"topology": "1x2"}, "2 chips do not fill machines of 4"),
         ({"topology": "4xb"}, "expected sizes such as 4x4"),
+        ({"accelerator": "h100", "topology": "3"}, "on one machine only"),
         ({"bucket": "b"}, "--bucket=b: expected gs://"),
     ],
 )
@@ -80,7 +82,7 @@ def test_the_environment_asks_for_a_dry_run_too(vertex, capsys, monkeypatch):
 @pytest.mark.parametrize("accelerator", ["v5e", "v6e", "h100", "a100", "h200"])
 def test_vertex_accepts_the_fields(vertex, capsys, accelerator):
     types = pytest.importorskip("google.cloud.aiplatform_v1.types")
-    topology = "4x4" if accelerator.startswith("v") else "2"
+    topology = "4x4" if accelerator.startswith("v") else "1"
     spec = dry_run(vertex, capsys, accelerator=accelerator, topology=topology)
     for pool in spec["worker_pool_specs"]:
         assert types.WorkerPoolSpec(pool).replica_count == pool["replica_count"]
