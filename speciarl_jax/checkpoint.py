@@ -86,6 +86,7 @@ class Checkpoints:
         )
         self.directory = (workdir / "checkpoints").resolve()
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._last_saved = -1
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -94,7 +95,8 @@ class Checkpoints:
     def save(self, state: TrainState, hm: float | None = None) -> None:
         """Starts writing a checkpoint; `wait` says when it is complete on disk.
 
-        One of the same step can only be damaged (`restore` skipped it), so it is replaced.
+        A second save of one step by this object does nothing. One of an earlier process can only
+        be damaged (`restore` skipped it), so it is replaced.
 
         Args:
             state: arrays are copied before this returns.
@@ -104,6 +106,8 @@ class Checkpoints:
             OSError: this or the last checkpoint cannot be written; those before are intact.
         """
         self.wait()
+        if state.step == self._last_saved:
+            return
         if state.step in self.steps():
             self._manager.delete(state.step)
         position: dict[str, Any] = {"step": state.step, "data": state.data}
@@ -123,6 +127,7 @@ class Checkpoints:
                 metrics=None if hm is None else {"hm": hm},
                 force=True,
             )
+        self._last_saved = state.step
 
     def wait(self) -> None:
         """Returns when the checkpoint under way is complete on disk.

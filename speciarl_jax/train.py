@@ -23,6 +23,7 @@ from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.recipe import make_loader, open_train_source
 from speciarl_jax.evaluate import evaluate
 from speciarl_jax.gather import RolloutBatch, generation_prompts, training_sampling
+from speciarl_jax.judge.base import JudgeError
 from speciarl_jax.judge.config import JudgeConfig
 from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.judge.verdict_log import VerdictLog
@@ -200,7 +201,13 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
                 result = take_step(run, state, ahead, make_poll(run, state.step + 1, stop))
             except StepAbandoned:
                 save(run, state, ahead)
+                run.checkpoints.wait()
                 raise Preempted(_stopped(run, state)) from None
+            except JudgeError:
+                if jax.process_count() == 1:  # several save together or not at all
+                    save(run, state, None)
+                    run.checkpoints.wait()
+                raise
             waited = run.loader.wait_s - waited
             state, ahead, row = result.state, result.ahead, result.metrics
             row |= {"time/data_s": waited, "time/data_frac": waited / (waited + row["time/step_s"])}
@@ -220,6 +227,7 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
             if is_last or is_stopped or state.step % train.save_every == 0:
                 save(run, state, ahead, row.get("eval/all/hm"))
             if is_stopped and not is_last:
+                run.checkpoints.wait()
                 raise Preempted(_stopped(run, state))
     run.checkpoints.wait()
     return state
@@ -344,12 +352,10 @@ def open_judge(judge: JudgeConfig, workdir: pathlib.Path, step: int) -> JudgeThr
         log = VerdictLog(judge.log_path)
         log.cut_back(step)
         log.close()
-    thread = JudgeThread(judge)
-    try:
+    with contextlib.ExitStack() as undo:
+        thread = undo.enter_context(JudgeThread(judge))
         thread.check_health(_JUDGE_STARTUP_S)
-    except BaseException:
-        thread.close()
-        raise
+        undo.pop_all()
     return thread
 
 

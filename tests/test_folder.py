@@ -42,7 +42,7 @@ def test_folder_trains_and_evaluates_end_to_end(tmp_path):
     options = [
         "--config.train.num_steps=2",
         f"--config.data.data_dir={tmp_path / 'data'}",
-        "--config.data.bad_image_budget_frac=0.3",
+        "--config.data.bad_image_budget_frac=0.4",
         "--config.train.prompts_per_step=2",
         "--config.train.prompts_per_update=2",
         "--config.train.prompts_per_micro_batch=2",

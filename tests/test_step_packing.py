@@ -91,7 +91,7 @@ def run(session, function, train, *packs):
 
 @pytest.mark.slow
 def test_packing_changes_nothing(session):
-    """Loss, statistics and every gradient (Adam's moments) of fixed micro-batches, to 1e-6."""
+    """Loss, statistics and norm of fixed micro-batches to 1e-6; Adam's moments to 5e-6."""
     lengths, is_token, train, packs = ragged(session)
     fixed = run(session, update.update_step, batching.micro_batches(train, slice(None), 6))
     packed = run(session, packing.packed_update, train, packs)
@@ -104,7 +104,7 @@ def test_packing_changes_nothing(session):
     )
     moments = (jax.tree.leaves(result[1].inner) for result in (fixed, packed))
     for a, b in zip(*moments, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6 * max(np.abs(a).max(), 1e-30))
+        np.testing.assert_allclose(a, b, atol=5e-6 * max(np.abs(a).max(), 1e-30))
     found = packing.packed_logprobs(
         session.parts.graphdef,
         (session.parts.trainable, session.parts.frozen),
