@@ -10,7 +10,8 @@ hardware and hours apply. README.md lists the rows, what was measured, and what 
     row=     zero_shot, be_specific (prompts), best_of_64: the base is scored, nothing is trained
              sft: supervised on the label alone, same images and epochs (the paper gives no more)
              binary (RFT), scale1, scale2, scale3: static rewards · speciarl: the dynamic reward
-    algo=    grpo, dr_grpo or dapo                 n=      rollouts per image: 5, 10, 15
+    algo=    grpo, dr_grpo, dapo, or dapo_dynamic (groups without spread are drawn again)
+    n=       rollouts per image: 5, 10, 15
     noise=   probability of a label moving a rung: 0.05, 0.10, 0.25
     images=  training images: 128, 1024, 2048, 3000; tiny takes the same share of its 2,000
     train=   cub, aircraft, flowers, food, pets, or mixed (as many of each data set)
@@ -24,6 +25,7 @@ import pathlib
 import runpy
 
 from speciarl_jax import config as schema
+from speciarl_jax import presets
 
 EVALUATED = ("zero_shot", "be_specific", "best_of_64")
 REWARDS = {"speciarl": "dynamic"} | {name: name for name in ("binary", *schema.REWARDS[3:])}
@@ -36,6 +38,7 @@ DEFAULTS = {
     "train": "cub",
     "seed": "0",
 }
+ALGORITHMS = (*presets.ALGORITHMS, "dapo_dynamic")
 EPOCHS = 15
 DATASETS = ("cub", "flowers", "food", "pets", "cars", "aircraft")
 SMALLEST = {"flowers": 1020}  # official training images, where there are fewer than 3,000
@@ -50,11 +53,16 @@ def get_config(arg=None):
     if row not in (*EVALUATED, "sft", *REWARDS):
         known = ", ".join((*EVALUATED, "sft", *REWARDS))
         raise ValueError(f"row={row}: expected one of {known}")
+    if values["algo"] not in ALGORITHMS:
+        raise ValueError(f"algo={values['algo']}: expected one of {', '.join(ALGORITHMS)}")
     if row not in REWARDS and any(values[k] != DEFAULTS[k] for k in ("algo", "n", "noise")):
         raise ValueError(f"row={row}: samples no rollouts to train on, so no algo=, n= or noise=")
     config = _tiny(values) if "tiny" in parts else _full(values)
     config.seed = int(values["seed"])
     config.algo.label_noise = float(values["noise"])
+    if values["algo"] == "dapo_dynamic":
+        config.algo.dynamic_sampling = True
+        config.algo.generation_prompts = 3 * config.train.prompts_per_step  # 768 in the paper
     config.name = "_".join(["baselines", *(p.replace("=", "-") for p in parts if p)])
     if row == "sft":
         config.algo.name, config.algo.kl_coef = "sft", 0.0
@@ -74,7 +82,8 @@ def _base(name, values):
     """The recipe `name` of this folder with the row's reward, optimiser and group size."""
     recipe = runpy.run_path(str(pathlib.Path(__file__).with_name(name)))
     reward = REWARDS.get(values["row"], "dynamic")
-    return recipe["get_config"](f"reward={reward},algo={values['algo']},n={values['n']}")
+    algo = values["algo"].removesuffix("_dynamic")
+    return recipe["get_config"](f"reward={reward},algo={algo},n={values['n']}")
 
 
 def _tiny(values):

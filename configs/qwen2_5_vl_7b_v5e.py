@@ -20,7 +20,7 @@ def get_config(arg=None):
     config.mesh.auto, config.mesh.tensor = False, 4
     config.data.prompt_buckets, config.data.max_prompt_tokens = (512,), 512
     config.data.window_buckets, config.data.max_pixels = (25,), 504 * 504
-    config.rollout.max_cache_mb = 8000
+    config.rollout.max_cache_mb = 5000
     config.rollout.warm_up = True
     config.train.micro_batch_tokens = 512 + config.rollout.group_size * 2048
     return config

@@ -225,7 +225,6 @@ class Config:
         _check_model(self)
         _check_algo(self)
         _check_train(self)
-        _check_built(self)
         self.judge.validate()
         if not self.eval.use_train_judge:
             self.eval.judge.validate()
@@ -364,14 +363,6 @@ def _check_train(config: Config) -> None:
     )
 
 
-def _check_built(config: Config) -> None:
-    """Refuses settings whose room is specified (docs/design.md) but not built yet."""
-    missing = {
-    }
-    for what, is_asked in missing.items():
-        _require(not is_asked, f"{what}: not implemented yet; leave it at its default")
-
-
 def micro_batch_prompts(train: TrainConfig, num_replicas: int) -> int:
     """Prompts in one forward-backward of a replica: the most that cut its share evenly.
 
@@ -382,7 +373,9 @@ def micro_batch_prompts(train: TrainConfig, num_replicas: int) -> int:
     """
     share = train.prompts_per_update // num_replicas
     return next(
-        size for size in range(min(train.prompts_per_micro_batch, share), 0, -1) if share % size == 0
+        size
+        for size in range(min(train.prompts_per_micro_batch, share), 0, -1)
+        if share % size == 0
     )
 
 

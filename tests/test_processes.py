@@ -85,6 +85,7 @@ def test_one_dies_all_end_and_fewer_go_on(alone, tmp_path):
     killed = time.monotonic()
     _, errors = jobs[0].communicate(timeout=60)
     assert jobs[0].returncode != 0, errors
+    jobs[1].communicate()
     print(f"the other process ended after {time.monotonic() - killed:.1f} s")
     done = max(
         int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()

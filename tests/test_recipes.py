@@ -24,7 +24,7 @@ def test_readme_names_every_row_of_the_paper():
     assert {row.split(",")[0].removeprefix("row=") for row in ROWS} == expected
     asked = {part for row in ROWS for part in row.split(",")[1:]}
     for name, values in {
-        "algo": ("dr_grpo", "dapo"),
+        "algo": ("dr_grpo", "dapo", "dapo_dynamic"),
         "n": ("5", "15"),
         "noise": ("0.05", "0.10", "0.25"),
         "images": ("128", "1024", "2048"),
@@ -54,6 +54,7 @@ def test_numbers_of_the_paper():
     assert load("row=speciarl").train.num_steps == 165
     assert load("row=speciarl,algo=dapo").algo.overlong_buffer_tokens == 512
     assert load("row=speciarl,algo=dapo,tiny").algo.overlong_buffer_tokens == 12
+    assert load("row=speciarl,algo=dapo_dynamic").algo.generation_prompts == 768
     small = load("row=speciarl,images=128")
     assert (small.data.num_train, small.train.prompts_per_step) == (128, 128)
     assert small.train.num_steps == 15
@@ -72,6 +73,7 @@ def test_numbers_of_the_paper():
         ("row=none", "row=none: expected one of zero_shot"),
         ("row=sft,algo=dapo", "row=sft: samples no rollouts"),
         ("row=speciarl,algo=ppo", "algo=ppo: expected one of grpo, dr_grpo, dapo"),
+        ("row=speciarl,algo=grpo_dynamic", "algo=grpo_dynamic: expected one of"),
         ("row=speciarl,train=moon", "train=moon: expected one of cub"),
         ("small", "expected key=value"),
     ],

@@ -114,4 +114,4 @@ def test_packing_changes_nothing(session):
         settings(),
     )
     np.testing.assert_allclose(np.asarray(found)[is_token], before[is_token], atol=1e-5)
-    assert lengths.max() == 16
+    assert lengths[0].max() > 4  # longer than the other packs are wide

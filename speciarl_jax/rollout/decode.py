@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from speciarl_jax.policy.attention import attend, causal_mask
+from speciarl_jax.policy.flash import attend_causal
 from speciarl_jax.policy.rope import text_angles
 from speciarl_jax.policy.text import TextModel
 from speciarl_jax.rollout import cache
@@ -115,10 +115,10 @@ def prefill(
         is_int8: store the cache in int8; the prompt itself attends exactly.
         placement: where prompts live.
     """
-    mask = causal_mask(lengths, tokens.shape[1])
 
     def attend_fn(q: Array, k: Array, v: Array, layer: Array, carry: None) -> Any:
-        return attend(q, k, v, mask), carry, cache.pack(k, v, is_int8)
+        out = attend_causal(q, k, v, lengths, placement.mesh)
+        return out, carry, cache.pack(k, v, is_int8)
 
     hidden = placement.embed(text, tokens, image_rows, image_embeds)
     hidden, _, kv = text.run(hidden, positions, attend_fn)

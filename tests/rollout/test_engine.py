@@ -75,16 +75,25 @@ def test_rollouts_do_not_depend_on_their_neighbours(session):
     assert_same({k: v for k, v in whole.items() if k[1] < 2}, fewer)
 
 
-def test_chunks_and_compaction_change_nothing_but_the_work(session):
-    batch = small_batch(session, 4)
+# Every size that compaction visits is a program to compile: the default suite takes few.
+@pytest.mark.parametrize(
+    ("prompts", "group_size", "chunk_tokens"),
+    [(2, 2, 16), pytest.param(4, 8, 2, marks=pytest.mark.slow)],
+)
+def test_chunks_and_compaction_change_nothing_but_the_work(
+    session, prompts, group_size, chunk_tokens
+):
+    batch = small_batch(session, prompts)
     # Stop on about a tenth of the tokens, so that lengths differ.
     stops = np.flatnonzero(~session.vocabulary.banned)[::10].astype(np.int32)
     vocabulary = type(session.vocabulary)(
         stops, session.vocabulary.banned, session.vocabulary.decode
     )
     stopping = type(session)(**{**vars(session), "vocabulary": vocabulary})
-    plain, first = generate(stopping, batch, group_size=8, chunk_tokens=16)
-    compact, second = generate(stopping, batch, group_size=8, chunk_tokens=2, compact=True)
+    plain, first = generate(stopping, batch, group_size=group_size, chunk_tokens=16)
+    compact, second = generate(
+        stopping, batch, group_size=group_size, chunk_tokens=chunk_tokens, compact=True
+    )
     assert_same(plain, compact)
     lengths = [len(row.tokens) for row in plain.values()]
     assert min(lengths) < max(lengths)
