@@ -9,7 +9,7 @@ RUN = runs/$(subst =,-,$(subst $(comma),_,$(subst :,_,$(basename $(notdir $(firs
 comma := ,
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup setup-dev smoke test test-all check fmt bench evidence drill tiny
+.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill tiny
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -52,6 +52,15 @@ bench: setup-dev
 	$(BIN)/python tests/benchmarks/bench_data.py
 	$(BIN)/python tests/benchmarks/bench_depth.py
 
+# Against transformers' generate on torch, one core each (about seven minutes).
+bench-rollout: setup-dev
+	$(BIN)/python tests/benchmarks/bench_rollout.py --cases tiny middle group lengths
+
+# Against torch and peft, one core each; memory at the 7B shape (about four minutes).
+bench-update: setup-dev
+	$(BIN)/python tests/benchmarks/bench_update.py
+	$(BIN)/python tests/benchmarks/bench_update_memory.py
+
 # Long: learning runs behind docs/results.md (about two hours on two cores).
 evidence: setup
 	$(MAKE) smoke SEED=0
@@ -60,11 +69,13 @@ evidence: setup
 	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:reward=binary
 	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:reward=scale1
 
-# Long (about 15 minutes): floods of faulty judge replies, a judge gone for a minute and for good.
+# Long (about 25 minutes): floods of faulty judge replies, a judge gone for a minute and for good,
+# a run killed 20 times and stopped 5 times.
 drill: setup-dev
 	$(BIN)/python tests/judge/drill_fault_server.py
 	$(BIN)/python tests/judge/drill_fault_server.py --faults=each --timeout_s=2
 	$(BIN)/python -m tests.drill_outage
+	$(BIN)/python -m tests.drill_kill
 
 # Makes the shipped small policy again (about 35 minutes on two cores); a second call resumes.
 tiny: setup

@@ -3,18 +3,25 @@
     python tests/benchmarks/bench_update_memory.py [--layers 28] [--repeats 5]
 
 Prints one JSON object. One group of N = 10 completions of 128 tokens on a prompt of 300 is one
-micro-batch; base in bfloat16, float32 LoRA of rank 64, rematerialisation as in
-configs/qwen2_5_vl_7b_cub.py (`full`: each layer keeps its input). Both sides are forward and
-backward of the same loss by this package's own layers:
+micro-batch; LoRA of rank 64, rematerialisation as in configs/qwen2_5_vl_7b_cub.py (`full`: each
+layer keeps its input). Both sides are forward and backward of the same loss by this package's own
+layers:
 
     tree    `update.batch_loss`
     naive   N sequences [prompt, completion] through the plain causal forward, the head on
-            completion tokens only; log-probs in one piece, and in the tree's chunks
+            completion tokens only
 
 Vision is left out (image embeddings are given). Nothing of 7B's size is allocated: the programs are
-compiled from shapes for the CPU, and XLA's buffer assignment is read. `temp` is what the program
-allocates besides arguments and results; `arguments` are base, adapter and batch, the same for both
-sides. Results, the adapter's gradients, are the same too. Times are of a small shape, on one core.
+compiled from shapes for the CPU, and XLA's buffer assignment is read.
+
+    temp            what the program allocates besides arguments and results
+    temp_of_tokens  temp less that of a group of hardly any tokens: activations, logits, scores; not
+                    the copies of single layers' weights that the CPU compiler cuts from the stack
+    arguments       base, adapter and batch, the same on both sides
+    results         the adapter's gradients, the same on both sides
+
+Everything is compiled in float32: for bfloat16 XLA's CPU compiler keeps float32 copies of all
+weights (27 GB here), which no accelerator does. Times are of a small shape, on one core.
 """
 
 from __future__ import annotations
@@ -43,8 +50,21 @@ from speciarl_jax.policy.lora import add_lora
 from speciarl_jax.policy.model import Policy, PolicyParts, split_policy
 from speciarl_jax.update import LossConfig, TrainBatch, batch_loss, token_logprobs
 
-PROMPT, GROUP, COMPLETION, IMAGE = 300, 10, 128, 256  # tokens; answers; tokens; image tokens
 SETTINGS = LossConfig(remat="full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of one group: prompt tokens (of which image tokens), answers, tokens of an answer."""
+
+    prompt: int
+    image: int
+    group: int
+    completion: int
+
+
+FULL = Sizes(prompt=300, image=256, group=10, completion=128)
+HARDLY_ANY = Sizes(prompt=12, image=1, group=1, completion=2)
 
 
 def large_arch(num_layers: int) -> Arch:
@@ -59,29 +79,29 @@ def small_arch() -> Arch:
     return Arch(vision=VisionArch(1, 16, 16, 2, text.hidden_size, ()), text=text)
 
 
-def make_policy(arch: Arch, dtypes: Dtypes, rank: int) -> Policy:
+def make_policy(arch: Arch, rank: int) -> Policy:
     """A random policy with an adapter."""
-    policy = Policy(arch, dtypes=dtypes, rngs=nnx.Rngs(0))
+    policy = Policy(arch, dtypes=Dtypes(), rngs=nnx.Rngs(0))
     add_lora(policy, LoraConfig(rank=rank, alpha=rank / 2), seed=0)
     return policy
 
 
-def make_batch(arch: Arch, dtype: Any) -> TrainBatch:
+def make_batch(arch: Arch, sizes: Sizes) -> TrainBatch:
     """One group: text, an image's tokens, text; full-length completions."""
     rng = np.random.default_rng(0)
-    rows = np.full((1, PROMPT), -1, np.int32)
-    rows[0, 10 : 10 + IMAGE] = np.arange(IMAGE)
-    group = (1, GROUP, COMPLETION)
+    rows = np.full((1, sizes.prompt), -1, np.int32)
+    rows[0, 10 : 10 + sizes.image] = np.arange(sizes.image)
+    group = (1, sizes.group, sizes.completion)
     return TrainBatch(
-        tokens=rng.integers(0, 4096, (1, PROMPT), dtype=np.int32),
-        prompt_lengths=np.full(1, PROMPT, np.int32),
-        positions=np.tile(np.arange(PROMPT, dtype=np.int32), (1, 3, 1)),
-        next_position=np.full(1, PROMPT, np.int32),
+        tokens=rng.integers(0, 4096, (1, sizes.prompt), dtype=np.int32),
+        prompt_lengths=np.full(1, sizes.prompt, np.int32),
+        positions=np.tile(np.arange(sizes.prompt, dtype=np.int32), (1, 3, 1)),
+        next_position=np.full(1, sizes.prompt, np.int32),
         image_rows=rows,
-        images=rng.normal(size=(1, IMAGE, arch.text.hidden_size)).astype(dtype),
+        images=rng.normal(size=(1, sizes.image, arch.text.hidden_size)).astype(np.float32),
         completions=rng.integers(0, 4096, group, dtype=np.int32),
-        weights=np.full(group, 1 / (GROUP * COMPLETION), np.float32),
-        advantages=rng.normal(size=(1, GROUP)).astype(np.float32),
+        weights=np.full(group, 1 / (sizes.group * sizes.completion), np.float32),
+        advantages=rng.normal(size=(1, sizes.group)).astype(np.float32),
     )
 
 
@@ -93,38 +113,31 @@ def tree_loss(policy: Policy, batch: TrainBatch, banned: Array) -> Array:
     return batch_loss(policy, batch, banned, SETTINGS)[0]
 
 
-def naive_loss(chunk_tokens: int) -> Loss:
-    """The same number from N full sequences; `chunk_tokens` rows of logits exist at once."""
-    settings = dataclasses.replace(SETTINGS, logprob_chunk_tokens=chunk_tokens)
-
-    def loss(policy: Policy, batch: TrainBatch, banned: Array) -> Array:
-        own = batch.next_position[:, None] + jnp.arange(COMPLETION)[None]
-        ids = jnp.concatenate([batch.positions, jnp.tile(own[:, None], (1, 3, 1))], axis=2)
-        tokens = jnp.concatenate(
-            [jnp.repeat(batch.tokens, GROUP, axis=0), batch.completions[0]], axis=1
-        )
-        rows = jnp.pad(batch.image_rows, ((0, 0), (0, COMPLETION)), constant_values=-1)
-        hidden = policy.hidden_states(
-            tokens,
-            jnp.repeat(ids, GROUP, axis=0),
-            jnp.full(GROUP, PROMPT + COMPLETION),
-            jnp.repeat(rows, GROUP, axis=0),
-            batch.images[0],
-            SETTINGS.remat,
-        )
-        predicting = hidden[None, :, PROMPT - 1 : -1]
-        logprobs, _ = token_logprobs(policy.text, predicting, batch.completions, banned, settings)
-        ratio = jnp.exp(logprobs - jax.lax.stop_gradient(logprobs))
-        return -jnp.sum(batch.weights * batch.advantages[..., None] * ratio)
-
-    return loss
+def naive_loss(policy: Policy, batch: TrainBatch, banned: Array) -> Array:
+    """The same number from N full sequences."""
+    _, group, width = batch.completions.shape
+    prompt = batch.tokens.shape[1]
+    own = batch.next_position[:, None] + jnp.arange(width)[None]
+    ids = jnp.concatenate([batch.positions, jnp.tile(own[:, None], (1, 3, 1))], axis=2)
+    tokens = jnp.concatenate(
+        [jnp.repeat(batch.tokens, group, axis=0), batch.completions[0]], axis=1
+    )
+    rows = jnp.pad(batch.image_rows, ((0, 0), (0, width)), constant_values=-1)
+    hidden = policy.hidden_states(
+        tokens,
+        jnp.repeat(ids, group, axis=0),
+        jnp.full(group, prompt + width),
+        jnp.repeat(rows, group, axis=0),
+        batch.images[0],
+        SETTINGS.remat,
+    )
+    predicting = hidden[None, :, prompt - 1 : -1]
+    logprobs, _ = token_logprobs(policy.text, predicting, batch.completions, banned, SETTINGS)
+    ratio = jnp.exp(logprobs - jax.lax.stop_gradient(logprobs))
+    return -jnp.sum(batch.weights * batch.advantages[..., None] * ratio)
 
 
-SIDES = {
-    "tree": tree_loss,
-    "naive": naive_loss(GROUP * COMPLETION),
-    "naive_chunked": naive_loss(SETTINGS.logprob_chunk_tokens),
-}
+SIDES: dict[str, Loss] = {"tree": tree_loss, "naive": naive_loss}
 
 
 def gradient(parts: PolicyParts, loss: Loss) -> Callable[..., Any]:
@@ -136,31 +149,37 @@ def gradient(parts: PolicyParts, loss: Loss) -> Callable[..., Any]:
     return jax.jit(jax.value_and_grad(value))
 
 
-def compiled_memory(num_layers: int) -> dict[str, Any]:
-    """MiB of each side's program at 7B's width; share of the naive ones."""
-    arch = large_arch(num_layers)
-    dtypes = Dtypes(jnp.bfloat16, jnp.bfloat16)
-    parts = split_policy(nnx.eval_shape(lambda: make_policy(arch, dtypes, rank=64)))
-    batch = make_batch(arch, jnp.bfloat16)
+def memory_mb(arch: Arch, sizes: Sizes, loss: Loss) -> dict[str, int]:
+    """MiB of one program, compiled from shapes."""
+    policy = nnx.eval_shape(lambda: make_policy(arch, rank=64))
+    parts = split_policy(policy)
     banned = jax.ShapeDtypeStruct((arch.text.vocab_size,), bool)
+    lowered = gradient(parts, loss).lower(
+        parts.trainable, parts.frozen, make_batch(arch, sizes), banned
+    )
+    stats = lowered.compile().memory_analysis()
+    return {
+        "temp_mb": round(stats.temp_size_in_bytes / 2**20),
+        "arguments_mb": round(stats.argument_size_in_bytes / 2**20),
+        "results_mb": round(stats.output_size_in_bytes / 2**20),
+    }
+
+
+def compiled_memory(num_layers: int) -> dict[str, Any]:
+    """Each side's program at 7B's width, and the tree's share of the naive one's."""
+    arch = large_arch(num_layers)
     found = {}
     for name, loss in SIDES.items():
-        lowered = gradient(parts, loss).lower(parts.trainable, parts.frozen, batch, banned)
-        stats = lowered.compile().memory_analysis()
-        found[name] = {
-            "temp_mb": round(stats.temp_size_in_bytes / 2**20),
-            "arguments_mb": round(stats.argument_size_in_bytes / 2**20),
-            "results_mb": round(stats.output_size_in_bytes / 2**20),
-        }
-    tree = found["tree"]
-    for name in ("naive", "naive_chunked"):
-        naive = found[name]
-        totals = [sum(side.values()) for side in (tree, naive)]
-        found[f"tree_share_of_{name}"] = {
-            "temp": round(tree["temp_mb"] / naive["temp_mb"], 3),
-            "temp_arguments_results": round(totals[0] / totals[1], 3),
-        }
-    return found
+        full, least = (memory_mb(arch, sizes, loss) for sizes in (FULL, HARDLY_ANY))
+        found[name] = full | {"temp_of_tokens_mb": full["temp_mb"] - least["temp_mb"]}
+    tree, naive = found["tree"], found["naive"]
+    kept = ("temp_mb", "arguments_mb", "results_mb")
+    share = {
+        "temp": tree["temp_mb"] / naive["temp_mb"],
+        "temp_of_tokens": tree["temp_of_tokens_mb"] / naive["temp_of_tokens_mb"],
+        "temp_arguments_results": sum(tree[k] for k in kept) / sum(naive[k] for k in kept),
+    }
+    return {**found, "tree_share_of_naive": {k: round(v, 3) for k, v in share.items()}}
 
 
 def flops_share(num_layers: int) -> dict[str, float]:
@@ -171,8 +190,9 @@ def flops_share(num_layers: int) -> dict[str, float]:
     sides = 6 * text.hidden_size + 2 * kv_width + 3 * (text.hidden_size + text.intermediate_size)
     training = flops.Training(adapter_params=64 * num_layers * sides, remat="full")
     no_images = np.zeros((0, 1), int)
-    tree = flops.count_tokens(np.full(1, PROMPT), np.full((1, GROUP), COMPLETION), no_images)
-    naive = flops.count_tokens(np.full(GROUP, PROMPT), np.full((GROUP, 1), COMPLETION), no_images)
+    lengths = np.full((1, FULL.group), FULL.completion)
+    tree = flops.count_tokens(np.full(1, FULL.prompt), lengths, no_images)
+    naive = flops.count_tokens(np.full(FULL.group, FULL.prompt), lengths.T, no_images)
     totals = [flops.update_hardware_flops(arch, counts, training) for counts in (tree, naive)]
     return {
         "tree_tflop": round(1e-12 * totals[0], 1),
@@ -188,22 +208,22 @@ def measured_time(repeats: int) -> dict[str, Any]:
         RuntimeError: their losses differ.
     """
     arch = small_arch()
-    parts = split_policy(make_policy(arch, Dtypes(), rank=16))
-    batch = jax.device_put(make_batch(arch, np.float32))
+    parts = split_policy(make_policy(arch, rank=16))
+    batch = jax.device_put(make_batch(arch, FULL))
     banned = jnp.zeros(arch.text.vocab_size, bool)
     runs = {}
-    for name in ("tree", "naive_chunked"):
-        program = gradient(parts, SIDES[name])
+    for name, loss in SIDES.items():
+        program = gradient(parts, loss)
         runs[name] = lambda f=program: jax.block_until_ready(
             f(parts.trainable, parts.frozen, batch, banned)
         )
     losses = {name: float(run()[0]) for name, run in runs.items()}
-    if not np.isclose(losses["tree"], losses["naive_chunked"], rtol=1e-4):
+    if not np.isclose(losses["tree"], losses["naive"], rtol=1e-4):
         raise RuntimeError(f"losses differ: {losses}; expected within 1e-4")
     seconds = harness.interleaved(runs, repeats)
     return {
         **{name: harness.summary(times) for name, times in seconds.items()},
-        "speedup": harness.ratio(seconds["naive_chunked"], seconds["tree"]),
+        "speedup": harness.ratio(seconds["naive"], seconds["tree"]),
     }
 
 
@@ -216,7 +236,8 @@ def main() -> None:
     harness.use_one_core()
     result = {
         "benchmark": "update_memory",
-        "shape": f"7B width, {args.layers} layers, prompt {PROMPT}, {GROUP} x {COMPLETION} tokens",
+        "shape": f"7B width, {args.layers} layers",
+        "group": dataclasses.asdict(FULL),
         "remat": SETTINGS.remat,
         "logprob_chunk_tokens": SETTINGS.logprob_chunk_tokens,
         "memory": compiled_memory(args.layers),
