@@ -11,7 +11,7 @@ say more. For CUB see `qwen2_5_vl_3b_gpu.py`.
 from speciarl_jax import config as schema
 
 DEFAULTS = {"memory": "24", "steps": "30"}
-PROMPTS_PER_MICRO_BATCH = {"24": 1, "80": 8}
+PROMPTS_PER_MICRO_BATCH = {"24": 2, "80": 8}
 
 
 def get_config(arg=None):

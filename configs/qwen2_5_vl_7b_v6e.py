@@ -4,8 +4,8 @@ r"""The paper's run on a Cloud TPU v6e slice of 16 chips (v6e-16), 32 GB each.
         --config.judge.endpoints="('http://HOST:8000/v1',)"
 
 NOT YET RUN. PLANNED_V6E
-As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is one chip.
-Images above 504 x 504 px are scaled down (CUB's are smaller).
+As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is the four chips
+of a host. Images above 504 x 504 px are scaled down (CUB's are smaller).
 """
 
 import pathlib
@@ -17,10 +17,10 @@ def get_config(arg=None):
     recipe = runpy.run_path(str(pathlib.Path(__file__).with_name("qwen2_5_vl_7b_cub.py")))
     config = recipe["get_config"](arg)
     config.name = "qwen2_5_vl_7b_v6e"
-    config.mesh.auto, config.mesh.tensor = False, 1
+    config.mesh.auto, config.mesh.tensor = False, 4
     config.data.prompt_buckets, config.data.max_prompt_tokens = (512,), 512
     config.data.window_buckets, config.data.max_pixels = (25,), 504 * 504
-    config.rollout.max_cache_mb = 9000
+    config.rollout.max_cache_mb = 16_000
     config.rollout.warm_up = True
     config.train.micro_batch_tokens = 512 + config.rollout.group_size * 2048
     return config

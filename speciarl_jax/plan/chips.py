@@ -84,6 +84,7 @@ CHIPS = {
 }
 _TPUS, _GPUS = ("v4", "v5e", "v5p", "v6e"), ("h200", "h100", "a100", "l4", "a10g")
 _HOST_SHAPE = "2x2"  # chips of one host of a v5e or v6e slice of several hosts
+_LOOP_MOTION = ("while-loop-invariant-code-motion", "while-loop-expensive-invariant-code-motion")
 _MAX_GPUS = 8  # of one host; a replica lies within one
 
 
@@ -167,12 +168,19 @@ def _tpu_devices(name: str, shape: str, chip: Chip) -> tuple[Any, ...]:
 
 
 def worker_environment(name: str) -> dict[str, str]:
-    """Environment in which `open_topology` works: no TPU is looked for, fake devices for GPU."""
-    count = parse_topology(name)[2]
-    flags = os.environ.get("XLA_FLAGS", "")
+    """Environment in which `open_topology` works: no TPU is looked for, fake devices for GPU.
+
+    XLA for CPU turns bfloat16 weights into float32 before a product, and would do so for all layers
+    at once ahead of the loop; a GPU needs no copy, so for GPU plans that motion is switched off.
+    """
+    chip_name, _, count = parse_topology(name)
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    flags.append(f"--xla_force_host_platform_device_count={count}")
+    if chip_name in _GPUS:
+        flags.append(f"--xla_disable_hlo_passes={','.join(_LOOP_MOTION)}")
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}".strip(),
+        "XLA_FLAGS": " ".join(flags).strip(),
     }

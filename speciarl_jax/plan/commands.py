@@ -54,25 +54,37 @@ def run(args: argparse.Namespace, load_recipe: LoadRecipe) -> int:
         stderr=subprocess.PIPE,
         env=worker_environment(args.topology),
     )
-    code, output, noise = _talk(process, pickle.dumps(request), args.limit_s)
-    if code in (0, 2) and output:
+    is_late, output, noise = _talk(process, pickle.dumps(request), args.limit_s)
+    if process.returncode in (0, 2) and output:
         return _show(json.loads(output), args.json)
-    reason = f"no result within --limit_s={args.limit_s:g}" if code < 0 else f"exit code {code}"
-    print(f"speciarl: error: the planning process ended: {reason}", file=sys.stderr)
     print("".join(noise), end="", file=sys.stderr)
+    if is_late:
+        reason = f"no result within --limit_s={args.limit_s:g}; raise it"
+    else:
+        reason = (
+            f"the compiler crashed (exit code {process.returncode}) in the program after the last "
+            "one named above; try another mesh or smaller shapes"
+        )
+    print(f"speciarl: error: plan: {reason}", file=sys.stderr)
     return 1
 
 
 def _talk(
     process: subprocess.Popen[bytes], request: bytes, limit_s: float
-) -> tuple[int, bytes, Sequence[str]]:
-    """(exit code, standard output, last lines of standard error); shows progress meanwhile."""
+) -> tuple[bool, bytes, Sequence[str]]:
+    """(whether the limit ended it, standard output, last lines of standard error)."""
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
     noise: collections.deque[str] = collections.deque(maxlen=20)
     listener = threading.Thread(target=_listen, args=(process.stderr, noise), daemon=True)
-    limit = threading.Timer(limit_s, process.kill)
+    is_late = threading.Event()
+
+    def stop() -> None:
+        is_late.set()
+        process.kill()
+
+    limit = threading.Timer(limit_s, stop)
     listener.start()
     limit.start()
     try:
@@ -80,13 +92,14 @@ def _talk(
         process.stdin.close()
         output = process.stdout.read()
         listener.join()
+        process.wait()
     finally:
         limit.cancel()
         process.kill()
         process.wait()
         process.stdout.close()
         process.stderr.close()
-    return process.returncode, output, noise
+    return is_late.is_set(), output, noise
 
 
 def _listen(stream: IO[bytes], noise: collections.deque[str]) -> None:

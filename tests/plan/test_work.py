@@ -231,7 +231,7 @@ def test_table_says_what_does_not_fit():
     [
         ("qwen2_5_vl_7b_v5e", (16, 1, 4), 16),
         ("qwen2_5_vl_7b_v5p", (16, 1, 1), 4),
-        ("qwen2_5_vl_7b_v6e", (16, 1, 1), 4),
+        ("qwen2_5_vl_7b_v6e", (4, 1, 4), 4),
         ("qwen2_5_vl_32b_v5p", (16, 1, 4), 16),
         ("qwen2_5_vl_72b_v5p", (16, 1, 4), 16),
         ("qwen2_5_vl_3b_gpu_smoke", (1, 1, 1), 1),
