@@ -68,6 +68,9 @@ evidence: setup
 	$(MAKE) smoke SEED=2
 	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:reward=binary
 	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:reward=scale1
+	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:algo=dr_grpo
+	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:algo=dapo
+	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:algo=dapo_dynamic
 
 # Long (about 25 minutes): floods of faulty judge replies, a judge gone for a minute and for good,
 # a run killed 20 times and stopped 5 times.
