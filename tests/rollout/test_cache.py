@@ -13,7 +13,7 @@ from speciarl_jax.policy.model import abstract_policy
 from speciarl_jax.rollout import cache, decode
 from speciarl_jax.rollout.placement import Placement
 from speciarl_jax.rollout.sampling import Sampling
-from tests.rollout.test_memory import generate
+from tests.rollout.test_rollout_memory import generate
 from tests.tiny_policy import full_logits, open_small_session, small_batch
 
 
