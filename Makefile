@@ -29,14 +29,17 @@ smoke: setup
 	$(BIN)/speciarl train --config=$(RECIPE) --workdir=$(RUN) --config.seed=$(SEED) $(if $(wildcard $(RUN)/config.json),--resume)
 	$(BIN)/speciarl report $(RUN) --out=$(RUN)/report.html
 
-# The default suite: what CI runs; the longest files first, so that both workers end together.
-test: setup-dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
-		-m "not slow and not bench and not gpu and not tpu_aot" \
-		tests/test_train.py tests/test_update.py tests/test_outage.py tests/rollout tests
+# The longest files first, so that both workers end together.
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+LONGEST = tests/test_train.py tests/test_update.py tests/test_outage.py tests/rollout
 
+# The default suite: what CI runs.
+test: setup-dev
+	$(PYTEST) -m "not slow and not bench and not gpu and not tpu_aot" $(LONGEST) tests
+
+# All of it but benchmarks; what needs a GPU, libtpu or a package that is not there is skipped.
 test-all: setup-dev
-	$(BIN)/python -m pytest -q
+	$(PYTEST) tests/test_processes.py tests/test_sharding.py $(LONGEST) tests
 
 check: setup-dev
 	$(BIN)/ruff format --check .
