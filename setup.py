@@ -19,6 +19,7 @@ BASE = [
     "tensorflow-datasets>=4.9.9,<5",
     "array-record>=0.8",
     "requests>=2.31",
+    "fsspec>=2024.6",
     "grain>=0.2.15,<0.3",
     "ml-collections>=1.1",
     "absl-py>=2",

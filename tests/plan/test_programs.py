@@ -176,9 +176,8 @@ def test_search_says_that_nothing_fits():
 
 @pytest.mark.tpu_aot
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install 'speciarl-jax[plan]'")
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
-def test_the_small_policy_compiles_for_tpu(topology):
-    words = ["plan", f"--config={SMOKE}", f"--topology={topology}", "--json", *SMALL]
+def test_the_small_policy_compiles_for_tpu():
+    words = ["plan", f"--config={SMOKE}", "--topology=v5e:2x2", "--json", *SMALL]
     result = subprocess.run(
         [sys.executable, "-m", "speciarl_jax.cli", *words],
         cwd=ROOT,
