@@ -3,7 +3,8 @@ r"""The paper's run on a Cloud TPU v6e slice of 16 chips (v6e-16), 32 GB each.
     speciarl train --config=configs/qwen2_5_vl_7b_v6e.py:algo=grpo --workdir=gs://BUCKET/NAME \
         --config.judge.endpoints="('http://HOST:8000/v1',)"
 
-NOT YET RUN. PLANNED_V6E
+NOT YET RUN. Planned in part (docs/scale.md): sampling and log-probs need at most 28.3 of 31.0
+usable GiB a chip (shrink); the update was not compiled, so whether it fits is open.
 As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is the four chips
 of a host. Images above 504 x 504 px are scaled down (CUB's are smaller).
 """
