@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -14,7 +15,7 @@ from speciarl_jax.data.images import VisionArrays
 from speciarl_jax.types import PromptBatch, Rollout
 from speciarl_jax.update import TrainBatch
 
-COMPLETION_BUCKET_TOKENS = 16
+_STEP, _RATIO = 16, 1.25  # of the padded completion lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,19 @@ class GroupArrays:
     rollout_logprobs: np.ndarray
 
 
-def bucket_tokens(length: int, limit: int) -> int:
-    """Padded completion length: the next multiple of 16, at most `limit`."""
-    padded = -(-length // COMPLETION_BUCKET_TOKENS) * COMPLETION_BUCKET_TOKENS
-    return min(max(padded, 1), limit)
+def bucket_tokens(tokens: int, limit: int) -> int:
+    """Padded completion length: the next of 16, 32, 48, 64, 80, 112, 144, ..., at most `limit`.
+
+    Each is at most a quarter and 16 tokens above the last, so that few programs are compiled.
+
+    Args:
+        tokens: at least 0 and at most `limit`.
+        limit: the configured maximum, or the padded length of the step's arrays.
+    """
+    size = _STEP
+    while size < tokens:
+        size = math.ceil(size * _RATIO / _STEP) * _STEP
+    return min(size, limit)
 
 
 def group_arrays(groups: Sequence[Sequence[Rollout]], limit: int, longest: int = 0) -> GroupArrays:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,12 +31,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from speciarl_jax import update
+from speciarl_jax.batching import bucket_tokens
 from speciarl_jax.optim import OptimState, apply_gradients
 from speciarl_jax.sharding import place_prompts
 from speciarl_jax.update import LossConfig, TrainBatch, batch_logprobs, batch_loss
-
-_STEP = 16  # tokens
-_RATIO = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +54,6 @@ class Pack:
     def padded_tokens(self, group_size: int) -> int:
         """Tokens that the device computes."""
         return len(self.rows) * (self.prompt_tokens + group_size * self.completion_tokens)
-
-
-def bucket(tokens: int, limit: int) -> int:
-    """Padded completion length: the next of 16, 32, 48, 64, 80, 112, 144, ..., at most `limit`.
-
-    Args:
-        tokens: at least 0 and at most `limit`.
-        limit: padded length of the step's arrays.
-    """
-    size = _STEP
-    while size < tokens:
-        size = math.ceil(size * _RATIO / _STEP) * _STEP
-    return min(size, limit)
 
 
 def pack_groups(
@@ -96,7 +80,7 @@ def pack_groups(
         ValueError: one group alone is larger than the budget.
     """
     group_size = lengths.shape[1]
-    widths = np.array([bucket(int(longest), limit) for longest in lengths.max(axis=1)])
+    widths = np.array([bucket_tokens(int(longest), limit) for longest in lengths.max(axis=1)])
     order = np.argsort(-widths, kind="stable")
     packs = []
     while len(order):

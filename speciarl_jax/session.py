@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -144,7 +145,7 @@ def open_mesh(config: Config, arch: Arch) -> Mesh:
             jax.local_device_count(),
             memory,
         )
-        print(f"mesh.auto: {reason}")
+        print(f"mesh.auto: {reason}", file=sys.stderr)  # stdout may be one JSON object
     mesh = sharding.make_mesh(shape)
     sharding.check_mesh(mesh, arch)
     check_batch(config, mesh)

@@ -125,7 +125,7 @@ def main(
             checkpoints,
             writer,
             view,
-            Heartbeat(workdir),
+            Heartbeat(workdir, jax.process_index()),
             Profile(workdir, profile),
             Goodput(),
             spool,
@@ -346,8 +346,11 @@ def open_judge(judge: JudgeConfig, workdir: pathlib.Path, step: int) -> JudgeThr
     number = jax.process_index()
     if number:  # each process has its own files
         defaults = {k: v.replace(".", f".{number}.") for k, v in defaults.items()}
-    settings = {k: str(workdir / v) for k, v in defaults.items() if not getattr(judge, k)}
-    judge = dataclasses.replace(judge, **settings, num_hosts=jax.process_count())
+    settings: dict[str, Any] = {
+        k: str(workdir / v) for k, v in defaults.items() if not getattr(judge, k)
+    }
+    settings["num_hosts"] = max(judge.num_hosts, jax.process_count())
+    judge = dataclasses.replace(judge, **settings)
     if pathlib.Path(judge.log_path).is_file():
         log = VerdictLog(judge.log_path)
         log.cut_back(step)

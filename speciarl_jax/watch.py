@@ -22,9 +22,14 @@ class Heartbeat:
     A launcher that finds it old kills the process; the run goes on from its last checkpoint.
     """
 
-    def __init__(self, workdir: pathlib.Path) -> None:
-        """Writes nothing yet."""
-        self._path = workdir / "heartbeat.json"
+    def __init__(self, workdir: pathlib.Path, process: int) -> None:
+        """Writes nothing yet.
+
+        Args:
+            workdir: run directory, which the processes of a job share.
+            process: number of this one; all but the first have it in their file's name.
+        """
+        self._path = workdir / (f"heartbeat.{process}.json" if process else "heartbeat.json")
         self._last = 0.0
 
     def beat(self, step: int) -> None:

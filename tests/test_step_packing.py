@@ -20,7 +20,7 @@ def skewed(num_prompts=64, group=10, seed=0):
 
 
 def test_buckets_by_hand():
-    sizes = [packing.bucket(n, 200) for n in (0, 1, 16, 17, 33, 49, 65, 81, 113, 145, 200)]
+    sizes = [batching.bucket_tokens(n, 200) for n in (0, 1, 16, 17, 33, 49, 65, 81, 113, 145, 200)]
     assert sizes == [16, 16, 16, 32, 48, 64, 80, 112, 144, 192, 200]
 
 
