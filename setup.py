@@ -20,6 +20,7 @@ BASE = [
     "array-record>=0.8",
     "requests>=2.31",
     "fsspec>=2024.6",
+    "etils[epath]>=1.9",
     "grain>=0.2.15,<0.3",
     "ml-collections>=1.1",
     "absl-py>=2",
@@ -46,6 +47,8 @@ TEST = [
     "selenium>=4.20",
     "redis[hiredis]>=6",
     "google-auth[requests]>=2.30",
+    "gcsfs>=2024.6",
+    "gcp-storage-emulator>=2026.7",
 ]
 DEV = ["ruff>=0.12", "mypy>=1.15"]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers as ocp_managers
 
@@ -56,7 +56,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        directory: epath.PathLike,
         keep: int,
         *,
         keep_best: int = 0,
@@ -65,7 +65,7 @@ class Checkpoints:
         """Opens the folder; creates it if needed.
 
         Args:
-            workdir: run directory.
+            directory: see `storage.RunDir`; absolute.
             keep: newest checkpoints to keep.
             keep_best: beside them, those with the highest HM at their validation.
             keep_every_hours: beside them, one for each such time; 0 for none.
@@ -84,7 +84,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp_managers.AnyPreservationPolicy(policies), create=True
         )
-        self.directory = (workdir / "checkpoints").resolve()
+        self.directory = epath.Path(directory)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._last_saved = -1
 

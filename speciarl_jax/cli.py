@@ -109,7 +109,12 @@ def _add_train(verbs: Any) -> None:
     train.add_argument(
         "--profile", default="", help="steps=FIRST:LAST: XProf trace in WORKDIR/profile"
     )
-    processes = train.add_argument_group(
+    _add_processes(train)
+    train.set_defaults(handler=run_train)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    processes = parser.add_argument_group(
         "several processes", "one per host; each flag may come from SPECIARL_<NAME> instead"
     )
     processes.add_argument("--coordinator", help="HOST:PORT of process 0")
@@ -118,12 +123,12 @@ def _add_train(verbs: Any) -> None:
     processes.add_argument(
         "--cluster", action="store_true", help="find the others on a TPU pod, GKE, SLURM or MPI"
     )
-    train.set_defaults(handler=run_train)
 
 
 def _add_eval(verbs: Any) -> None:
     evaluate = verbs.add_parser("eval", help="score a checkpoint, or predictions that exist")
     _add_config(evaluate)
+    _add_processes(evaluate)
     evaluate.add_argument(
         "--checkpoint",
         default="latest",
@@ -200,25 +205,17 @@ def load_recipe(path: str, overrides: Sequence[str]) -> tuple[Config, pathlib.Pa
 def run_train(args: argparse.Namespace) -> int:
     """`speciarl train`."""
     from speciarl_jax import train, watch
-    from speciarl_jax.storage import Spool, is_remote
 
     config, recipe_dir = load_recipe(args.config, args.overrides)
     profile = watch.parse_profile(args.profile)
     join_job(args)
-    spool, workdir = None, args.workdir
-    if is_remote(args.workdir):
-        spool = Spool(args.workdir)
-        workdir = spool.local
-        if args.resume:
-            spool.pull()
     train.main(
         config,
-        workdir,
+        args.workdir,
         resume=args.resume,
         overwrite=args.overwrite,
         recipe_dir=recipe_dir,
         profile=profile,
-        spool=spool,
     )
     return 0
 
@@ -250,8 +247,6 @@ def run_eval(args: argparse.Namespace) -> int:
     """`speciarl eval`."""
     from speciarl_jax import eval_command
 
-    if isinstance(args.workdir, str):
-        raise ValueError(f"--workdir={args.workdir}: eval works in a folder; copy the run there")
     config, recipe_dir = load_recipe(args.config, args.overrides)
     options = eval_command.EvalOptions(
         checkpoint=args.checkpoint,
@@ -261,6 +256,7 @@ def run_eval(args: argparse.Namespace) -> int:
         text_model=args.text_model,
         is_json=args.json,
     )
+    join_job(args)
     return eval_command.run(config, args.workdir, options, recipe_dir)
 
 

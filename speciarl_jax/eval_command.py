@@ -9,8 +9,11 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
+from etils import epath
 from rich.console import Console
 
+from speciarl_jax import hosts
 from speciarl_jax.config import Config
 from speciarl_jax.convert import adapter
 from speciarl_jax.evaluate import STEP_PREFIX, evaluate, retry_failed, write_scores
@@ -20,6 +23,7 @@ from speciarl_jax.predictions import read_predictions
 from speciarl_jax.report.tables import metrics_table, text_table
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.session import Session, enable_compile_cache, open_session
+from speciarl_jax.storage import RunDir, open_run_dir
 from speciarl_jax.text_metrics import score_text
 from speciarl_jax.text_model import open_embedder
 from speciarl_jax.train import open_judge
@@ -48,13 +52,18 @@ class EvalOptions:
 
 
 def run(
-    config: Config, workdir: pathlib.Path, options: EvalOptions, recipe_dir: pathlib.Path | None
+    config: Config,
+    workdir: pathlib.Path | str,
+    options: EvalOptions,
+    recipe_dir: pathlib.Path | None,
 ) -> int:
     """Scores a checkpoint or existing predictions; returns the exit code.
 
+    Several processes sample and judge together; the first writes and prints.
+
     Args:
         config: recipe; its data and eval sections decide what is sampled.
-        workdir: a run directory, or a fresh one for a model or adapter directory.
+        workdir: a run directory or its address, or a fresh one for a model or adapter directory.
         options: see `EvalOptions`.
         recipe_dir: folder of the recipe.
 
@@ -67,21 +76,28 @@ def run(
         raise ValueError(f"--samples={options.samples}: expected answers per image, 1 or more")
     if options.text_model and not options.has_text_metrics:
         raise ValueError("--text_model embeds for --text_metrics: give that too")
+    if options.predictions and jax.process_count() > 1:
+        raise ValueError("--predictions: a file is scored by one process, not by several")
     embedder = open_embedder(options.text_model) if options.text_model else None
-    workdir.mkdir(parents=True, exist_ok=True)
+    run_dir = open_run_dir(workdir, jax.process_index())
+    run_dir.local.mkdir(parents=True, exist_ok=True)
+    run_dir.pull()
     if not config.eval.use_train_judge:
         config.judge = config.eval.judge
     with contextlib.ExitStack() as stack:
-        judge = stack.enter_context(open_judge(config.judge, workdir, 2**31))
+        judge = stack.enter_context(open_judge(config.judge, run_dir.local, 2**31))
         if options.predictions:
-            metrics, folder = _score_file(config, judge, pathlib.Path(options.predictions), workdir)
+            source = pathlib.Path(options.predictions)
+            metrics, folder = _score_file(config, judge, source, run_dir.local)
         else:
-            metrics, folder = _score_checkpoint(config, judge, workdir, options, recipe_dir)
-    if options.has_text_metrics:
+            metrics, folder = _score_checkpoint(config, judge, run_dir, options, recipe_dir)
+    if options.has_text_metrics and hosts.is_first():
         file, settings = folder / "predictions.jsonl", config.eval
         text = score_text(read_predictions(file), embedder, settings.bootstrap_samples, config.seed)
         metrics = write_scores(config, file, folder, text)
-    _show(metrics, options)
+    run_dir.push()
+    if hosts.is_first():
+        _show(metrics, options)
     return 0
 
 
@@ -112,26 +128,28 @@ def _score_file(
 def _score_checkpoint(
     config: Config,
     judge: Any,
-    workdir: pathlib.Path,
+    run_dir: RunDir,
     options: EvalOptions,
     recipe_dir: pathlib.Path | None,
 ) -> tuple[dict[str, Any], pathlib.Path]:
-    session, name, weights, step = open_checkpoint(config, workdir, options.checkpoint, recipe_dir)
+    session, name, weights, step = open_checkpoint(
+        config, run_dir.checkpoints, options.checkpoint, recipe_dir
+    )
     settings = config.eval
     count = options.samples or settings.samples
     sampling = Sampling(settings.temperature, settings.top_p)
     if count > 1 and settings.temperature == 0:
         sampling = Sampling(settings.best_of_temperature, settings.best_of_top_p)
-    out_dir = workdir / "eval" / (f"{name}_n{count}" if count > 1 else name)
+    out_dir = run_dir.local / "eval" / (f"{name}_n{count}" if count > 1 else name)
     metrics = evaluate(
         session,
-        (session.parts.trainable, session.parts.frozen),
+        session.local_states(session.parts.trainable),
         judge,
         out_dir,
         samples=count,
         sampling=sampling,
-        image_root=workdir,
-        console=Console(stderr=True, highlight=False),
+        image_root=run_dir.local,
+        console=Console(stderr=True, highlight=False, quiet=not hosts.is_first()),
         prompt_step=step,
         weights=weights,
     )
@@ -139,9 +157,15 @@ def _score_checkpoint(
 
 
 def open_checkpoint(
-    config: Config, workdir: pathlib.Path, checkpoint: str, recipe_dir: pathlib.Path | None
+    config: Config, folder: epath.PathLike, checkpoint: str, recipe_dir: pathlib.Path | None
 ) -> tuple[Session, str, str, int]:
     """Opens the weights that ``--checkpoint`` names; see `EvalOptions`.
+
+    Args:
+        config: recipe.
+        folder: checkpoints of the run.
+        checkpoint: which weights.
+        recipe_dir: folder of the recipe.
 
     Returns:
         The session with these weights, the name of the evaluation's folder, the name of the
@@ -155,7 +179,7 @@ def open_checkpoint(
     if checkpoint == "latest" or checkpoint.isdigit():
         session = open_session(config, recipe_dir)
         wanted = int(checkpoint) if checkpoint.isdigit() else None
-        parts, step = restore_parts(session, workdir, wanted)
+        parts, step = restore_parts(session, folder, wanted)
         session = dataclasses.replace(session, parts=parts)
         return session, f"{STEP_PREFIX}{step:06d}", "", step
     directory = pathlib.Path(checkpoint)

@@ -8,23 +8,26 @@ import pathlib
 import sys
 from typing import Any
 
+from etils import epath
 from flax import nnx
 
 from speciarl_jax.arch import Arch
-from speciarl_jax.checkpoint import Checkpoints, TrainState
+from speciarl_jax.checkpoint import Checkpoints
 from speciarl_jax.config import Config, LoraConfig
 from speciarl_jax.convert.adapter import load_peft
 from speciarl_jax.convert.loading import load_policy
-from speciarl_jax.optim import init_optimizer, make_optimizer
+from speciarl_jax.optim import make_optimizer
 from speciarl_jax.policy.model import Policy, PolicyParts
 from speciarl_jax.session import (
     Session,
     assemble_session,
     find_model,
+    initial_state,
     load_tokenizer,
     model_dtypes,
     open_session,
 )
+from speciarl_jax.storage import open_run_dir
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -53,7 +56,7 @@ def _fill(target: Any, values: dict[str, Any], place: str) -> None:
 
 
 def restore_parts(
-    session: Session, workdir: pathlib.Path, step: int | None
+    session: Session, folder: epath.PathLike, step: int | None
 ) -> tuple[PolicyParts, int]:
     """The session's policy with the weights of a run's checkpoint, and that checkpoint's step.
 
@@ -61,23 +64,21 @@ def restore_parts(
 
     Args:
         session: opened with the run's own recipe.
-        workdir: run directory.
+        folder: checkpoints of the run.
         step: which checkpoint; None for the newest that can be read.
 
     Raises:
         ValueError: no such checkpoint, or one that does not fit.
     """
-    if not (workdir / "checkpoints").is_dir():
-        raise ValueError(f"{workdir}: holds no checkpoints; train it, or give a model directory")
-    checkpoints = Checkpoints(workdir, session.config.train.keep_checkpoints)
+    if not epath.Path(folder).is_dir():
+        raise ValueError(f"{folder}: no checkpoints; train the run, or give a model directory")
+    checkpoints = Checkpoints(folder, session.config.train.keep_checkpoints)
     try:
         if step is not None and step not in checkpoints.steps():
             raise ValueError(
-                f"{workdir}: no checkpoint of step {step}; there are {checkpoints.steps()}"
+                f"{folder}: no checkpoint of step {step}; there are {checkpoints.steps()}"
             )
-        trainable = session.parts.trainable
-        optimizer = make_optimizer(session.config.optim, 1)
-        like = TrainState(trainable, init_optimizer(optimizer, trainable), 0, {})
+        like = initial_state(session, make_optimizer(session.config.optim, 1), {})
         state, skipped = checkpoints.restore(like, step)
     finally:
         checkpoints.close()
@@ -118,7 +119,7 @@ def load_run(workdir: pathlib.Path) -> tuple[Policy, LoraConfig | None, pathlib.
     """
     config = read_config(workdir)
     session = open_session(config)
-    parts, _ = restore_parts(session, workdir, None)
+    parts, _ = restore_parts(session, open_run_dir(workdir).checkpoints, None)
     policy = nnx.merge(parts.graphdef, parts.trainable, parts.frozen)
     has_adapter = not (config.model.train_base or config.model.train_vision)
     return policy, config.lora if has_adapter else None, session.model_dir

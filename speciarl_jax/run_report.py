@@ -25,7 +25,7 @@ from speciarl_jax.report.tables import comparison_table, format_estimate, metric
 from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.scores import Groups
 from speciarl_jax.session import Session
-from speciarl_jax.storage import Spool
+from speciarl_jax.storage import RunDir
 from speciarl_jax.watch import Goodput, Heartbeat, Profile
 
 
@@ -35,11 +35,11 @@ class Run:
 
     Attributes:
         writer: None in all processes but the first.
-        spool: where the work directory is copied to, None if it is an ordinary folder.
+        run_dir: `workdir`, perhaps with an address that it is copied to.
     """
 
     config: Config
-    workdir: pathlib.Path
+    run_dir: RunDir
     console: Console
     session: Session
     judge: JudgeThread
@@ -52,7 +52,11 @@ class Run:
     heartbeat: Heartbeat
     profile: Profile
     goodput: Goodput
-    spool: Spool | None = None
+
+    @property
+    def workdir(self) -> pathlib.Path:
+        """The folder to work in."""
+        return self.run_dir.local
 
 
 def report_start(

@@ -8,10 +8,12 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
@@ -19,10 +21,12 @@ from jaxtyping import Array
 
 from speciarl_jax import sharding
 from speciarl_jax.arch import Arch
+from speciarl_jax.checkpoint import TrainState
 from speciarl_jax.config import Config, MeshConfig, ModelConfig
 from speciarl_jax.convert.loading import load_policy, resolve_checkpoint
 from speciarl_jax.data.prompts import PromptBuilder
 from speciarl_jax.data.recipe import make_builder
+from speciarl_jax.optim import OptimState, init_optimizer
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.lora import add_lora
 from speciarl_jax.policy.model import (
@@ -192,6 +196,25 @@ def assemble_session(
     return Session(
         config, model_dir, arch, tokenizer, vocabulary, builder, parts, engine, mesh, local
     )
+
+
+def initial_state(
+    session: Session, optimizer: optax.GradientTransformation, position: dict[str, Any]
+) -> TrainState:
+    """Step 0, or what a checkpoint is restored into; moments lie where their parameters do.
+
+    Args:
+        session: model and mesh.
+        optimizer: see `optim.make_optimizer`.
+        position: of the data loader.
+    """
+    trainable, mesh = session.parts.trainable, session.mesh
+    optim = init_optimizer(optimizer, trainable)
+    places = sharding.param_shardings(trainable, mesh)
+    moments = sharding.optimizer_shardings(optimizer, optim.inner, places, mesh)
+    everywhere = sharding.replicated(mesh)
+    optim = sharding.place(optim, OptimState(moments, everywhere, everywhere))
+    return TrainState(trainable, optim, 0, position)
 
 
 def find_model(path: str) -> pathlib.Path:

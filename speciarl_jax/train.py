@@ -9,11 +9,10 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import optax
 from rich.console import Console
 
 from speciarl_jax import hosts
@@ -29,18 +28,17 @@ from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.judge.verdict_log import VerdictLog
 from speciarl_jax.live import LiveView
 from speciarl_jax.metrics import MetricsWriter, make_console, open_wandb
-from speciarl_jax.optim import OptimState, init_optimizer, make_optimizer
+from speciarl_jax.optim import make_optimizer
 from speciarl_jax.overlap import restore_rollouts, run_overlapped_step, save_rollouts
 from speciarl_jax.preemption import Preempted, StepAbandoned, StopFlag, stop_signal
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.rollout.warm_up import BatchShapes, warm_up
 from speciarl_jax.run_report import Run, finish, report_start, report_step
 from speciarl_jax.scores import TrainingStopped
-from speciarl_jax.session import Session, enable_compile_cache, open_session
+from speciarl_jax.session import Session, enable_compile_cache, initial_state, open_session
 from speciarl_jax.sft import resolve_target, run_sft_step
-from speciarl_jax.sharding import optimizer_shardings, param_shardings, place, replicated
 from speciarl_jax.step import StepResult, run_step
-from speciarl_jax.storage import Spool
+from speciarl_jax.storage import RunDir, open_run_dir
 from speciarl_jax.watch import Goodput, Heartbeat, Profile
 from speciarl_jax.workdir import prepare_workdir
 
@@ -49,24 +47,23 @@ _JUDGE_STARTUP_S = 60.0
 
 def main(
     config: Config,
-    workdir: pathlib.Path,
+    workdir: pathlib.Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
     recipe_dir: pathlib.Path | None = None,
     profile: tuple[int, int] | None = None,
-    spool: Spool | None = None,
 ) -> TrainState:
     """Trains a recipe in a work directory.
 
     Args:
         config: the recipe.
-        workdir: gets metrics.jsonl, config.json, checkpoints/, rollouts/, eval/, plots/.
+        workdir: folder or address; gets metrics.jsonl, config.json, checkpoints/, rollouts/,
+            eval/, plots/.
         resume: go on from the newest checkpoint there.
         overwrite: delete what an earlier run left there.
         recipe_dir: folder of the recipe file, for its prompts.
         profile: (first, last) step to trace, or None.
-        spool: copies `workdir` to object storage at each save; None for an ordinary folder.
 
     Returns:
         The final state.
@@ -79,43 +76,67 @@ def main(
     """
     config.validate()
     enable_compile_cache(config.compile_cache_dir)
-    console = make_console() if hosts.is_first() else Console(quiet=True)
-    check_processes(config, spool)
-    claim_workdir(workdir, config, resume=resume, overwrite=overwrite)
+    check_processes(config)
+    run_dir = open_run_dir(workdir, jax.process_index())
+    claim_workdir(run_dir, config, resume=resume, overwrite=overwrite)
     session = open_session(config, recipe_dir)
-    loader = open_train_loader(session)
-    checkpoints = Checkpoints(
-        workdir,
-        config.train.keep_checkpoints,
-        keep_best=config.train.keep_best,
-        keep_every_hours=config.train.keep_every_hours,
-    )
+    with open_run(session, run_dir, profile, resume=resume) as (run, state):
+        base = score(run, state, "base") if config.eval.score_base else None
+        if base and run.writer and config.train.eval_every and state.step == 0:
+            run.writer.write({"step": 0} | eval_row(base))
+        if config.eval.best_of:
+            score(run, initial_like(state, session), "best_of", samples=config.eval.best_of)
+        state = train_loop(run, state)
+        trained = score(run, state, "trained") if config.eval.score_trained else None
+        if hosts.is_first():
+            finish(run, base, trained)
+        run_dir.push()
+    return state
+
+
+@contextlib.contextmanager
+def open_run(
+    session: Session, run_dir: RunDir, profile: tuple[int, int] | None, *, resume: bool
+) -> Iterator[tuple[Run, TrainState]]:
+    """Opens what a run needs and restores where it stood; closes it all in the end.
+
+    Args:
+        session: model, tokenizer, prompts.
+        run_dir: claimed for this run.
+        profile: (first, last) step to trace, or None.
+        resume: take the newest checkpoint there.
+
+    Raises:
+        ValueError: no usable checkpoint or data.
+        JudgeError: the judge cannot be reached.
+    """
+    config, workdir = session.config, run_dir.local
+    console = make_console() if hosts.is_first() else Console(quiet=True)
     optimizer = make_optimizer(config.optim, num_updates(config))
-    state = initial_state(session, optimizer, loader)
-    if resume and checkpoints.steps():
-        state, skipped = checkpoints.restore(state)
-        for line in skipped:
-            console.print(f"warning: {line}; using step {state.step}", markup=False)
-        loader.set_state(state.data)
-    report_start(console, session, loader, state)
-    if config.rollout.warm_up:
-        warm_up_rollouts(console, session, state)
     with contextlib.ExitStack() as stack:
-        stack.callback(loader.close)
-        stack.callback(checkpoints.close)
+        loader = stack.enter_context(contextlib.closing(open_train_loader(session)))
+        checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, run_dir)))
+        state = initial_state(session, optimizer, loader.get_state())
+        if resume and checkpoints.steps():
+            state, skipped = checkpoints.restore(state)
+            for line in skipped:
+                console.print(f"warning: {line}; using step {state.step}", markup=False)
+            loader.set_state(state.data)
+        report_start(console, session, loader, state)
+        if config.rollout.warm_up:
+            warm_up_rollouts(console, session, state)
         sampled = state.step + (state.rollouts is not None)  # labels of these steps are known
         judge = stack.enter_context(open_judge(config.judge, workdir, sampled))
+        eval_judge = judge
+        if not config.eval.use_train_judge:
+            eval_judge = stack.enter_context(open_judge(config.eval.judge, workdir, state.step))
         writer = None
         if hosts.is_first():
             writer = MetricsWriter(workdir, state.step or -1, open_wandb(config, workdir))
             stack.callback(writer.close)
-        view = stack.enter_context(LiveView(console, config.train.num_steps, state.step))
-        eval_judge = judge
-        if not config.eval.use_train_judge:
-            eval_judge = stack.enter_context(open_judge(config.eval.judge, workdir, state.step))
         run = Run(
             config,
-            workdir,
+            run_dir,
             console,
             session,
             judge,
@@ -124,28 +145,26 @@ def main(
             loader,
             checkpoints,
             writer,
-            view,
+            stack.enter_context(LiveView(console, config.train.num_steps, state.step)),
             Heartbeat(workdir, jax.process_index()),
-            Profile(workdir, profile),
+            stack.enter_context(contextlib.closing(Profile(workdir, profile))),
             Goodput(),
-            spool,
         )
-        stack.callback(run.profile.close)
-        base = score(run, state, "base") if config.eval.score_base else None
-        if base and writer and config.train.eval_every and state.step == 0:
-            writer.write({"step": 0} | eval_row(base))
-        if config.eval.best_of:
-            score(run, initial_like(state, session), "best_of", samples=config.eval.best_of)
-        state = train_loop(run, state)
-        trained = score(run, state, "trained") if config.eval.score_trained else None
-        if hosts.is_first():
-            finish(run, base, trained)
-        if spool is not None:
-            spool.push()
-    return state
+        yield run, state
 
 
-def check_processes(config: Config, spool: Spool | None) -> None:
+def open_checkpoints(config: Config, run_dir: RunDir) -> Checkpoints:
+    """The run's checkpoints, kept as the recipe says."""
+    train = config.train
+    return Checkpoints(
+        run_dir.checkpoints,
+        train.keep_checkpoints,
+        keep_best=train.keep_best,
+        keep_every_hours=train.keep_every_hours,
+    )
+
+
+def check_processes(config: Config) -> None:
     """Refuses what one process can do and several cannot yet.
 
     Raises:
@@ -158,17 +177,16 @@ def check_processes(config: Config, spool: Spool | None) -> None:
             config.train.micro_batch_tokens > 0
         ),
         "algo.name=sft": config.algo.name == "sft",
-        "--workdir on object storage": spool is not None,
     }
     for what, is_asked in missing.items():
         if is_asked and jax.process_count() > 1:
             raise ValueError(
                 f"{what}: not implemented for {jax.process_count()} processes; use one process, "
-                "or leave it at its default (and give a folder that all processes see)"
+                "or leave it at its default"
             )
 
 
-def claim_workdir(workdir: pathlib.Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+def claim_workdir(run_dir: RunDir, config: Config, *, resume: bool, overwrite: bool) -> None:
     """`prepare_workdir` by the first process; all of them end if it refuses.
 
     Raises:
@@ -177,12 +195,14 @@ def claim_workdir(workdir: pathlib.Path, config: Config, *, resume: bool, overwr
     problem = None
     if hosts.is_first():
         try:
-            prepare_workdir(workdir, config, resume=resume, overwrite=overwrite)
+            prepare_workdir(run_dir, config, resume=resume, overwrite=overwrite)
         except ValueError as error:
             problem = str(error)
     problem = hosts.from_first(problem)
     if problem is not None:
         raise ValueError(problem)
+    if not hosts.is_first():
+        run_dir.pull()
 
 
 def train_loop(run: Run, state: TrainState) -> TrainState:
@@ -257,14 +277,14 @@ def make_poll(run: Run, step: int, stop: StopFlag) -> Callable[[], None]:
 def save(run: Run, state: TrainState, ahead: RolloutBatch | None, hm: float | None = None) -> None:
     """Saves the state with the rollouts of the next step, if there are any.
 
-    It is written in the background, unless the run stops or its folder is copied elsewhere.
+    It is written in the background, unless the run stops or its folder is a copy.
     """
     start = time.perf_counter()
     pending = save_rollouts(run.session, ahead) if ahead else None
     run.checkpoints.save(dataclasses.replace(state, rollouts=pending), hm)
-    if run.spool is not None:
+    if run.run_dir.is_copy:
         run.checkpoints.wait()
-        run.spool.push()
+        run.run_dir.push()
     run.goodput.add_checkpoint(time.perf_counter() - start)
 
 
@@ -318,17 +338,6 @@ def num_updates(config: Config) -> int:
 def num_mini_batches(config: Config) -> int:
     """Optimiser updates of a step."""
     return config.train.prompts_per_step // config.train.prompts_per_update
-
-
-def initial_state(
-    session: Session, optimizer: optax.GradientTransformation, loader: PromptLoader
-) -> TrainState:
-    """Step 0; the optimiser's state lies where its parameters do."""
-    trainable, mesh = session.parts.trainable, session.mesh
-    optim = init_optimizer(optimizer, trainable)
-    moments = optimizer_shardings(optimizer, optim.inner, param_shardings(trainable, mesh), mesh)
-    places = OptimState(moments, replicated(mesh), replicated(mesh))
-    return TrainState(trainable, place(optim, places), 0, loader.get_state())
 
 
 def initial_like(state: TrainState, session: Session) -> TrainState:

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import pathlib
 import shutil
 from typing import Any
 
 from speciarl_jax.config import Config
+from speciarl_jax.storage import RunDir
 
 
 def prepare_workdir(
-    workdir: pathlib.Path, config: Config, *, resume: bool, overwrite: bool
+    run_dir: RunDir, config: Config, *, resume: bool = False, overwrite: bool = False
 ) -> None:
     """Creates or checks the work directory and writes ``config.json``.
+
+    Args:
+        run_dir: folder or address.
+        config: the recipe.
+        resume: go on with the run there; on object storage it is fetched.
+        overwrite: delete the run there.
 
     Raises:
         ValueError: in use and neither flag given; resume without a run; another recipe.
     """
-    marker = workdir / "config.json"
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other: give one of them")
-    if marker.is_file() and not (resume or overwrite):
+    if run_dir.holds_run() and not (resume or overwrite):
         raise ValueError(
-            f"--workdir={workdir}: holds a run already; use --resume to go on with it, "
-            "--overwrite to delete it, or another directory"
+            f"--workdir={run_dir.checkpoints.parent}: holds a run already; use --resume to go on "
+            "with it, --overwrite to delete it, or another directory"
         )
-    if overwrite and workdir.is_dir():
+    workdir = run_dir.local
+    if overwrite or (run_dir.is_copy and not resume):  # a copy may be left of a deleted run
         _delete_run(workdir)
+    if overwrite:
+        run_dir.delete_remote(is_of_run)
     workdir.mkdir(parents=True, exist_ok=True)
+    run_dir.pull()
+    marker = workdir / "config.json"
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     if resume and marker.is_file():
         _check_same_recipe(json.loads(marker.read_text()), settings, marker)
@@ -39,30 +51,37 @@ def prepare_workdir(
 _RUN_ENTRIES = (
     "config.json",
     "metrics.jsonl",
+    "heartbeat*.json",
     "checkpoints",
     "rollouts",
     "eval",
     "plots",
+    "profile",
     "tensorboard",
     "thumbnails",
-    "verdicts.sqlite",
-    "judge_cache.sqlite",
+    "verdicts*.sqlite*",
+    "judge_cache*.sqlite*",
     "report.html",
 )
 
 
+def is_of_run(name: str) -> bool:
+    """Whether a run writes a folder or file of this name."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _RUN_ENTRIES)
+
+
 def _delete_run(workdir: pathlib.Path) -> None:
     """Deletes what a run writes, and nothing else that may lie in the folder."""
-    for name in _RUN_ENTRIES:
-        entry = workdir / name
+    entries = workdir.iterdir() if workdir.is_dir() else ()
+    for entry in [entry for entry in entries if is_of_run(entry.name)]:
         if entry.is_dir():
             shutil.rmtree(entry)
         else:
-            for file in workdir.glob(f"{name}*"):
-                file.unlink()
+            entry.unlink()
 
 
-# What may change between a run and its continuation without changing its numbers.
+# What may change between a run and its continuation. None changes the numbers of a step, but that
+# a decaying schedule is stretched to the new num_steps.
 _FREE = (
     "num_steps",
     "table_every",

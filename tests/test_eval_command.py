@@ -70,8 +70,8 @@ def test_model_directory_and_base():
 def test_other_directories_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected latest, base, a step number, a Hugging Face"):
         open_checkpoint(small_config(), tmp_path, str(tmp_path), None)
-    with pytest.raises(ValueError, match="holds no checkpoints"):
-        open_checkpoint(small_config(), tmp_path, "latest", None)
+    with pytest.raises(ValueError, match="no checkpoints; train"):
+        open_checkpoint(small_config(), tmp_path / "checkpoints", "latest", None)
 
 
 # --- which folder -------------------------------------------------------------------------------

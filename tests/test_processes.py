@@ -15,16 +15,17 @@ from tests.test_hosts import free_port
 
 RECIPE = pathlib.Path(__file__).parents[1] / "configs" / "cpu_smoke.py"
 SETTINGS = ["data.num_eval=8", "eval.best_of=0", "train.save_every=1", "rollout.group_size=4"]
+SETTINGS += ["optim.schedule=constant"]  # a linear one depends on the number of steps
 pytestmark = pytest.mark.slow
 
 
-def start(workdir, count, num_steps, *flags):
-    """The processes of a training job."""
+def start(workdir, count, num_steps, *flags, verb="train", environment=None):
+    """The processes of a job."""
     port = free_port()
-    command = [sys.executable, "-m", "speciarl_jax.cli", "train", f"--config={RECIPE}"]
+    command = [sys.executable, "-m", "speciarl_jax.cli", verb, f"--config={RECIPE}"]
     command += [f"--workdir={workdir}", f"--config.train.num_steps={num_steps}", *flags]
     command += [f"--config.{setting}" for setting in SETTINGS]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | (environment or {})
     jobs = []
     for index in range(count):
         place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
@@ -37,9 +38,13 @@ def start(workdir, count, num_steps, *flags):
 
 
 def finish(jobs):
+    """What they print."""
+    outputs = []
     for job in jobs:
-        _, errors = job.communicate(timeout=600)
+        output, errors = job.communicate(timeout=600)
         assert job.returncode == 0, errors[-2000:]
+        outputs.append(output)
+    return outputs
 
 
 def rows_of(workdir):
@@ -92,3 +97,38 @@ def test_one_dies_all_end_and_fewer_go_on(alone, tmp_path):
     )
     finish(start(workdir, 1, max(done + 1, 3), "--resume"))
     assert_same(rows_of(workdir)[:4], rows_of(alone))
+
+
+@pytest.fixture
+def bucket():
+    """A Google Cloud Storage on this machine."""
+    pytest.importorskip("gcp_storage_emulator")
+    port = free_port()
+    command = [sys.executable, "-m", "tests.gcs_server", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout.readline() == "ready\n"
+    address = f"http://localhost:{port}"
+    yield {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
+    server.kill()
+    server.communicate()
+
+
+def test_object_storage(alone, bucket, tmp_path):
+    """Two processes write to a bucket, one on another machine goes on and two more score it."""
+    first, second = (bucket | {"HOME": str(tmp_path / name)} for name in ("first", "second"))
+    url = "gs://bucket/runs/a"
+    finish(start(url, 2, 2, environment=first))
+    refused = start(url, 1, 3, environment=second)
+    _, errors = refused[0].communicate(timeout=300)
+    assert refused[0].returncode != 0
+    assert f"--workdir={url}: holds a run already; use --resume" in errors
+    finish(start(url, 1, 3, "--resume", environment=second))
+    local = next((tmp_path / "second").rglob("metrics.jsonl")).parent
+    for row, other in zip(rows_of(local), rows_of(alone), strict=True):
+        shared = row.keys() & other.keys()  # the first job validated after step 2
+        assert row["step"] == 0 or "policy/loss" in shared
+        expected = pytest.approx({k: other[k] for k in shared}, rel=1e-5, abs=1e-5)
+        assert {k: row[k] for k in shared} == expected
+    jobs = start(url, 2, 3, "--json", verb="eval", environment=first)
+    scores = json.loads(finish(jobs)[0].splitlines()[-1])  # Gloo prints a line before
+    assert scores == json.loads((local / "eval" / "trained" / "metrics.json").read_text())

@@ -1,32 +1,33 @@
 """The spool: what changed is copied, what is gone is deleted, another machine goes on."""
 
 import sqlite3
-import uuid
 
 import pytest
 
-from speciarl_jax.storage import Spool, is_remote
+from speciarl_jax.config import Config
+from speciarl_jax.storage import Spool, open_run_dir
+from speciarl_jax.workdir import prepare_workdir
 
 
 @pytest.fixture
-def url():
-    return f"memory://bucket/{uuid.uuid4().hex}"
+def url(tmp_path):
+    return f"file://{tmp_path}/bucket/run"
 
 
 def test_push_copies_changes_only(tmp_path, url):
     spool = Spool(url, tmp_path / "a")
-    (spool.local / "checkpoints" / "1").mkdir(parents=True)
-    (spool.local / "checkpoints" / "1" / "data").write_bytes(b"one")
+    (spool.local / "eval" / "base").mkdir(parents=True)
+    (spool.local / "eval" / "base" / "data").write_bytes(b"one")
     (spool.local / "metrics.jsonl").write_text("1\n")
     assert spool.push() == 2
     assert spool.push() == 0
     (spool.local / "metrics.jsonl").write_text("1\n2\n")
-    (spool.local / "checkpoints" / "1" / "data").unlink()
+    (spool.local / "eval" / "base" / "data").unlink()
     assert spool.push() == 1
     elsewhere = Spool(url, tmp_path / "b")
     assert elsewhere.pull() == 1
     assert (elsewhere.local / "metrics.jsonl").read_text() == "1\n2\n"
-    assert not (elsewhere.local / "checkpoints" / "1" / "data").exists()
+    assert not (elsewhere.local / "eval" / "base" / "data").exists()
     assert elsewhere.push() == 0
 
 
@@ -54,5 +55,47 @@ def test_each_address_has_its_own_folder(tmp_path, url):
 def test_unknown_address(tmp_path):
     with pytest.raises(ValueError, match="cannot be opened"):
         Spool("nosuch://bucket/run", tmp_path)
-    assert is_remote("gs://bucket/run")
-    assert not is_remote(tmp_path)
+    assert not open_run_dir(tmp_path).is_copy
+
+
+def test_checkpoints_are_written_in_place(tmp_path, url):
+    for run_dir in (open_run_dir(tmp_path / "run"), Spool(url, tmp_path / "spool")):
+        (run_dir.local / "checkpoints").mkdir(parents=True)
+        (run_dir.local / "checkpoints" / "stray").write_text("own")
+        assert run_dir.push() == 0
+    assert str(run_dir.checkpoints) == f"{tmp_path}/bucket/run/checkpoints"
+    assert str(open_run_dir(tmp_path / "run").checkpoints) == f"{tmp_path}/run/checkpoints"
+
+
+def test_other_processes_bring_their_own_files(tmp_path, url):
+    first, second = (Spool(url, tmp_path / "a", process=k) for k in (0, 1))
+    assert first.local != second.local
+    (first.local / "metrics.jsonl").write_text("1\n")
+    (second.local / "heartbeat.1.json").write_text("{}")
+    assert (first.push(), second.push()) == (1, 1)
+    first, second = (Spool(url, tmp_path / "b", process=k) for k in (0, 1))
+    assert (first.pull(), second.pull()) == (2, 1)
+    assert [path.name for path in second.local.iterdir()] == ["heartbeat.1.json"]
+    assert (first.push(), second.push()) == (0, 0)
+
+
+def test_a_used_address_is_not_overwritten(tmp_path, url):
+    """Also by a machine whose local folder is empty, or holds what was left of an older run."""
+    run_dir = Spool(url, tmp_path / "a")
+    prepare_workdir(run_dir, Config())
+    (run_dir.local / "metrics.jsonl").write_text("1\n")
+    run_dir.push()
+    bucket = tmp_path / "bucket" / "run"
+    (bucket / "checkpoints" / "1").mkdir(parents=True)
+    (bucket / "checkpoints" / "1" / "data").write_text("")
+    (bucket / "notes.txt").write_text("mine")
+    elsewhere = Spool(url, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"bucket/run: holds a run already; use --resume"):
+        prepare_workdir(elsewhere, Config())
+    prepare_workdir(elsewhere, Config(), resume=True)
+    assert (elsewhere.local / "metrics.jsonl").read_text() == "1\n"
+    prepare_workdir(elsewhere, Config(), overwrite=True)
+    assert not (elsewhere.local / "metrics.jsonl").exists()
+    assert [path.name for path in bucket.iterdir()] == ["notes.txt"]
+    prepare_workdir(run_dir, Config())  # what the first machine still held is gone too
+    assert not (run_dir.local / "metrics.jsonl").exists()

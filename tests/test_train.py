@@ -179,7 +179,7 @@ def test_sigterm_saves_and_exits_75(tmp_path):
     process.terminate()
     assert process.wait(timeout=60) == 75
     last = rows(workdir)[-1]["step"]
-    store = checkpoint.Checkpoints(workdir, 3)
+    store = checkpoint.Checkpoints(workdir / "checkpoints", 3)
     assert store.steps()[-1] == last
     store.close()
 
