@@ -131,23 +131,23 @@ def prompt_shape(batch: PromptBatch) -> tuple[int, int, int]:
 
 
 def join_batches(
-    parts: Sequence[tuple[PromptBatch, Array]],
+    parts: Sequence[tuple[PromptBatch, Array | None]],
     rows: np.ndarray,
     merge_unit: int,
     pad_id: int,
     at_least: tuple[int, int, int] = (0, 0, 0),
-) -> tuple[PromptBatch, Array]:
+) -> tuple[PromptBatch, Array | None]:
     """Chosen prompts of several batches as one batch, padded to the largest shapes among them.
 
     Args:
-        parts: batches with their image embeddings [I*M, D]; shapes may differ.
+        parts: batches with their image embeddings [I*M, D], or all without; shapes may differ.
         rows: [P] prompts to take, counted over the batches in order.
         merge_unit: patches per merged token.
         pad_id: token past the end of a prompt.
         at_least: (prompt tokens, images per prompt, patches per image) to pad to at least.
 
     Returns:
-        (the batch, its image embeddings [I*M, D]).
+        (the batch, its image embeddings [I*M, D] or None).
     """
     batches = [batch for batch, _ in parts]
     sizes = np.array([at_least, *(prompt_shape(batch) for batch in batches)])
@@ -177,7 +177,9 @@ def join_batches(
         global_index=pick("global_index", 0),
         is_real=pick("is_real", 0),
     )
-    tables = [_image_grid(x, b, slots, patches, merge_unit) for b, x in parts]
+    tables = [_image_grid(x, b, slots, patches, merge_unit) for b, x in parts if x is not None]
+    if not tables:
+        return joined, None
     table = jnp.take(jnp.concatenate(tables), rows, axis=0)  # [P, slots, M, D]
     return joined, table.reshape(-1, table.shape[-1])
 

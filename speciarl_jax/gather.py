@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
@@ -45,12 +46,12 @@ class Origin:
     Attributes:
         data: the loader's state before the first of them.
         num_batches: batches read from there.
-        rows: [P] the prompts used, counted over those batches in order.
+        rows: [P] the prompts used, counted over those batches in order; None for all.
     """
 
     data: dict[str, Any]
     num_batches: int
-    rows: np.ndarray
+    rows: np.ndarray | None
 
 
 @dataclasses.dataclass
@@ -161,11 +162,12 @@ def gather_rollouts(
     start = loader.get_state()
     if session.config.algo.dynamic_sampling:
         parts, rows, stats = _sample_until_full(sampler)
+        groups = [group for part in parts for group in part.groups]
+        groups = [groups[row] for row in rows]
     else:
-        parts = [_sample_part(sampler)]
-        rows, stats = np.arange(parts[0].batch.num_prompts), {}
+        parts, rows, stats = [_sample_part(sampler)], None, {}
+        groups = parts[0].groups
     batch, image_embeds = join_prompts(session, [(p.batch, p.image_embeds) for p in parts], rows)
-    groups = [group for part in parts for group in part.groups]
     slot_steps = sum(part.slot_steps for part in parts)
     live_steps = sum(part.live_steps for part in parts)
     return RolloutBatch(
@@ -173,7 +175,7 @@ def gather_rollouts(
         sampled_after=state.step,
         batch=batch,
         image_embeds=image_embeds,
-        groups=[groups[row] for row in rows],
+        groups=groups,
         pending=[] if session.config.algo.dynamic_sampling else parts[0].pending,
         origin=Origin(start, len(parts), rows),
         stats={
@@ -236,30 +238,36 @@ def _sample_until_full(
 ) -> tuple[list[_Part], np.ndarray, dict[str, float]]:
     """DAPO's dynamic sampling.
 
+    Every process fills its own share, as a group stays where it was sampled, and all go on until
+    the last one has: they see the same number of batches.
+
     Returns:
         (generation batches, rows [P] kept of them, metrics). Of more kept groups than needed the
         first in the order of the prompts are used and the rest is dropped.
     """
     config, step = sampler.session.config, sampler.step
-    needed = config.train.prompts_per_step
+    needed = config.train.prompts_per_step // jax.process_count()
     parts: list[_Part] = []
     codes: list[np.ndarray] = []
     keep = np.zeros(0, bool)
-    while keep.sum() < needed:
+    while hosts.any_process(keep.sum() < needed):
         if len(parts) == config.algo.max_generation_batches:
-            raise TrainingStopped(_too_few_lessons(config, step, codes, keep))
+            everywhere = hosts.gather_prompts(keep)
+            raise TrainingStopped(_too_few_lessons(config, step, codes, everywhere))
         part = _sample_part(sampler)
         await_verdicts(part.pending, sampler.poll)
         sampler.clock.lap("judge")
         parts.append(part)
-        codes.append(label_codes(config, part.groups, part.batch.global_index, step))
+        own = label_codes(config, part.groups, part.batch.global_index, step)
+        keep = np.concatenate([keep, has_lesson(config, own)])
+        codes.append(hosts.gather_prompts(own))
         check_failed_budget(config, codes, step)
-        keep = np.concatenate([keep, has_lesson(config, codes[-1])])
     dropped = dropped_groups(np.concatenate(codes), config.algo.failed_quorum_frac)
+    kept = float(hosts.gather_prompts(keep).mean())
     stats = {
         "rollout/generation_batches": float(len(parts)),
-        "group/kept_frac": float(keep.mean()),
-        "group/zero_std_frac": float(np.mean(~keep)),
+        "group/kept_frac": kept,
+        "group/zero_std_frac": 1.0 - kept,
         "group/dropped_frac": float(dropped.mean()),
     }
     return parts, np.flatnonzero(keep)[:needed], stats
@@ -278,30 +286,34 @@ def _too_few_lessons(config: Config, step: int, codes: list[np.ndarray], keep: n
 
 
 def join_prompts(
-    session: Session, parts: list[tuple[PromptBatch, Array]], rows: np.ndarray
+    session: Session, parts: list[tuple[PromptBatch, Array]], rows: np.ndarray | None
 ) -> tuple[PromptBatch, Array]:
-    """The prompts `rows` of several generation batches as one batch, with their embeddings."""
-    if len(parts) == 1 and np.array_equal(rows, np.arange(parts[0][0].num_prompts)):
-        return parts[0]
+    """The prompts `rows` of several generation batches as one batch, with their embeddings.
+
+    None takes the one batch as it is.
+    """
+    if rows is None:
+        (whole,) = parts
+        return whole
     pad_id = int(session.vocabulary.stop_ids[0])
     return batching.join_batches(parts, rows, session.arch.vision.merge_unit, pad_id)
 
 
-def agree_shapes(session: Session, rollouts: RolloutBatch) -> RolloutBatch:
+def agree_shapes(
+    session: Session, batch: PromptBatch, image_embeds: Array | None
+) -> tuple[PromptBatch, Array | None]:
     """Prompts and images padded alike in every process, for the update is one program of all."""
-    shape = batching.prompt_shape(rollouts.batch)
-    wanted = hosts.largest(*shape)
-    if wanted == shape:
-        return rollouts
-    rows = np.arange(rollouts.batch.num_prompts)
-    batch, image_embeds = batching.join_batches(
-        [(rollouts.batch, rollouts.image_embeds)],
-        rows,
+    shape = batching.prompt_shape(batch)
+    length, slots, patches = hosts.largest(*shape)
+    if (length, slots, patches) == shape:
+        return batch, image_embeds
+    return batching.join_batches(
+        [(batch, image_embeds)],
+        np.arange(batch.num_prompts),
         session.arch.vision.merge_unit,
         int(session.vocabulary.stop_ids[0]),
-        (wanted[0], wanted[1], wanted[2]),
+        (length, slots, patches),
     )
-    return dataclasses.replace(rollouts, batch=batch, image_embeds=image_embeds)
 
 
 def read_again(

@@ -102,7 +102,7 @@ def update_batch(
     batch: PromptBatch,
     arrays: batching.GroupArrays,
     scores: Scores | None,
-    image_embeds: Array,
+    image_embeds: Array | None,
 ) -> TrainBatch:
     """The whole rollout batch on device layout; weights per mini-batch."""
     config = session.config
@@ -145,13 +145,14 @@ def mini_batch_packs(
 ) -> list[packing.Pack]:
     """Micro-batches of a mini-batch under ``train.micro_batch_tokens``, rows counted within it."""
     limit = session.config.rollout.max_completion_tokens
+    everywhere = hosts.gather(lengths)
     return packing.pack_groups(
-        lengths[rows],
+        everywhere[:, rows],
         batch.tokens.shape[1],
-        batching.bucket_tokens(int(lengths.max()), limit),
+        batching.bucket_tokens(int(everywhere.max()), limit),
         session.config.train.micro_batch_tokens,
-        num_replicas(session.mesh),
-    )
+        num_replicas(session.local),
+    )[jax.process_index()]
 
 
 def micro_batches(session: Session, whole: TrainBatch, rows: slice) -> TrainBatch:

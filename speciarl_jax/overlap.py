@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from speciarl_jax import batching
+from speciarl_jax import batching, hosts
 from speciarl_jax.checkpoint import SavedRollouts, TrainState
 from speciarl_jax.clock import Clock
 from speciarl_jax.data.loader import PromptLoader
@@ -95,7 +95,8 @@ def run_overlapped_step(
 def save_rollouts(session: Session, rollouts: RolloutBatch) -> SavedRollouts:
     """Rollouts of the next step as arrays and JSON, after waiting for the labels still under way.
 
-    Prompts and images are not among them: they are read again from the same place in the data.
+    Those of all processes, so that another number of processes can go on. Prompts and images are
+    not among them: they are read again from the same place in the data.
 
     Raises:
         JudgeError: the judge gave up.
@@ -104,22 +105,24 @@ def save_rollouts(session: Session, rollouts: RolloutBatch) -> SavedRollouts:
     limit = session.config.rollout.max_completion_tokens
     arrays = batching.group_arrays(rollouts.groups, limit)
     origin = rollouts.origin
+    groups = [[_to_json(rollout) for rollout in group] for group in rollouts.groups]
     return SavedRollouts(
         arrays={
-            "tokens": arrays.tokens,
-            "lengths": arrays.lengths,
-            "rollout_logprobs": arrays.rollout_logprobs,
+            "tokens": hosts.gather_prompts(arrays.tokens),
+            "lengths": hosts.gather_prompts(arrays.lengths),
+            "rollout_logprobs": hosts.gather_prompts(arrays.rollout_logprobs),
         },
         record={
             "step": rollouts.step,
             "sampled_after": rollouts.sampled_after,
-            "stats": rollouts.stats,
+            "stats": hosts.mean(rollouts.stats),
             "origin": {
                 "data": origin.data,
                 "num_batches": origin.num_batches,
-                "rows": origin.rows.tolist(),
+                "rows": None if origin.rows is None else origin.rows.tolist(),
             },
-            "groups": [[_to_json(rollout) for rollout in group] for group in rollouts.groups],
+            "global_index": hosts.gather_prompts(rollouts.batch.global_index).tolist(),
+            "groups": [group for part in hosts.gather_json(groups) for group in part],
         },
     )
 
@@ -132,16 +135,23 @@ def restore_rollouts(
     Raises:
         ValueError: the prompts read again are not those of the rollouts.
     """
-    record = saved.record
+    record, rows = saved.record, saved.record["origin"]["rows"]
+    if rows is not None and jax.process_count() > 1:
+        raise ValueError(
+            f"checkpoint of step {state.step}: its pending rollouts come from dynamic sampling in "
+            "one process; resume with one process"
+        )
     origin = Origin(
         record["origin"]["data"],
         record["origin"]["num_batches"],
-        np.asarray(record["origin"]["rows"], np.int64),
+        None if rows is None else np.asarray(rows, np.int64),
     )
     batch, image_embeds = read_again(session, state, loader, origin)
+    place = {index: p for p, index in enumerate(record["global_index"])}
+    where = [place.get(int(index), 0) for index in batch.global_index]
     groups = [
-        [_from_json(fields, saved.arrays, p, g) for g, fields in enumerate(group)]
-        for p, group in enumerate(record["groups"])
+        [_from_json(fields, saved.arrays, p, g) for g, fields in enumerate(record["groups"][p])]
+        for p in where
     ]
     found = [group[0].prompt_id for group in groups]
     if found != batch.prompt_ids:

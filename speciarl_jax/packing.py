@@ -33,7 +33,7 @@ from jaxtyping import Array
 from speciarl_jax import update
 from speciarl_jax.batching import bucket_tokens
 from speciarl_jax.optim import OptimState, apply_gradients
-from speciarl_jax.sharding import place_prompts
+from speciarl_jax.sharding import own_prompts, place_prompts
 from speciarl_jax.update import LossConfig, TrainBatch, batch_logprobs, batch_loss
 
 
@@ -62,29 +62,36 @@ def pack_groups(
     limit: int,
     budget_tokens: int,
     num_replicas: int = 1,
-) -> list[Pack]:
+) -> list[list[Pack]]:
     """Cuts a mini-batch into micro-batches.
 
+    A group stays in the process that sampled it. All processes take part in every micro-batch, so
+    its shape follows the longest that any of them has left.
+
     Args:
-        lengths: [P, G] completion tokens.
+        lengths: [H, P, G] completion tokens of H processes.
         prompt_tokens: S, padded prompt length of the step.
         limit: padded completion length of the step.
         budget_tokens: padded tokens that a replica may hold at once.
-        num_replicas: D; every micro-batch has a multiple of D prompts, dealt so that the real
-            tokens of the replicas are as equal as a greedy deal makes them.
+        num_replicas: D of a process; every micro-batch has a multiple of D of its prompts, dealt
+            so that the real tokens of the replicas are as equal as a greedy deal makes them.
 
     Returns:
-        Micro-batches, the longest completions first; each group is in exactly one.
+        For each process its parts of the micro-batches, as many and of the same shapes in all, the
+        longest completions first; each group is in exactly one.
 
     Raises:
         ValueError: one group alone is larger than the budget.
     """
-    group_size = lengths.shape[1]
-    widths = np.array([bucket_tokens(int(longest), limit) for longest in lengths.max(axis=1)])
-    order = np.argsort(-widths, kind="stable")
-    packs = []
-    while len(order):
-        width = int(widths[order[0]])
+    group_size = lengths.shape[2]
+    longest = lengths.max(axis=2)  # [H, P]
+    orders = [np.argsort(-row, kind="stable") for row in longest]
+    packs: list[list[Pack]] = [[] for _ in orders]
+    while any(len(order) for order in orders):
+        left = [
+            int(row[order[0]]) for row, order in zip(longest, orders, strict=True) if len(order)
+        ]
+        width = bucket_tokens(max(left), limit)
         size = prompt_tokens + group_size * width
         if size > budget_tokens:
             raise ValueError(
@@ -92,9 +99,10 @@ def pack_groups(
                 "set it to at least that"
             )
         count = budget_tokens // size * num_replicas
-        rows = _deal(order[:count], lengths.sum(axis=1), count, num_replicas)
-        packs.append(Pack(rows, prompt_tokens, width))
-        order = order[count:]
+        for process, order in enumerate(orders):
+            rows = _deal(order[:count], lengths[process].sum(axis=1), count, num_replicas)
+            packs[process].append(Pack(rows, prompt_tokens, width))
+            orders[process] = order[count:]
     return packs
 
 
@@ -139,13 +147,12 @@ def cut_pack(batch: TrainBatch, pack: Pack) -> TrainBatch:
     )
 
 
-def _cut(batch: TrainBatch, pack: Pack, config: LossConfig) -> TrainBatch:
-    micro = cut_pack(batch, pack)
-    return micro if config.mesh is None else place_prompts(micro, config.mesh)
+def _place(micro: TrainBatch, config: LossConfig, axis: int = 0) -> TrainBatch:
+    return micro if config.mesh is None else place_prompts(micro, config.mesh, axis)
 
 
 def unpack(parts: Sequence[Array], packs: Sequence[Pack], like: np.ndarray) -> Array:
-    """Per-token results [n, G, C] of micro-batches in the order of the groups.
+    """Per-token results [n, G, C] of micro-batches in the order of this process's groups.
 
     Args:
         parts: one array per micro-batch.
@@ -170,9 +177,9 @@ def packed_logprobs(
     """`update.batch_logprobs`, [P, G, C], micro-batch by micro-batch of different shapes."""
     parts = []
     for pack in packs:
-        micro = jax.tree.map(lambda x: x[None], _cut(batch, pack, config))
-        parts.append(batch_logprobs(graphdef, states, micro, banned, config)[0])
-    return unpack(parts, packs, batch.completions)
+        micro = _place(jax.tree.map(lambda x: x[None], cut_pack(batch, pack)), config, axis=1)
+        parts.append(batch_logprobs(graphdef, states, micro, banned, config))
+    return unpack([own_prompts(x, axis=1)[0] for x in parts], packs, batch.completions)
 
 
 def packed_update(
@@ -191,16 +198,16 @@ def packed_update(
     Returns:
         (trainable, optimiser state, statistics) as there; ``logprobs`` is [P, G, C].
     """
-    grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable)
+    grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32, device=x.sharding), trainable)
     totals: dict[str, Array] = {}
     logprobs = []
     for pack in packs:
-        micro = _cut(batch, pack, config)
+        micro = _place(cut_pack(batch, pack), config)
         grads, stats = _accumulate(graphdef, trainable, frozen, grads, micro, banned, config)
         logprobs.append(stats.pop("logprobs"))
         totals = {k: v + totals.get(k, 0.0) for k, v in stats.items()}
     trainable, optim_state, norm = _apply(optimizer, grads, optim_state, trainable, config)
-    joined = unpack(logprobs, packs, batch.completions)
+    joined = unpack([own_prompts(x) for x in logprobs], packs, batch.completions)
     return trainable, optim_state, {**totals, "grad_norm": norm, "logprobs": joined}
 
 

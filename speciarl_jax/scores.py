@@ -47,13 +47,9 @@ def score_groups(
         lengths: [P, G] completion tokens, for the overlong penalty.
         global_index: [P] of the prompts; label noise is drawn by it.
         step: of the run.
-
-    Raises:
-        TrainingStopped: more labels are missing than ``algo.failed_budget_frac`` allows.
     """
     algo = config.algo
     codes = label_codes(config, groups, global_index, step)
-    check_failed_budget(config, [codes], step)
     values, valid = raw_rewards(config, codes)
     limit = config.rollout.max_completion_tokens
     shaped = values + reward.overlong_penalty(lengths, limit, algo.overlong_buffer_tokens)
@@ -101,7 +97,7 @@ def check_failed_budget(config: Config, codes: Sequence[np.ndarray], step: int) 
 
     Args:
         config: the recipe.
-        codes: of all groups sampled for this step so far, [P, G] each.
+        codes: of all groups sampled for this step so far, by all processes, [P, G] each.
         step: of the run.
 
     Raises:

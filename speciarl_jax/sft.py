@@ -14,12 +14,14 @@ from collections.abc import Callable
 import numpy as np
 import optax
 
+from speciarl_jax import hosts
 from speciarl_jax.batching import GroupArrays, bucket_tokens
 from speciarl_jax.checkpoint import TrainState
 from speciarl_jax.data.field_guide.answers import answer_text, sample_level
 from speciarl_jax.data.field_guide.specimens import Specimen, draw_specimens
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.selection import parse_mixture
+from speciarl_jax.gather import agree_shapes
 from speciarl_jax.learn import Metrics, finish_update, start_updates, update_batch
 from speciarl_jax.reward import import_function
 from speciarl_jax.scores import Scores
@@ -117,7 +119,8 @@ def supervised_arrays(
             )
         rows.append(tokens)
     lengths = np.array([[len(row)] for row in rows], np.int32)
-    tokens = np.zeros((len(rows), 1, bucket_tokens(int(lengths.max()), limit)), np.int32)
+    (longest,) = hosts.largest(int(lengths.max()))
+    tokens = np.zeros((len(rows), 1, bucket_tokens(longest, limit)), np.int32)
     for p, row in enumerate(rows):
         tokens[p, 0, : len(row)] = row
     return GroupArrays(tokens, lengths, np.zeros(tokens.shape, np.float32))
@@ -140,12 +143,13 @@ def run_sft_step(
     embeds = None
     if not session.config.model.train_vision:
         embeds = session.encode(session.local_states(state.trainable), batch)
+    batch, embeds = agree_shapes(session, batch, embeds)
     whole = update_batch(session, batch, arrays, scores, embeds)
     update = start_updates(session, optimizer, state, whole, arrays.lengths)
     state, metrics = finish_update(session.config, state, update)
     seconds = time.perf_counter() - start
     metrics |= {
         "time/step_s": seconds,
-        "throughput/tokens_per_s": float(arrays.lengths.sum()) / seconds,
+        "throughput/tokens_per_s": float(hosts.gather(arrays.lengths).sum()) / seconds,
     }
     return dataclasses.replace(state, step=state.step + 1), {"step": state.step + 1, **metrics}

@@ -31,7 +31,7 @@ from speciarl_jax.learn import (
     start_update,
 )
 from speciarl_jax.rollout.groups import Poll, await_verdicts, no_poll
-from speciarl_jax.scores import Scores, TrainingStopped, score_groups
+from speciarl_jax.scores import Scores, TrainingStopped, check_failed_budget, score_groups
 from speciarl_jax.session import Session
 from speciarl_jax.step_metrics import (
     Metrics,
@@ -120,7 +120,8 @@ class Lesson:
     def begin(cls, session: Session, state: TrainState, rollouts: RolloutBatch) -> Lesson:
         """Starts old and reference log-probs, which need no labels."""
         limit = session.config.rollout.max_completion_tokens
-        rollouts = agree_shapes(session, rollouts)
+        batch, embeds = agree_shapes(session, rollouts.batch, rollouts.image_embeds)
+        rollouts = dataclasses.replace(rollouts, batch=batch, image_embeds=embeds)
         longest = max(len(r.completion_tokens) for group in rollouts.groups for r in group)
         (longest,) = hosts.largest(longest)
         arrays = batching.group_arrays(rollouts.groups, limit, longest)
@@ -135,6 +136,7 @@ class Lesson:
         self.scores = score_groups(
             config, rollouts.groups, self.arrays.lengths, index, rollouts.step
         )
+        check_failed_budget(config, [hosts.gather_prompts(self.scores.codes)], rollouts.step)
         self.update = start_update(
             session, optimizer, state, rollouts, self.arrays, self.scores, self.references
         )

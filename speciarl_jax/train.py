@@ -165,25 +165,24 @@ def open_checkpoints(config: Config, run_dir: RunDir) -> Checkpoints:
 
 
 def check_processes(config: Config) -> None:
-    """Refuses what one process can do and several cannot yet.
+    """Refuses what one process can do and this number of them cannot.
 
     Raises:
-        ValueError: such a setting, in a job of several processes.
+        ValueError: names the setting.
     """
-    missing = {
-        "algo.dynamic_sampling=true": config.algo.dynamic_sampling,
-        f"train.async_steps={config.train.async_steps}": config.train.async_steps > 0,
-        f"train.micro_batch_tokens={config.train.micro_batch_tokens}": (
-            config.train.micro_batch_tokens > 0
-        ),
-        "algo.name=sft": config.algo.name == "sft",
-    }
-    for what, is_asked in missing.items():
-        if is_asked and jax.process_count() > 1:
-            raise ValueError(
-                f"{what}: not implemented for {jax.process_count()} processes; use one process, "
-                "or leave it at its default"
-            )
+    count, algo = jax.process_count(), config.algo
+    if count > 1 and algo.dynamic_sampling and config.train.async_steps:
+        # Its agreement on each batch would meet the updates, which start when labels come.
+        raise ValueError(
+            f"algo.dynamic_sampling=true with train.async_steps={config.train.async_steps}: not "
+            f"implemented for {count} processes; leave one of them at its default"
+        )
+    for name, prompts in {
+        "train.prompts_per_update": config.train.prompts_per_update,
+        "algo.generation_prompts": algo.generation_prompts,
+    }.items():
+        if prompts % count:
+            raise ValueError(f"{name}={prompts}: expected a multiple of the {count} processes")
 
 
 def claim_workdir(run_dir: RunDir, config: Config, *, resume: bool, overwrite: bool) -> None:
@@ -310,6 +309,8 @@ def open_train_loader(session: Session) -> PromptLoader:
     """Training prompts in the run's global order."""
     config = session.config
     source = open_train_source(config.data)
+    is_whole = jax.process_count() == 1 or config.algo.dynamic_sampling
+    num_blocks = 1 if is_whole else num_mini_batches(config)  # each process has its part of each
     loader = make_loader(
         config.data,
         source,
@@ -319,7 +320,7 @@ def open_train_loader(session: Session) -> PromptLoader:
         pad_id=int(session.vocabulary.stop_ids[0]),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        num_blocks=num_mini_batches(config) if jax.process_count() > 1 else 1,
+        num_blocks=num_blocks,
     )
     if loader.plan.batches_per_epoch < 1:
         raise ValueError(

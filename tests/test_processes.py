@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,10 @@ SETTINGS += ["optim.schedule=constant"]  # a linear one depends on the number of
 pytestmark = pytest.mark.slow
 
 
-def start(workdir, count, num_steps, *flags, verb="train", environment=None):
+def start(workdir, count, num_steps, *flags, verb="train", recipe=RECIPE, environment=None):
     """The processes of a job."""
     port = free_port()
-    command = [sys.executable, "-m", "speciarl_jax.cli", verb, f"--config={RECIPE}"]
+    command = [sys.executable, "-m", "speciarl_jax.cli", verb, f"--config={recipe}"]
     command += [f"--workdir={workdir}", f"--config.train.num_steps={num_steps}", *flags]
     command += [f"--config.{setting}" for setting in SETTINGS]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | (environment or {})
@@ -97,6 +98,41 @@ def test_one_dies_all_end_and_fewer_go_on(alone, tmp_path):
     )
     finish(start(workdir, 1, max(done + 1, 3), "--resume"))
     assert_same(rows_of(workdir)[:4], rows_of(alone))
+
+
+PACKED = ["train.micro_batch_tokens=4096"]
+ASYNC = ["train.async_steps=1", "algo.importance_cap=2.0"]
+SFT = ["data.num_eval=8", "train.prompts_per_update=16", "train.prompts_per_step=16"]
+SFT += ["train.prompts_per_micro_batch=8", "eval.score_trained=False"]
+MODES = {
+    "packed": (RECIPE, PACKED),
+    "async": (RECIPE, ASYNC),
+    "sft": (f"{RECIPE.parent / 'tiny_sft.py'}:model=tiny", SFT),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_equals_one_process(mode, tmp_path):
+    """Asynchronous rollouts of two processes also go on in one."""
+    recipe, settings = MODES[mode]
+    flags = [f"--config.{setting}" for setting in settings]
+    finish(start(tmp_path / "one", 1, 3, *flags, recipe=recipe))
+    finish(start(tmp_path / "two", 2, 3, *flags, recipe=recipe))
+    assert_same(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"))
+    if mode == "async":
+        shutil.rmtree(tmp_path / "two" / "checkpoints" / "3")
+        finish(start(tmp_path / "two", 1, 3, *flags, "--resume"))
+        assert_same(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"))
+
+
+def test_dynamic_sampling_fills_every_process(tmp_path):
+    settings = ["algo.generation_prompts=8", "algo.reward=binary"]
+    flags = [f"--config.{setting}" for setting in settings]
+    finish(start(tmp_path, 2, 2, *flags, recipe=f"{RECIPE}:algo=dapo_dynamic"))
+    for row in rows_of(tmp_path)[1:]:
+        assert row["rollout/generation_batches"] >= 2
+        assert row["group/kept_frac"] * 8 * row["rollout/generation_batches"] >= 16
+        assert row["group/kept_frac"] + row["group/zero_std_frac"] == pytest.approx(1)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def test_buckets_by_hand():
 @pytest.mark.parametrize("num_replicas", [1, 4])
 def test_every_group_once_and_within_the_budget(num_replicas):
     lengths = skewed()
-    packs = packing.pack_groups(lengths, 400, 2048, 16_384, num_replicas)
+    packs = packing.pack_groups(lengths[None], 400, 2048, 16_384, num_replicas)[0]
     rows = np.concatenate([pack.rows for pack in packs])
     assert sorted(rows[rows >= 0]) == list(range(64))
     for pack in packs:
@@ -37,18 +37,32 @@ def test_every_group_once_and_within_the_budget(num_replicas):
     assert len({(len(p.rows), p.completion_tokens) for p in packs}) <= 7
 
 
+def test_processes_share_shapes_and_keep_their_groups():
+    """One process has all the long answers; the others run its micro-batches on what they have."""
+    lengths = np.sort(skewed(48).reshape(-1)).reshape(3, 16, 10)
+    parts = packing.pack_groups(lengths, 400, 2048, 16_384, 2)
+    shapes = [[(len(p.rows), p.prompt_tokens, p.completion_tokens) for p in part] for part in parts]
+    assert shapes[0] == shapes[1] == shapes[2]
+    for process, part in enumerate(parts):
+        rows = np.concatenate([pack.rows for pack in part])
+        assert sorted(rows[rows >= 0]) == list(range(16))
+        for pack in part:
+            chosen = pack.rows[pack.rows >= 0]
+            assert lengths[process][chosen].max(initial=0) <= pack.completion_tokens
+
+
 def test_padding_on_skewed_lengths():
     """128 groups, prompts 100 to 400 tokens: 1.7 times fewer tokens than padded to the longest."""
     lengths = skewed(128)
     fixed = 128 * (400 + 10 * batching.bucket_tokens(int(lengths.max()), 2048))
-    packs = packing.pack_groups(lengths, 400, 2048, 24_576)
+    packs = packing.pack_groups(lengths[None], 400, 2048, 24_576)[0]
     assert fixed > 1.7 * sum(pack.padded_tokens(10) for pack in packs)
 
 
 def test_replicas_get_equal_real_tokens():
     """Dealt greedily, the busiest of 4 replicas has at most 5 % more than the mean."""
     lengths = skewed()
-    packs = packing.pack_groups(lengths, 400, 2048, 32_768, 4)
+    packs = packing.pack_groups(lengths[None], 400, 2048, 32_768, 4)[0]
     full = [pack for pack in packs if (pack.rows >= 0).all()]
     assert full
     for pack in full:
@@ -58,7 +72,7 @@ def test_replicas_get_equal_real_tokens():
 
 def test_a_group_beyond_the_budget_is_refused():
     with pytest.raises(ValueError, match=r"train.micro_batch_tokens=1000: one group takes 1900"):
-        packing.pack_groups(np.full((1, 10), 150), 300, 160, 1000)
+        packing.pack_groups(np.full((1, 1, 10), 150), 300, 160, 1000)
 
 
 @pytest.fixture(scope="module")
