@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from speciarl_jax import sharding
@@ -243,8 +243,7 @@ def _on_prompts(session: AbstractSession, tree: Abstract) -> Abstract:
 
 
 def _on_heads(session: AbstractSession, tree: Abstract) -> Abstract:
-    spec = PartitionSpec(None, sharding.PROMPT_AXES, None, "tensor")
-    place = NamedSharding(session.local, spec)
+    place = sharding.cache_sharding(session.local, is_stacked=not isinstance(tree, tuple))
     return jax.tree.map(lambda x: _array(x.shape, x.dtype, place), tree)
 
 

@@ -37,6 +37,7 @@ from speciarl_jax.policy.model import (
     split_policy,
 )
 from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.rollout.encode import encode_by_size
 from speciarl_jax.rollout.engine import RolloutEngine, Vocabulary
 from speciarl_jax.tiny import shipped_tiny_dir
 from speciarl_jax.types import PromptBatch
@@ -84,10 +85,12 @@ class Session:
             batch: prompts.
         """
         vision = batch.vision
+        if self.local.size == 1:
+            unit, buckets = self.arch.vision.window_patches, self.config.data.window_buckets
+            return encode_by_size(self.parts.graphdef, states, vision, unit, buckets)
         images = (vision.patches, vision.positions, vision.mask)
-        if self.local.size > 1:
-            place = sharding.image_sharding(self.local, len(vision.patches))
-            images = jax.device_put(images, place)
+        place = sharding.image_sharding(self.local, len(vision.patches))
+        images = jax.device_put(images, place)
         return encode_images(self.parts.graphdef, states, *images, self.local)
 
 

@@ -210,6 +210,16 @@ def prompt_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, PROMPT_AXES))
 
 
+def cache_sharding(mesh: Mesh, *, is_stacked: bool) -> NamedSharding:
+    """Keys and values [X, K, ...]: prompts or rows over the replicas, heads over `tensor`.
+
+    Args:
+        mesh: of this process.
+        is_stacked: layers come first, whole.
+    """
+    return NamedSharding(mesh, PartitionSpec(*(None,) * is_stacked, PROMPT_AXES, "tensor"))
+
+
 def image_sharding(mesh: Mesh, num_images: int) -> NamedSharding:
     """Images on the leading axis: over every device if they divide, else over the replicas."""
     axes = AXES if num_images % mesh.size == 0 else PROMPT_AXES

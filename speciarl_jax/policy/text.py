@@ -109,6 +109,7 @@ class TextModel(nnx.Module):
         *,
         angles: Float[Array, "... A_half"] | None = None,
         remat: str = "none",
+        layers: list[nnx.State] | None = None,
     ) -> tuple[Float[Array, "... D"], Any, Any]:
         """Runs all layers.
 
@@ -119,6 +120,8 @@ class TextModel(nnx.Module):
             carry: threaded through the layers (a key-value cache updated in place).
             angles: rotary angles, for callers whose tokens are not laid out [..., T].
             remat: see `speciarl_jax.policy.remat`.
+            layers: from `unstacked`: runs them one by one, with their numbers and no results, and
+                not by a scan.
 
         Returns:
             (normed hidden states, final carry, per-layer results stacked on a leading axis).
@@ -126,15 +129,25 @@ class TextModel(nnx.Module):
         if angles is None:
             angles = text_angles(positions, self.arch)
         graphdef, states = nnx.split(self.blocks)
+        if layers is not None:
+            for index, layer in enumerate(layers):
+                block = nnx.merge(graphdef, layer)
+                hidden, carry, _ = block(hidden, angles, attend_fn, index, carry)
+            return self.norm(hidden), carry, None
 
         def body(state: tuple[Array, Any], layer: tuple[nnx.State, Array]) -> tuple[Any, Any]:
             block = nnx.merge(graphdef, layer[0])
             hidden, carry, result = block(state[0], angles, attend_fn, layer[1], state[1])
             return (hidden, carry), result
 
-        layers = (states, np.arange(self.arch.num_layers))
-        (hidden, carry), results = jax.lax.scan(checkpointed(body, remat), (hidden, carry), layers)
+        stack = (states, np.arange(self.arch.num_layers))
+        (hidden, carry), results = jax.lax.scan(checkpointed(body, remat), (hidden, carry), stack)
         return self.norm(hidden), carry, results
+
+    def unstacked(self) -> list[nnx.State]:
+        """Each layer's own weights, cut out of the stack: a copy."""
+        stacked = nnx.state(self.blocks)
+        return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.arch.num_layers)]
 
     def forward(
         self,

@@ -3,12 +3,13 @@
 Stored in the compute dtype, or as int8 with one float32 scale per token and head. The scales never
 touch the cache itself: a key's scale multiplies its score, a value's scale its softmax weight, so
 the products read int8 converted to the compute dtype, one layer at a time, and no float32 copy of a
-cache is made.
+cache is made. Keys and values are stored in the order in which the two products read them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,11 +30,12 @@ Part = tuple[Array, Array, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValues:
-    """Rotated keys and plain values.
+    """Rotated keys and plain values of X prompts or rows and T tokens; one layer is without L.
 
     Attributes:
-        k, v: [L, X, T, K, A] (one layer: [X, T, K, A]); X prompts or rows, T tokens.
-        k_scale, v_scale: [L, X, T, K] float32 with int8 storage, else None.
+        k: [L, X, K, A, T].
+        v: [L, X, K, T, A].
+        k_scale, v_scale: [L, X, K, T] float32 with int8 storage, else None.
     """
 
     k: Array
@@ -42,8 +44,35 @@ class KeyValues:
     v_scale: Array | None = None
 
 
-def pack(k: Float[Array, "... K A"], v: Float[Array, "... K A"], is_int8: bool) -> KeyValues:
-    """Keys and values as they are stored."""
+# All layers in one or, where the decode loop names its layers, one for each.
+Cache = KeyValues | tuple[KeyValues, ...]
+
+
+def shape_of(stored: Cache) -> tuple[int, ...]:
+    """[L, X, K, T, A] of values."""
+    if isinstance(stored, tuple):
+        return (len(stored), *stored[0].v.shape)
+    return stored.v.shape
+
+
+def is_int8(stored: Cache) -> bool:
+    """Whether there are scales."""
+    return jax.tree.leaves(stored)[0].dtype == jnp.int8
+
+
+def _map_tokens(function: Callable[..., Array], *caches: KeyValues) -> KeyValues:
+    """`function(axis of the tokens, counted from the end, array, ...)` for every array."""
+    tokens = KeyValues(-1, -2, *(None if caches[0].k_scale is None else -1,) * 2)
+    return jax.tree.map(function, tokens, *caches)
+
+
+def by_layer(stacked: KeyValues) -> tuple[KeyValues, ...]:
+    """The cache of each layer."""
+    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(stacked.v.shape[0]))
+
+
+def pack(k: Float[Array, "... A"], v: Float[Array, "... A"], is_int8: bool) -> KeyValues:
+    """Keys and values in the dtype in which they are stored, axes as they come."""
     if not is_int8:
         return KeyValues(k, v)
     (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
@@ -58,69 +87,97 @@ def quantise(x: Float[Array, "... A"]) -> tuple[Int[Array, "... A"], Float[Array
     return jnp.round(x / divisor[..., None]).astype(jnp.int8), scale
 
 
-def empty(shape: tuple[int, ...], dtype: DTypeLike, is_int8: bool) -> KeyValues:
-    """A cache of zeros; `shape` is [L, X, T, K, A]."""
-    if not is_int8:
-        return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    values = [jnp.zeros(shape, jnp.int8) for _ in range(2)]
-    scales = [jnp.zeros(shape[:-1], jnp.float32) for _ in range(2)]
-    return KeyValues(*values, *scales)
+def empty(shape: tuple[int, ...], dtype: DTypeLike, placement: Placement) -> Cache:
+    """A cache of zeros in a dtype, int8 with scales; `shape` is [L, X, K, T, A]."""
+    if placement.is_unrolled:
+        return tuple(_zeros(shape[1:], dtype) for _ in range(shape[0]))
+    return _zeros(shape, dtype)
 
 
-def write(own: KeyValues, new: KeyValues, layer: Array, column: Array) -> KeyValues:
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> KeyValues:
+    k, v = jnp.zeros((*shape[:-2], shape[-1], shape[-2]), dtype), jnp.zeros(shape, dtype)
+    if dtype != jnp.int8:
+        return KeyValues(k, v)
+    return KeyValues(k, v, *(jnp.zeros(shape[:-1], jnp.float32) for _ in range(2)))
+
+
+def store(new: KeyValues) -> KeyValues:
+    """A layer's tokens [X, T, K, A] (scales [X, T, K]) in the order of a cache."""
+
+    def order(axis: int, x: Array) -> Array:
+        return jnp.moveaxis(x, 1, axis)
+
+    return _map_tokens(order, new)
+
+
+def write(own: Cache, new: KeyValues, layer: Array | int, column: Array) -> Cache:
     """Puts one token per row, [X, K, A], into a layer's column, in place under jit."""
+    place: tuple[Array | int, ...] = () if isinstance(own, tuple) else (layer,)
 
-    def put(buffer: Array, values: Array) -> Array:
-        start = (layer, 0, column, *(0,) * (buffer.ndim - 3))
-        return jax.lax.dynamic_update_slice(buffer, values[None, :, None], start)
+    def put(axis: int, buffer: Array, values: Array) -> Array:
+        column_values = jnp.expand_dims(values, axis)
+        start = [*place, *(0,) * column_values.ndim]
+        start[axis] = column
+        column_values = column_values.reshape(*(1,) * len(place), *column_values.shape)
+        return jax.lax.dynamic_update_slice(buffer, column_values, start)
 
-    return jax.tree.map(put, own, new)
+    if isinstance(own, tuple):
+        return (*own[:layer], _map_tokens(put, own[layer], new), *own[layer + 1 :])
+    return _map_tokens(put, own, new)
 
 
-def one_layer(stacked: KeyValues, layer: Array) -> KeyValues:
-    """The cache of one layer, [X, T, K, A]."""
+def one_layer(stored: Cache, layer: Array | int) -> KeyValues:
+    """The cache of one layer."""
+    if isinstance(stored, tuple):
+        return stored[layer]
 
     def index(x: Array) -> Array:
         return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
 
-    return jax.tree.map(index, stacked)
+    return jax.tree.map(index, stored)
 
 
-def take_rows(own: KeyValues, keep: Int[Array, " R2"], placement: Placement) -> KeyValues:
+def take_rows(own: Cache, keep: Int[Array, " R2"], placement: Placement) -> Cache:
     """The rows `keep` of each shard."""
-    return jax.tree.map(lambda x: placement.take(x, keep, axis=1), own)
+    axis = 0 if isinstance(own, tuple) else 1
+    return jax.tree.map(lambda x: placement.take(x, keep, axis=axis), own)
 
 
-def resize_columns(own: KeyValues, num_columns: int) -> KeyValues:
+def pin(stored: Cache, placement: Placement) -> Cache:
+    """The layout that every program keeps."""
+    is_stacked = not isinstance(stored, tuple)
+    return jax.tree.map(lambda x: placement.cache(x, is_stacked=is_stacked), stored)
+
+
+def resize_columns(own: Cache, num_columns: int) -> Cache:
     """More columns, zeros at the end."""
+    if isinstance(own, tuple):
+        return tuple(resize_columns(layer, num_columns) for layer in own)
 
-    def grow(x: Array) -> Array:
-        pad = [(0, num_columns - x.shape[2] if axis == 2 else 0) for axis in range(x.ndim)]
+    def grow(axis: int, x: Array) -> Array:
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, num_columns - x.shape[axis])
         return jnp.pad(x, pad)
 
-    return jax.tree.map(grow, own)
+    return _map_tokens(grow, own)
 
 
 def partial_softmax(q: Float[Array, "X K Q A"], kv: KeyValues, mask: Bool[Array, ...]) -> Part:
-    """Unnormalised attention of q over one layer's [X, T, K, A], float32 statistics."""
+    """Unnormalised attention of q over one layer, float32 statistics."""
     k, v = kv.k.astype(q.dtype), kv.v.astype(q.dtype)
-    scores = jnp.einsum("xkqa,xtka->xkqt", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("xkqa,xkat->xkqt", q, k, preferred_element_type=jnp.float32)
     if kv.k_scale is not None:
-        scores = scores * _per_key(kv.k_scale)
+        scores = scores * kv.k_scale[:, :, None]
     scores = jnp.where(mask, scores * np.float32(q.shape[-1] ** -0.5), _MASKED)
     peak = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - peak[..., None])
     total = jnp.sum(weights, axis=-1)
     if kv.v_scale is not None:
-        weights = weights * _per_key(kv.v_scale)
+        weights = weights * kv.v_scale[:, :, None]
     out = jnp.einsum(
-        "xkqt,xtka->xkqa", weights.astype(q.dtype), v, preferred_element_type=jnp.float32
+        "xkqt,xkta->xkqa", weights.astype(q.dtype), v, preferred_element_type=jnp.float32
     )
     return out, peak, total
-
-
-def _per_key(scale: Float[Array, "X T K"]) -> Float[Array, "X K 1 T"]:
-    return scale.transpose(0, 2, 1)[:, :, None]
 
 
 def join(parts: tuple[Part, ...]) -> Float[Array, "X K Q A"]:

@@ -4,8 +4,8 @@ Rows are flat: row r answers prompt `row_prompt[r]`. Prompt keys and values exis
 their attention gathers the queries of a prompt's rows into [P, slots], so each prompt's cache is
 read once per step, not once per row:
 
-    queries [R, H, A] --slot_rows--> [P, slots, H, A] x prompt KV [P, S, K, A]  (peak, sum, output)
-    queries [R, H, A] -------------------------------- x own KV    [R, C, K, A]  (peak, sum, output)
+    queries [R, H, A] --slot_rows--> [P, slots, H, A] x prompt KV [P, K, S, A]  (peak, sum, output)
+    queries [R, H, A] -------------------------------- x own KV    [R, K, C, A]  (peak, sum, output)
                                                        joined in float32 by their softmax statistics
 
 On a mesh, prompts and rows are blocks, one per shard; see `speciarl_jax.rollout.placement`.
@@ -36,16 +36,21 @@ class PromptCache:
     """What decoding reads of the prompts and never changes.
 
     Attributes:
-        kv: [L, P, S, K, A] rotated keys, values.
+        kv: rotated keys, values of P prompts.
         lengths: [P] real prompt tokens.
         last_hidden: [P, D] final state of each prompt's last token; it predicts token 0.
         next_position: [P] M-RoPE id of completion token 0.
     """
 
-    kv: KeyValues
+    kv: cache.Cache
     lengths: Array
     last_hidden: Array
     next_position: Array
+
+    @property
+    def num_tokens(self) -> int:
+        """S."""
+        return cache.shape_of(self.kv)[3]
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +75,7 @@ class DecodeState:
     """What decoding updates in place (donated).
 
     Attributes:
-        own: [L, R, C, K, A] own caches; column c belongs to completion token c.
+        own: caches of R rows and C tokens; column c belongs to completion token c.
         hidden: [R, D] state that predicts the next token.
         tokens, logprobs: [R, C] sampled so far; 0 past a row's length.
         lengths: [R] completion tokens, the stop token included.
@@ -79,7 +84,7 @@ class DecodeState:
         step: [] number of tokens decoded, the same for all rows.
     """
 
-    own: KeyValues
+    own: cache.Cache
     hidden: Array
     tokens: Array
     logprobs: Array
@@ -118,14 +123,16 @@ def prefill(
 
     def attend_fn(q: Array, k: Array, v: Array, layer: Array, carry: None) -> Any:
         out = attend_causal(q, k, v, lengths, placement.mesh)
-        return out, carry, cache.pack(k, v, is_int8)
+        return out, carry, cache.store(cache.pack(k, v, is_int8))
 
     hidden = placement.embed(text, tokens, image_rows, image_embeds)
     hidden, _, kv = text.run(hidden, positions, attend_fn)
+    if placement.is_unrolled:
+        kv = cache.by_layer(kv)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     last_hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
     return PromptCache(
-        jax.tree.map(placement.cache, kv),
+        cache.pin(kv, placement),
         placement.rows(lengths),
         placement.rows(last_hidden),
         placement.rows(lengths + position_deltas),
@@ -142,10 +149,11 @@ def start_decoding(
 ) -> DecodeState:
     """Forks every prompt into its rows with empty own caches of `num_columns` tokens."""
     num_rows = rows.row_prompt.shape[0]
-    layers, _, _, kv_heads, head_dim = prompts.kv.k.shape
-    own = (layers, num_rows, num_columns, kv_heads, head_dim)
+    layers, _, kv_heads, _, head_dim = cache.shape_of(prompts.kv)
+    own = (layers, num_rows, kv_heads, num_columns, head_dim)
+    dtype = jax.tree.leaves(prompts.kv)[0].dtype
     state = DecodeState(
-        own=cache.empty(own, prompts.kv.k.dtype, prompts.kv.k_scale is not None),
+        own=cache.empty(own, dtype, placement),
         hidden=placement.take(prompts.last_hidden, rows.row_prompt),
         tokens=jnp.zeros((num_rows, num_columns), jnp.int32),
         logprobs=jnp.zeros((num_rows, num_columns), jnp.float32),
@@ -160,9 +168,7 @@ def start_decoding(
 def _pin(state: DecodeState, placement: Placement) -> DecodeState:
     """Rows on their shards, heads over the tensor axis: the layout every program keeps."""
     pinned = jax.tree.map(placement.rows, dataclasses.replace(state, own=None, step=None))
-    return dataclasses.replace(
-        pinned, own=jax.tree.map(placement.cache, state.own), step=state.step
-    )
+    return dataclasses.replace(pinned, own=cache.pin(state.own, placement), step=state.step)
 
 
 def decode_chunk(
@@ -194,6 +200,7 @@ def decode_chunk(
         placement: where rows live, static.
     """
     next_position = placement.take(prompts.next_position, rows.row_prompt)
+    layers = text.unstacked() if placement.is_unrolled else None
 
     def is_unfinished(state: DecodeState) -> Array:
         live = (~state.is_done).reshape(placement.num_shards, -1)
@@ -211,7 +218,7 @@ def decode_chunk(
             is_done=state.is_done | (jnp.isin(tokens, stop_ids) & live),
         )
         position = next_position + state.step
-        hidden, own = _forward_step(text, prompts, rows, state, tokens, position, placement)
+        hidden, own = _forward_step(text, layers, prompts, rows, state, tokens, position, placement)
         state = dataclasses.replace(state, hidden=hidden, own=own, step=state.step + 1)
         return _pin(state, placement)
 
@@ -241,21 +248,22 @@ def _sample_step(
 
 def _forward_step(
     text: TextModel,
+    layers: list[nnx.State] | None,
     prompts: PromptCache,
     rows: RowMap,
     state: DecodeState,
     tokens: Int[Array, " R"],
     position: Int[Array, " R"],
     placement: Placement,
-) -> tuple[Array, KeyValues]:
+) -> tuple[Array, cache.Cache]:
     """One token per row through all layers; own caches are written at column `step`."""
     positions = jnp.broadcast_to(position[:, None, None], (tokens.shape[0], 3, 1))
     angles = text_angles(positions, text.arch)[:, 0]  # [R, A/2]
-    prompt_mask = jnp.arange(prompts.kv.k.shape[2])[None] < prompts.lengths[:, None]  # [P, S]
+    prompt_mask = jnp.arange(prompts.num_tokens)[None] < prompts.lengths[:, None]  # [P, S]
     own_mask = (jnp.arange(state.num_columns) <= state.step)[None, None, None]  # [1, 1, 1, C]
 
-    def attend_fn(q: Array, k: Array, v: Array, layer: Array, own: KeyValues) -> Any:
-        own = cache.write(own, cache.pack(k, v, own.k_scale is not None), layer, state.step)
+    def attend_fn(q: Array, k: Array, v: Array, layer: Array | int, own: cache.Cache) -> Any:
+        own = cache.write(own, cache.pack(k, v, cache.is_int8(own)), layer, state.step)
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [R, K, rep, A]
         parts = (
             _prompt_part(grouped, cache.one_layer(prompts.kv, layer), rows, prompt_mask, placement),
@@ -264,7 +272,7 @@ def _forward_step(
         return cache.join(parts).astype(q.dtype).reshape(q.shape), own, None
 
     hidden = text.embed(tokens)
-    hidden, own, _ = text.run(hidden, None, attend_fn, state.own, angles=angles)
+    hidden, own, _ = text.run(hidden, None, attend_fn, state.own, angles=angles, layers=layers)
     return hidden, own
 
 

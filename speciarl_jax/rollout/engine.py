@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from speciarl_jax.arch import TextArch
 from speciarl_jax.config import RolloutConfig
 from speciarl_jax.rollout import layout, memory, programs
 from speciarl_jax.rollout.compilations import num_compiled
@@ -90,6 +91,7 @@ class RolloutEngine:
             config.chunk_tokens, config.max_completion_tokens, config.compact
         )
         self.stats = RolloutStats()
+        self._text: tuple[TextArch, int] | None = None  # and bytes of an activation
 
     def generate(
         self,
@@ -140,7 +142,10 @@ class RolloutEngine:
         sampling: Sampling,
     ) -> list[layout.PromptArrays]:
         """The parts of a batch that are sampled one after the other; see `generate`."""
-        text = merge_text(self.graphdef, *states)
+        if self._text is None:
+            text = merge_text(self.graphdef, *states)
+            self._text = (text.arch, np.dtype(text.dtype).itemsize)
+        arch, compute_bytes = self._text
         mesh = self.placement.mesh
         shape = memory.RolloutShape(
             num_prompts=batch.num_prompts,
@@ -149,13 +154,14 @@ class RolloutEngine:
             completion_tokens=self.config.max_completion_tokens,
             chunk_tokens=self.config.chunk_tokens,
             compact=self.config.compact,
-            compute_bytes=np.dtype(text.dtype).itemsize,
+            compute_bytes=compute_bytes,
             is_int8=self.is_int8,
             num_shards=self.placement.num_shards,
             tensor=mesh.shape["tensor"] if mesh else 1,
             truncates=sampling.truncates,
+            is_unrolled=self.placement.is_unrolled,
         )
-        width = memory.prompts_per_wave(text.arch, shape, self.config.max_cache_mb)
+        width = memory.prompts_per_wave(arch, shape, self.config.max_cache_mb)
         return layout.waves(batch, table_rows, self.placement.num_shards, width)
 
     def start(

@@ -30,6 +30,7 @@ class RolloutShape:
         num_shards: over which prompts are spread (data x fsdp of this process).
         tensor: over which heads are spread.
         truncates: top-p, top-k or min-p is on.
+        is_unrolled: caches are stored layer by layer, see `Placement`.
     """
 
     num_prompts: int
@@ -43,6 +44,7 @@ class RolloutShape:
     num_shards: int = 1
     tensor: int = 1
     truncates: bool = False
+    is_unrolled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,8 @@ class RolloutBytes:
         own_kv: of all rows at their largest number of columns.
         moving: the second copy while rows or columns change their size.
         decode_step: logits, what sampling makes of them, and one layer of the caches.
-        prefill: activations and scores while prompts are read.
+        prefill: activations and scores while prompts are read, and their cache before it is cut
+            into layers.
     """
 
     prompt_kv: int
@@ -95,12 +98,13 @@ def rollout_bytes(arch: TextArch, shape: RolloutShape) -> RolloutBytes:
     scores = prompts * heads * shape.prompt_tokens**2 * 4
     prompt_kv = prompts * shape.prompt_tokens * token_bytes
     one_layer = (prompt_kv + own) // arch.num_layers
+    unstacking = prompt_kv if shape.is_unrolled else 0
     return RolloutBytes(
         prompt_kv=prompt_kv,
         own_kv=own,
         moving=moving,
         decode_step=logit_arrays * rows * arch.vocab_size * 4 + one_layer,
-        prefill=max(activations * (3 * arch.hidden_size + 2 * inner), 2 * scores),
+        prefill=max(activations * (3 * arch.hidden_size + 2 * inner), 2 * scores) + unstacking,
     )
 
 

@@ -12,11 +12,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from speciarl_jax.policy.text import TextModel
-from speciarl_jax.sharding import PROMPT_AXES, num_replicas, prompt_sharding
+from speciarl_jax.sharding import cache_sharding, num_replicas, prompt_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +34,28 @@ class Placement:
         """Blocks that prompts and rows consist of."""
         return num_replicas(self.mesh) if self.mesh else 1
 
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether a decode step names its layers instead of scanning them: on CPU.
+
+        There a scan copies each layer's weights and cache out of their stacks in every step. An
+        accelerator reads them in place, and unrolled would hold the weights twice.
+        """
+        device = self.mesh.devices.flat[0] if self.mesh else jax.devices()[0]
+        return device.platform == "cpu"
+
     def rows(self, x: Array) -> Array:
         """Pins an array whose leading axis is prompts or rows."""
         if self.mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, prompt_sharding(self.mesh))
 
-    def cache(self, x: Array) -> Array:
-        """Pins [L, X, T, K, ...]: X over the shards, heads over `tensor`."""
+    def cache(self, x: Array, *, is_stacked: bool) -> Array:
+        """Pins [L, X, K, ...], without L if not stacked: X over the shards, heads over `tensor`."""
         if self.mesh is None:
             return x
-        spec = PartitionSpec(None, PROMPT_AXES, None, "tensor")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        place = cache_sharding(self.mesh, is_stacked=is_stacked)
+        return jax.lax.with_sharding_constraint(x, place)
 
     def take(self, x: Array, index: Int[Array, " n"], axis: int = 0) -> Array:
         """Elements of an axis, chosen within each shard's block.

@@ -72,7 +72,10 @@ def warm_up(
     """
     compiled = num_compiled()
     for windows in shapes.num_windows:
-        embeds = encode(states, empty_batch(shapes, shapes.prompt_lengths[0], windows, vision))
+        embeds = None
+        for small in [size for size in shapes.num_windows if size <= windows]:
+            batch = empty_batch(shapes, shapes.prompt_lengths[0], windows, vision)
+            embeds = encode(states, with_sizes(batch, small, vision))
         for length in shapes.prompt_lengths:
             batch = empty_batch(shapes, length, windows, vision)
             waves = engine.plan_waves(states, batch, len(embeds), shapes.group_size, sampling)
@@ -102,6 +105,13 @@ def empty_batch(
         global_index=np.arange(num_prompts, dtype=np.int64),
         is_real=np.ones(num_prompts, bool),
     )
+
+
+def with_sizes(batch: PromptBatch, small: int, vision: VisionArch) -> PromptBatch:
+    """A batch whose smaller images have `small` windows and the others all there is room for."""
+    mask = np.ones_like(batch.vision.mask)
+    mask[: -(-len(mask) // 2), small * vision.window_patches :] = False
+    return dataclasses.replace(batch, vision=dataclasses.replace(batch.vision, mask=mask))
 
 
 def _run_sizes(

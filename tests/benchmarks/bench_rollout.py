@@ -56,7 +56,7 @@ from speciarl_jax.convert.loading import load_policy
 from speciarl_jax.data.collate import collate
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import count_parameters, split_policy
-from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.rollout.encode import encode_by_size
 from speciarl_jax.rollout.engine import RolloutEngine, RolloutStats, Vocabulary, Wave
 from speciarl_jax.rollout.sampling import Sampling
 
@@ -103,9 +103,13 @@ class OurSide:
 
     def encode(self) -> jax.Array:
         """The image table."""
-        vision = self.batch.vision
-        arrays = (vision.patches, vision.positions, vision.mask)
-        return encode_images(self.parts.graphdef, self.states, *arrays).block_until_ready()
+        table = encode_by_size(
+            self.parts.graphdef,
+            self.states,
+            self.batch.vision,
+            self.arch.vision.window_patches,
+        )
+        return table.block_until_ready()
 
     def sampler(self, group_size: int, num_tokens: int) -> Callable[[jax.Array], None]:
         """Prefill and decode, of an image table."""

@@ -37,7 +37,9 @@ def test_two_parts_make_one_softmax(is_int8, tolerance):
     mask[..., 0] = mask[..., 5] = True
     kv = cache.pack(jnp.asarray(k), jnp.asarray(v), is_int8)
     parts = [
-        cache.partial_softmax(q, jax.tree.map(lambda x, s=s: x[:, s], kv), mask[..., s])
+        cache.partial_softmax(
+            q, cache.store(jax.tree.map(lambda x, s=s: x[:, s], kv)), mask[..., s]
+        )
         for s in (slice(0, 5), slice(5, 9))
     ]
     expected = exact_attention(q, k, v, mask)
@@ -49,13 +51,14 @@ def decode_jaxpr(session, is_int8):
     arch = session.arch
     graphdef, state = nnx.split(abstract_policy(arch, Dtypes(jnp.bfloat16, jnp.bfloat16)))
     prompts, length, rows, columns = 2, 64, 6, 128
-    kv = (arch.text.num_kv_heads, arch.text.head_dim)
+    dtype = jnp.int8 if is_int8 else jnp.bfloat16
+    heads, width = arch.text.num_kv_heads, arch.text.head_dim
 
     def run(state):
         text = decode.merge_text(graphdef, state)
         empty = [
-            cache.empty((arch.text.num_layers, *s, *kv), jnp.bfloat16, is_int8)
-            for s in ((prompts, length), (rows, columns))
+            cache.empty((arch.text.num_layers, x, heads, t, width), dtype, Placement())
+            for x, t in ((prompts, length), (rows, columns))
         ]
         hidden = jnp.zeros((prompts, arch.text.hidden_size), jnp.bfloat16)
         ones = jnp.ones(prompts, jnp.int32)
@@ -70,7 +73,7 @@ def decode_jaxpr(session, is_int8):
             text, prompt_cache, maps, start, free, stops, banned, *limits, Sampling(), Placement()
         )
 
-    return jax.make_jaxpr(run)(state), prompts * length * kv[0] * kv[1]
+    return jax.make_jaxpr(run)(state), prompts * length * heads * width
 
 
 def conversions_to_float32(jaxpr, dtypes):

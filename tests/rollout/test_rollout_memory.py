@@ -148,17 +148,24 @@ def program_temps(arch: Arch, prompts: int, length: int, group: int, columns: in
 
 
 @pytest.mark.slow
-def test_counted_bytes_hold_for_the_compiled_programs():
-    """Caches to the byte; growth of XLA's scratch memory between half and 1.25 of the count."""
+@pytest.mark.parametrize("is_unrolled", [False, True])
+def test_counted_bytes_hold_for_the_compiled_programs(is_unrolled, monkeypatch):
+    """Caches to the byte; growth of XLA's scratch memory between half and 1.25 of the count.
+
+    In the form for accelerators, compiled for CPU; unrolled, decoding needs less than counted.
+    """
+    monkeypatch.setattr(Placement, "is_unrolled", is_unrolled)
     arch = Arch.from_dir(shipped_tiny_dir())
     found, counted = [], []
     for prompts, length, group, columns in ((8, 64, 4, 32), (32, 64, 4, 32), (32, 256, 4, 256)):
         found.append(program_temps(arch, prompts, length, group, columns))
-        shape = RolloutShape(prompts, group, length, columns, columns, False, 4)
+        shape = RolloutShape(
+            prompts, group, length, columns, columns, False, 4, is_unrolled=is_unrolled
+        )
         bytes_ = rollout_bytes(arch.text, shape)
         counted.append((bytes_.prompt_kv, bytes_.own_kv, bytes_.prefill, bytes_.decode_step))
     found, counted = np.array(found), np.array(counted)
     np.testing.assert_array_equal(found[:, :2], counted[:, :2])
     ratios = np.diff(found[:, 2:], axis=0) / np.diff(counted[:, 2:], axis=0)
-    assert ratios.min() > 0.5
+    assert is_unrolled or ratios.min() > 0.5
     assert ratios.max() < 1.25
