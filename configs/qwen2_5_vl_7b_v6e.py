@@ -18,10 +18,10 @@ def get_config(arg=None):
     recipe = runpy.run_path(str(pathlib.Path(__file__).with_name("qwen2_5_vl_7b_cub.py")))
     config = recipe["get_config"](arg)
     config.name = "qwen2_5_vl_7b_v6e"
-    config.mesh.auto, config.mesh.tensor = False, 4
+    config.mesh.auto, config.mesh.tensor = False, 1
     config.data.prompt_buckets, config.data.max_prompt_tokens = (512,), 512
     config.data.window_buckets, config.data.max_pixels = (25,), 504 * 504
-    config.rollout.max_cache_mb = 16_000
+    config.rollout.max_cache_mb = 8000
     config.rollout.warm_up = True
     config.train.prompts_per_micro_batch = 1  # packing wants one process
     return config

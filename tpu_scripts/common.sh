@@ -3,7 +3,7 @@
 # Every setting is an environment variable; nothing here knows a project, a zone or a bucket.
 
 : "${TPU_NAME:=speciarl}"            # queued resource and node
-: "${ACCELERATOR:=v5litepod-64}"     # v5litepod-64, v5p-32, v6e-16, v4-32, ...
+: "${ACCELERATOR:=v5p-32}"            # v5litepod-64, v5p-32, v6e-16, v4-32, ...
 : "${REMOTE_DIR:=speciarl-jax}"      # on each worker, below its home directory
 export TPU_NAME ACCELERATOR REMOTE_DIR
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Asks for a TPU slice (a queued resource) and waits until it is there.
 #
-#   PROJECT=... ZONE=us-west4-a ACCELERATOR=v5litepod-64 SPOT=1 tpu_scripts/create.sh
+#   PROJECT=... ZONE=us-east5-a ACCELERATOR=v5p-32 SPOT=1 tpu_scripts/create.sh
 #
 # SPOT=1: cheaper, may be taken away; train.sh and restart.sh go on where it stopped.
 # WAIT_S: how long to wait, seconds (default one day). DRY_RUN=1 prints and does nothing.

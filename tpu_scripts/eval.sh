@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Scores a run on one host of a slice: six data sets, correctness, specificity, HM.
+# Scores a run on all hosts of a slice: six data sets, correctness, specificity, HM.
 #
 #   PROJECT=... ZONE=... WORKDIR=gs://BUCKET/runs/NAME JUDGE_URL=http://HOST:8000/v1 \
-#     tpu_scripts/eval.sh --config=configs/qwen2_5_vl_7b_v5e.py [--samples=64] [overrides]
+#     tpu_scripts/eval.sh --config=configs/qwen2_5_vl_7b_v5p.py [--samples=64] [overrides]
 #
 # DRY_RUN=1 prints and does nothing.
 set -euo pipefail
@@ -14,7 +14,5 @@ need WORKDIR "run directory, gs://BUCKET/PATH"
 need JUDGE_URL "judge endpoint, see judge.sh"
 [[ "${1:-}" == --config=* ]] || fail "usage: eval.sh --config=RECIPE [overrides]"
 
-words=$(printf ' %q' "$@" "--workdir=$WORKDIR" "--config.judge.endpoints=('$JUDGE_URL',)")
-# libtpu is told that this host's four chips are all there is; otherwise it waits for the others.
-alone="TPU_PROCESS_BOUNDS=1,1,1 TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1 TPU_VISIBLE_DEVICES=0,1,2,3"
-on_workers "cd $REMOTE_DIR && $alone .venv/bin/speciarl eval$words" 0
+words=$(printf ' %q' --cluster "$@" "--workdir=$WORKDIR" "--config.judge.endpoints=('$JUDGE_URL',)")
+on_workers "cd $REMOTE_DIR && .venv/bin/speciarl eval$words"

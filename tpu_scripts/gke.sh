@@ -3,7 +3,7 @@
 #
 #   PROJECT=... ZONE=... CLUSTER=... IMAGE=REGION-docker.pkg.dev/PROJECT/REPO/speciarl:TAG \
 #     WORKDIR=gs://BUCKET/runs/NAME JUDGE_URL=http://HOST:8000/v1 \
-#     tpu_scripts/gke.sh --config=configs/qwen2_5_vl_7b_v5e.py [overrides]
+#     tpu_scripts/gke.sh --config=configs/qwen2_5_vl_7b_v5p.py [overrides]
 #
 # Exit code 75 (pre-empted, saved) restarts the workload; it resumes. Needs `pip install xpk` and an
 # image with this package installed (`pip install .[tpu,gcp]`), recipes included, in /app.

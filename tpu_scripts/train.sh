@@ -2,7 +2,7 @@
 # Trains on every worker of a slice that setup.sh has prepared.
 #
 #   PROJECT=... ZONE=... WORKDIR=gs://BUCKET/runs/NAME JUDGE_URL=http://HOST:8000/v1 \
-#     tpu_scripts/train.sh --config=configs/qwen2_5_vl_7b_v5e.py [--config.section.field=value ...]
+#     tpu_scripts/train.sh --config=configs/qwen2_5_vl_7b_v5p.py [--config.section.field=value ...]
 #
 # Each worker runs restart.sh, so a pre-empted process that keeps its machine goes on by itself. If
 # Google takes the slice away, create.sh, setup.sh and this script again: the run is resumed.

@@ -1,6 +1,7 @@
 """Memory and work of the update at the 7B shape: shared-prefix tree against N full sequences.
 
     python tests/benchmarks/bench_update_memory.py [--layers 28] [--repeats 5]
+    python tests/benchmarks/bench_update_memory.py --tpu=v5p:2x2x1     memory only, for that chip
 
 Prints one JSON object. One group of N = 10 completions of 128 tokens on a prompt of 300 is one
 micro-batch; LoRA of rank 64, rematerialisation as in configs/qwen2_5_vl_7b_cub.py (`full`: each
@@ -22,6 +23,9 @@ compiled from shapes for the CPU, and XLA's buffer assignment is read.
 
 Everything is compiled in float32: for bfloat16 XLA's CPU compiler keeps float32 copies of all
 weights (27 GB here), which no accelerator does. Times are of a small shape, on one core.
+
+With ``--tpu`` the same two programs are compiled in bfloat16 for one chip of that topology by
+libtpu (`pip install -e ".[plan]"`), the same plain attention on both sides; no chip is needed.
 """
 
 from __future__ import annotations
@@ -34,12 +38,14 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
 
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import topologies
 from jaxtyping import Array
 
 from speciarl_jax import flops
@@ -79,9 +85,9 @@ def small_arch() -> Arch:
     return Arch(vision=VisionArch(1, 16, 16, 2, text.hidden_size, ()), text=text)
 
 
-def make_policy(arch: Arch, rank: int) -> Policy:
+def make_policy(arch: Arch, rank: int, dtype: jnp.dtype = jnp.float32) -> Policy:
     """A random policy with an adapter."""
-    policy = Policy(arch, dtypes=Dtypes(), rngs=nnx.Rngs(0))
+    policy = Policy(arch, dtypes=Dtypes(jnp.dtype(dtype), jnp.dtype(dtype)), rngs=nnx.Rngs(0))
     add_lora(policy, LoraConfig(rank=rank, alpha=rank / 2), seed=0)
     return policy
 
@@ -149,20 +155,36 @@ def gradient(parts: PolicyParts, loss: Loss) -> Callable[..., Any]:
     return jax.jit(jax.value_and_grad(value))
 
 
-def memory_mb(arch: Arch, sizes: Sizes, loss: Loss) -> dict[str, int]:
-    """MiB of one program, compiled from shapes."""
-    policy = nnx.eval_shape(lambda: make_policy(arch, rank=64))
+def memory_mb(
+    arch: Arch, sizes: Sizes, loss: Loss, chip: jax.Device | None = None
+) -> dict[str, int]:
+    """MiB of one program, compiled from shapes; for this machine's CPU or a chip elsewhere."""
+    dtype = jnp.bfloat16 if chip else jnp.float32
+    policy = nnx.eval_shape(lambda: make_policy(arch, 64, dtype))
     parts = split_policy(policy)
-    banned = jax.ShapeDtypeStruct((arch.text.vocab_size,), bool)
-    lowered = gradient(parts, loss).lower(
-        parts.trainable, parts.frozen, make_batch(arch, sizes), banned
-    )
+    place = jax.sharding.SingleDeviceSharding(chip) if chip else None
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    banned = np.zeros(arch.text.vocab_size, bool)
+    args = (parts.trainable, parts.frozen, make_batch(arch, sizes), banned)
+    lowered = gradient(parts, loss).lower(*jax.tree.map(shape, args))
     stats = lowered.compile().memory_analysis()
     return {
         "temp_mb": round(stats.temp_size_in_bytes / 2**20),
         "arguments_mb": round(stats.argument_size_in_bytes / 2**20),
         "results_mb": round(stats.output_size_in_bytes / 2**20),
     }
+
+
+def tpu_memory(num_layers: int, topology: str) -> dict[str, Any]:
+    """Each side's program for a TPU, and the tree's share of the naive one's."""
+    chip = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    arch = large_arch(num_layers)
+    found = {name: memory_mb(arch, FULL, loss, chip) for name, loss in SIDES.items()}
+    share = found["tree"]["temp_mb"] / found["naive"]["temp_mb"]
+    return {**found, "tree_share_of_naive": {"temp": round(share, 3)}}
 
 
 def compiled_memory(num_layers: int) -> dict[str, Any]:
@@ -232,7 +254,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tpu", default="", help="topology such as v5p:2x2x1")
     args = parser.parse_args()
+    if args.tpu:
+        memory = tpu_memory(args.layers, args.tpu)
+        about = {"benchmark": "update_memory", "tpu": args.tpu, "layers": args.layers}
+        print(json.dumps(about | {"memory": memory} | harness.provenance(), indent=1))
+        return
     harness.use_one_core()
     result = {
         "benchmark": "update_memory",
