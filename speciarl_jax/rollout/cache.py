@@ -138,9 +138,14 @@ def one_layer(stored: Cache, layer: Array | int) -> KeyValues:
 
 
 def take_rows(own: Cache, keep: Int[Array, " R2"], placement: Placement) -> Cache:
-    """The rows `keep` of each shard."""
-    axis = 0 if isinstance(own, tuple) else 1
-    return jax.tree.map(lambda x: placement.take(x, keep, axis=axis), own)
+    """The rows `keep` of each shard; a stack layer by layer, or XLA for TPU copies it whole."""
+
+    def take(layer: KeyValues) -> KeyValues:
+        return jax.tree.map(lambda x: placement.take(x, keep), layer)
+
+    if isinstance(own, tuple):
+        return tuple(take(layer) for layer in own)
+    return jax.lax.map(take, own)
 
 
 def pin(stored: Cache, placement: Placement) -> Cache:
