@@ -21,7 +21,8 @@ def get_config(arg=None):
     config.mesh.auto, config.mesh.tensor = False, 1
     config.data.prompt_buckets, config.data.max_prompt_tokens = (512,), 512
     config.data.window_buckets, config.data.max_pixels = (25,), 504 * 504
-    config.rollout.max_cache_mb = 8000
+    config.rollout.max_cache_mb = 12_000
+    config.rollout.max_completion_tokens = 1792
     config.rollout.warm_up = True
     config.train.prompts_per_micro_batch = 1  # packing wants one process
     return config

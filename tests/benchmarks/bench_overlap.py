@@ -1,6 +1,6 @@
 """What a judge's latency costs a training step, with and without ``train.async_steps``.
 
-    python tests/benchmarks/bench_overlap.py [--latency_s 2] [--prompts 48] [--rounds 5]
+    python tests/benchmarks/bench_overlap.py [--latency_s 2] [--prompts 128] [--rounds 5]
 
 Prints one JSON object. Two local judge servers label alike, one at once and one after `latency_s`,
 both with unlimited concurrency; the label cache starts empty at every step, so every step waits for
@@ -69,6 +69,7 @@ class Runner:
                 has_cascade=False,
             )
         )
+        judge.check_health()  # as `train.main` does: the first request of a judge is a probe
         self.judges.append(judge)
         parts = (self.session, judge, self.optimizer, self.state, self.loader)
         start = time.perf_counter()
@@ -141,7 +142,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--latency_s", type=float, default=2.0)
-    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     commit = subprocess.run(
