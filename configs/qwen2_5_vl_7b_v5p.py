@@ -23,5 +23,5 @@ def get_config(arg=None):
     config.data.window_buckets, config.data.max_pixels = (25,), 504 * 504
     config.rollout.max_cache_mb = 50_000
     config.rollout.warm_up = True
-    config.train.prompts_per_micro_batch = 4  # packing wants one process
+    config.train.prompts_per_micro_batch = 4
     return config

@@ -23,6 +23,7 @@ def get_config(arg=None):
     config.data.window_buckets, config.data.max_pixels = (25,), 504 * 504
     config.rollout.max_cache_mb = 12_000
     config.rollout.max_completion_tokens = 1792
+    config.rollout.early_exit = False
     config.rollout.warm_up = True
-    config.train.prompts_per_micro_batch = 1  # packing wants one process
+    config.train.prompts_per_micro_batch = 1
     return config

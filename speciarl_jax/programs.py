@@ -221,7 +221,7 @@ def prefill_program(session: AbstractSession, shapes: StepShapes) -> Program:
         image_table(session, shapes),
     )
     args = (session.parts.graphdef, session.states, *arrays)
-    kwargs = {"is_int8": _is_int8(session), "placement": Placement(session.local)}
+    kwargs = {"is_int8": _is_int8(session), "placement": _placement(session)}
     return Program("prefill", rollout.prefill, args, kwargs, others=(session.optim,))
 
 
@@ -242,6 +242,10 @@ def _on_prompts(session: AbstractSession, tree: Abstract) -> Abstract:
     return jax.tree.map(lambda x: _array(x.shape, x.dtype, place), tree)
 
 
+def _placement(session: AbstractSession) -> Placement:
+    return Placement(session.local, session.config.rollout.early_exit)
+
+
 def _on_heads(session: AbstractSession, tree: Abstract) -> Abstract:
     place = sharding.cache_sharding(session.local, is_stacked=not isinstance(tree, tuple))
     return jax.tree.map(lambda x: _array(x.shape, x.dtype, place), tree)
@@ -249,7 +253,7 @@ def _on_heads(session: AbstractSession, tree: Abstract) -> Abstract:
 
 def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:
     """The decode loop at its largest caches, and the move to fewer rows from there."""
-    placement, host = Placement(session.local), _host_array(session)
+    placement, host = _placement(session), _host_array(session)
     rows = shapes.wave_prompts * shapes.group_size
     prompts = _prompt_cache(session, shapes)
     row_map = RowMap(
@@ -290,7 +294,7 @@ def _decode_state(
     session: AbstractSession, shapes: StepShapes, arrays: tuple[Abstract, ...]
 ) -> DecodeState:
     start = functools.partial(
-        rollout.start, num_columns=shapes.completion_tokens, placement=Placement(session.local)
+        rollout.start, num_columns=shapes.completion_tokens, placement=_placement(session)
     )
     state = jax.eval_shape(start, *arrays)
     rest = _on_prompts(session, dataclasses.replace(state, own=None, step=None))

@@ -21,8 +21,8 @@ GPU_CAVEAT = (
 )
 
 HOST_CAVEAT = (
-    "encode, prefill, decode and shrink are compiled for one host on its own: libtpu compiles no "
-    "collectives for a part of this slice (docs/scale.md)"
+    "encode, prefill, decode and shrink are compiled for one host on its own: libtpu does not "
+    "compile them for a part of this slice (docs/scale.md)"
 )
 
 
@@ -37,8 +37,8 @@ class Chip:
         hbm_gb_s: memory bandwidth, 1e9 bytes a second.
         link_gb_s: one link to a neighbour in one direction, 1e9 bytes a second.
         config_name: libtpu's name of the core configuration, "" for its default.
-        is_straight: chips route along straight lines only, and libtpu compiles no collective for
-            a part of a slice.
+        on_part: what libtpu compiles for some chips of a slice of several hosts: ``all``,
+            ``no_collectives`` or ``one_chip``.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Chip:
     hbm_gb_s: float
     link_gb_s: float
     config_name: str = ""
-    is_straight: bool = False
+    on_part: str = "all"
 
     @property
     def usable_bytes(self) -> int:
@@ -73,9 +73,9 @@ class Chip:
 # one-way total; 8 to 10 % go to CUDA, cuDNN and fragmentation.
 CHIPS = {
     "v4": Chip("TPU v4", 32, 0.96, 1228, 45, "megacore"),
-    "v5e": Chip("TPU v5 lite", 16, 0.98, 819, 45, is_straight=True),
+    "v5e": Chip("TPU v5 lite", 16, 0.98, 819, 45, on_part="one_chip"),
     "v5p": Chip("TPU v5", 95, 0.98, 2765, 90),
-    "v6e": Chip("TPU v6 lite", 32, 0.97, 1640, 90, is_straight=True),
+    "v6e": Chip("TPU v6 lite", 32, 0.97, 1640, 90, on_part="no_collectives"),
     "h200": Chip("NVIDIA H200", 139, 0.92, 4800, 225),
     "h100": Chip("NVIDIA H100", 79, 0.92, 3350, 225),
     "a100": Chip("NVIDIA A100", 79, 0.92, 2039, 150),
@@ -97,6 +97,8 @@ class Topology:
         chip: what each device is.
         devices: jax devices that programs can be compiled for, not run on.
         local_devices: those of one process, which samples on them.
+        host_devices: as many of a host that is no part of a slice, for programs that libtpu does
+            not compile for `local_devices`; empty if there are none.
         caveat: what the figures do not say; "" for TPU.
     """
 
@@ -104,6 +106,7 @@ class Topology:
     chip: Chip
     devices: tuple[Any, ...]
     local_devices: tuple[Any, ...]
+    host_devices: tuple[Any, ...] = ()
     caveat: str = ""
 
     @property
@@ -144,17 +147,17 @@ def open_topology(name: str) -> Topology:
         if len(devices) < count:
             raise ValueError(f"--topology={name}: {len(devices)} fake devices, expected {count}")
         chosen = tuple(devices[:count])
-        return Topology(name, chip, chosen, chosen, GPU_CAVEAT)
+        return Topology(name, chip, chosen, chosen, caveat=GPU_CAVEAT)
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ValueError(
             f"--topology={name}: compiling for TPU needs libtpu; pip install 'speciarl-jax[plan]'"
         )
     devices = _tpu_devices(name, f"{chip_name}:{shape}", chip)
     local = tuple(device for device in devices if device.process_index == 0)
-    if chip.is_straight and len(local) < len(devices):
-        local = _tpu_devices(name, f"{chip_name}:{_HOST_SHAPE}", chip)
-        return Topology(name, chip, devices, local, HOST_CAVEAT)
-    return Topology(name, chip, devices, local)
+    host: tuple[Any, ...] = ()
+    if chip.on_part != "all" and len(local) < len(devices):
+        host = _tpu_devices(name, f"{chip_name}:{_HOST_SHAPE}", chip)
+    return Topology(name, chip, devices, local, host)
 
 
 def _tpu_devices(name: str, shape: str, chip: Chip) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from flax import nnx
 from speciarl_jax import sharding
 from speciarl_jax.arch import Arch
 from speciarl_jax.config import Config, MeshConfig
-from speciarl_jax.plan.chips import Topology
+from speciarl_jax.plan.chips import HOST_CAVEAT, Topology
 from speciarl_jax.plan.measure import Measured, as_json, measure
 from speciarl_jax.plan.models import planned_arch
 from speciarl_jax.plan.shapes import StepShapes, all_shapes, plan_shapes
@@ -42,6 +42,7 @@ class Planned:
         session: abstract policy and optimiser.
         shapes: the largest ones.
         layout: of the model.
+        caveat: what the figures do not say, "" if nothing.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Planned:
     session: AbstractSession
     shapes: StepShapes
     layout: Layout
+    caveat: str = ""
 
     def work(self) -> dict[str, Work]:
         """Work of each program."""
@@ -68,10 +70,22 @@ def open_plan(config: Config, topology: Topology) -> Planned:
     mesh = sharding.make_mesh(config.mesh, topology.devices)
     sharding.check_mesh(mesh, arch)
     local_shape = MeshConfig(-1, mesh.shape["fsdp"], mesh.shape["tensor"])
-    local = sharding.make_mesh(local_shape, topology.local_devices)
+    local_devices, caveat = _sampling_devices(config, topology, dict(mesh.shape))
+    local = sharding.make_mesh(local_shape, local_devices)
     session = abstract_session(config, arch, mesh, local)
     shapes = plan_shapes(config, arch, dict(mesh.shape), topology.num_hosts)
-    return Planned(config, topology, session, shapes, _layout(session))
+    return Planned(config, topology, session, shapes, _layout(session), caveat)
+
+
+def _sampling_devices(
+    config: Config, topology: Topology, mesh: dict[str, int]
+) -> tuple[tuple[Any, ...], str]:
+    """What a process samples on, and what is to be said about it."""
+    has_collectives = config.rollout.early_exit or mesh["fsdp"] * mesh["tensor"] > 1
+    on_part = topology.chip.on_part
+    if not topology.host_devices or (on_part == "no_collectives" and not has_collectives):
+        return topology.local_devices, topology.caveat
+    return topology.host_devices, HOST_CAVEAT
 
 
 def _choose_mesh(config: Config, arch: Arch, topology: Topology) -> MeshConfig:
@@ -162,7 +176,7 @@ def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> dict[
         "programs": rows,
         "fits": all(one.fits(chip.usable_bytes) for one in [*measured, *smaller]),
         "totals": _totals(planned, work, price),
-        "caveat": planned.topology.caveat,
+        "caveat": planned.caveat,
     }
 
 

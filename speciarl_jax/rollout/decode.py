@@ -186,6 +186,8 @@ def decode_chunk(
 ) -> DecodeState:
     """Decodes until step `until`, or until no shard has more than `enough` unfinished rows.
 
+    Without `Placement.has_early_exit` always until `until`.
+
     Args:
         text: the language model.
         prompts: the prompts' part.
@@ -203,6 +205,8 @@ def decode_chunk(
     layers = text.unstacked() if placement.is_unrolled else None
 
     def is_unfinished(state: DecodeState) -> Array:
+        if not placement.has_early_exit:
+            return state.step < until
         live = (~state.is_done).reshape(placement.num_shards, -1)
         return (state.step < until) & jnp.any(jnp.sum(live, axis=1) > enough)
 

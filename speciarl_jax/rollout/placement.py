@@ -25,9 +25,12 @@ class Placement:
 
     Attributes:
         mesh: devices of this process, axes data, fsdp, tensor; None for one device.
+        has_early_exit: the decode loop looks at the rows of all shards, which is a collective; a
+            part of a TPU v6e slice runs none.
     """
 
     mesh: Mesh | None = None
+    has_early_exit: bool = True
 
     @property
     def num_shards(self) -> int:

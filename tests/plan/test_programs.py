@@ -174,6 +174,16 @@ def test_search_says_that_nothing_fits():
         search(config, dataclasses.replace(topology, chip=chip))
 
 
+@pytest.mark.parametrize("early_exit", [True, False])
+def test_decoding_without_early_exit_needs_no_collective(early_exit):
+    config, _ = load_recipe(SMOKE, [])
+    config.mesh.data, config.train.prompts_per_micro_batch = 2, 8
+    config.rollout.early_exit = early_exit
+    planned = open_plan(config, open_topology("gpu:l4x2"))
+    decode = decode_programs(planned.session, planned.shapes)[0]
+    assert ("all-reduce" in decode.lower().compile().as_text()) == early_exit
+
+
 @pytest.mark.tpu_aot
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install 'speciarl-jax[plan]'")
 def test_the_small_policy_compiles_for_tpu():

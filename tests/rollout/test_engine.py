@@ -94,7 +94,12 @@ def test_chunks_and_compaction_change_nothing_but_the_work(
     compact, second = generate(
         stopping, batch, group_size=group_size, chunk_tokens=chunk_tokens, compact=True
     )
+    late, third = generate(
+        stopping, batch, group_size=group_size, chunk_tokens=16, early_exit=False
+    )
     assert_same(plain, compact)
+    assert_same(plain, late)
+    assert third.stats.decode_steps >= first.stats.decode_steps
     lengths = [len(row.tokens) for row in plain.values()]
     assert min(lengths) < max(lengths)
     assert second.stats.slot_utilization > first.stats.slot_utilization
