@@ -79,7 +79,7 @@ def run(
     if options.predictions and jax.process_count() > 1:
         raise ValueError("--predictions: a file is scored by one process, not by several")
     embedder = open_embedder(options.text_model) if options.text_model else None
-    run_dir = open_run_dir(workdir, jax.process_index())
+    run_dir = open_run_dir(workdir, jax.process_index(), only=("eval", "thumbnails"))
     run_dir.local.mkdir(parents=True, exist_ok=True)
     run_dir.pull()
     if not config.eval.use_train_judge:

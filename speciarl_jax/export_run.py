@@ -17,7 +17,7 @@ from speciarl_jax.config import Config, LoraConfig
 from speciarl_jax.convert.adapter import load_peft
 from speciarl_jax.convert.loading import load_policy
 from speciarl_jax.optim import make_optimizer
-from speciarl_jax.policy.model import Policy, PolicyParts
+from speciarl_jax.policy.model import Policy, PolicyParts, abstract_policy
 from speciarl_jax.session import (
     Session,
     assemble_session,
@@ -25,8 +25,10 @@ from speciarl_jax.session import (
     initial_state,
     load_tokenizer,
     model_dtypes,
+    open_mesh,
     open_session,
 )
+from speciarl_jax.sharding import param_shardings
 from speciarl_jax.storage import open_run_dir
 
 
@@ -101,10 +103,12 @@ def open_adapter(
         ValueError: see `session.open_session` and `convert.adapter.load_peft`.
     """
     model_dir = find_model(config.model.path)
-    policy = load_policy(model_dir, model_dtypes(config.model))
-    config.lora = load_peft(directory, policy)
     arch, tokenizer = Arch.from_dir(model_dir), load_tokenizer(model_dir)
-    return assemble_session(config, model_dir, arch, tokenizer, policy, recipe_dir)
+    dtypes, mesh = model_dtypes(config.model), open_mesh(config, arch)
+    places = param_shardings(nnx.state(abstract_policy(arch, dtypes)), mesh)
+    policy = load_policy(model_dir, dtypes, places)
+    config.lora = load_peft(directory, policy)
+    return assemble_session(config, model_dir, arch, tokenizer, policy, recipe_dir, mesh)
 
 
 def load_run(workdir: pathlib.Path) -> tuple[Policy, LoraConfig | None, pathlib.Path]:

@@ -103,7 +103,8 @@ def save_rollouts(session: Session, rollouts: RolloutBatch) -> SavedRollouts:
     """
     await_verdicts(rollouts.pending)
     limit = session.config.rollout.max_completion_tokens
-    arrays = batching.group_arrays(rollouts.groups, limit)
+    longest = max(len(r.completion_tokens) for group in rollouts.groups for r in group)
+    arrays = batching.group_arrays(rollouts.groups, limit, *hosts.largest(longest))
     origin = rollouts.origin
     groups = [[_to_json(rollout) for rollout in group] for group in rollouts.groups]
     return SavedRollouts(
@@ -148,10 +149,11 @@ def restore_rollouts(
     )
     batch, image_embeds = read_again(session, state, loader, origin)
     place = {index: p for p, index in enumerate(record["global_index"])}
-    where = [place.get(int(index), 0) for index in batch.global_index]
+    where = [place.get(int(index), -1) for index in batch.global_index]
     groups = [
         [_from_json(fields, saved.arrays, p, g) for g, fields in enumerate(record["groups"][p])]
         for p in where
+        if p >= 0
     ]
     found = [group[0].prompt_id for group in groups]
     if found != batch.prompt_ids:

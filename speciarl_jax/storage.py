@@ -2,12 +2,13 @@
 
 Object stores have no append and no SQLite, so a run with ``--workdir=gs://bucket/run`` works in a
 local spool folder and `Spool.push` copies what changed at each save; a run that goes on elsewhere
-starts with `Spool.pull`. Checkpoints are not copied: Orbax writes them to the address itself, all
-processes of a job their own pieces.
+starts with `Spool.pull`, which makes the folder a mirror. Checkpoints are not copied: Orbax writes
+them to the address itself, all processes of a job their own pieces.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pathlib
 import sqlite3
@@ -19,7 +20,8 @@ from etils import epath
 
 _SPOOL_ROOT = pathlib.Path("~/.cache/speciarl/spool")
 _CHECKPOINTS = "checkpoints"
-_TRANSIENT = ("-wal", "-shm", ".tmp")  # SQLite's journals and half-written files
+_JOURNALS = ("-wal", "-shm")  # beside a SQLite file that is open, or was at a kill
+_TRANSIENT = (*_JOURNALS, ".tmp", ".partial")
 
 
 class RunDir:
@@ -63,7 +65,13 @@ class Spool(RunDir):
 
     is_copy = True
 
-    def __init__(self, url: str, root: pathlib.Path = _SPOOL_ROOT, process: int = 0) -> None:
+    def __init__(
+        self,
+        url: str,
+        root: pathlib.Path = _SPOOL_ROOT,
+        process: int = 0,
+        only: tuple[str, ...] = (),
+    ) -> None:
         """Chooses the local folder; reads and writes nothing remote.
 
         Args:
@@ -71,6 +79,8 @@ class Spool(RunDir):
             root: where spool folders lie; each address and process has its own.
             process: number of this process. All but the first leave what they share with the
                 first (metrics, settings) to it; the files they write have names of their own.
+            only: folders of the run that are pushed, all of it if empty. Such a spool lies in a
+                folder of its own, for a command that works beside a training run.
 
         Raises:
             ValueError: nobody here can read such addresses.
@@ -85,21 +95,27 @@ class Spool(RunDir):
                 "az://, file://; for gs:// install the extra `gcp`"
             ) from error
         name = hashlib.sha256(url.encode()).hexdigest()[:16]
-        super().__init__(root.expanduser() / (f"{name}-{process}" if process else name))
+        name += "".join(f"-{part}" for part in (*only, process) if part)
+        super().__init__(root.expanduser() / name)
         self.checkpoints = checkpoints
         self.local.mkdir(parents=True, exist_ok=True)
-        self._path, self._process = path.rstrip("/"), process
-        self._pushed: dict[str, tuple[int, int]] = {}
+        self._path, self._process, self._only = path.rstrip("/"), process, only
+        self._pushed: dict[str, tuple[int, ...]] = {}
 
     def holds_run(self) -> bool:
         """Whether a run was started at the address."""
-        return self._remote.exists(f"{self._path}/config.json")
+        places = (f"{self._path}/{name}" for name in ("config.json", _CHECKPOINTS))
+        return any(self._remote.exists(place) for place in places)
 
     def pull(self) -> int:
-        """Copies the remote run into the local folder, over what is there."""
-        files = [name for name in self._remote_files() if self._is_copied(name)]
+        """Makes the local folder a mirror of the remote run; what is only here is deleted."""
+        files = [name for name in self._remote_files() if _is_copied(name)]
         if self._process:
             files = [name for name in files if f".{self._process}." in name]
+        for path in [path for path in self.local.rglob("*") if path.is_file()]:
+            if path.relative_to(self.local).as_posix() not in files:
+                path.unlink()
+        self._pushed = {}
         for name in files:
             target = self.local / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -115,13 +131,14 @@ class Spool(RunDir):
         """
         files = (path for path in sorted(self.local.rglob("*")) if path.is_file())
         stamps = {path.relative_to(self.local).as_posix(): _stamp(path) for path in files}
-        found = {name: stamp for name, stamp in stamps.items() if self._is_copied(name)}
+        found = {name: stamp for name, stamp in stamps.items() if self._is_pushed(name)}
         changed = [name for name, stamp in found.items() if self._pushed.get(name) != stamp]
         for name in changed:
             self._put(name)
             self._pushed[name] = found[name]
-        for name in [name for name in self._pushed if name not in found]:
-            self._remote.rm_file(f"{self._path}/{name}")
+        for name in [name for name in self._pushed if self._is_pushed(name) and name not in found]:
+            with contextlib.suppress(FileNotFoundError):
+                self._remote.rm_file(f"{self._path}/{name}")
             del self._pushed[name]
         return len(changed)
 
@@ -131,8 +148,8 @@ class Spool(RunDir):
             if is_of_run(name):
                 self._remote.rm(f"{self._path}/{name}", recursive=True)
 
-    def _is_copied(self, name: str) -> bool:
-        return not name.startswith(f"{_CHECKPOINTS}/") and not name.endswith(_TRANSIENT)
+    def _is_pushed(self, name: str) -> bool:
+        return _is_copied(name) and (not self._only or name.partition("/")[0] in self._only)
 
     def _put(self, name: str) -> None:
         target = f"{self._path}/{name}"
@@ -154,17 +171,29 @@ class Spool(RunDir):
         return [str(name)[len(self._path) :].lstrip("/") for name in names]
 
 
-def open_run_dir(address: str | pathlib.Path, process: int = 0) -> RunDir:
-    """A folder, or the spool of an address such as ``gs://bucket/run``.
+def open_run_dir(
+    address: str | pathlib.Path, process: int = 0, only: tuple[str, ...] = ()
+) -> RunDir:
+    """A folder, or the spool of an address such as ``gs://bucket/run``; see `Spool`.
 
     Raises:
         ValueError: nobody here can read such addresses.
     """
     if "://" in str(address):
-        return Spool(str(address), process=process)
+        return Spool(str(address), process=process, only=only)
     return RunDir(pathlib.Path(address))
 
 
-def _stamp(path: pathlib.Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+def _is_copied(name: str) -> bool:
+    return not name.startswith(f"{_CHECKPOINTS}/") and not name.endswith(_TRANSIENT)
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, ...]:
+    """Changes with the file's content; that of an open SQLite file may lie in its journal."""
+    stamp: tuple[int, ...] = ()
+    for file in (path, path.with_name(path.name + "-wal")):
+        with contextlib.suppress(FileNotFoundError):
+            status = file.stat()
+            if status.st_size:
+                stamp += (status.st_size, status.st_mtime_ns)
+    return stamp

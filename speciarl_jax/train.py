@@ -90,7 +90,7 @@ def main(
         trained = score(run, state, "trained") if config.eval.score_trained else None
         if hosts.is_first():
             finish(run, base, trained)
-        run_dir.push()
+    run_dir.push()
     return state
 
 
@@ -224,6 +224,8 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
                 raise Preempted(_stopped(run, state)) from None
             except JudgeError:
                 if jax.process_count() == 1:  # several save together or not at all
+                    if ahead is not None:  # without labels: its prompts are sampled again
+                        state = dataclasses.replace(state, data=ahead.origin.data)
                     save(run, state, None)
                     run.checkpoints.wait()
                 raise
@@ -254,7 +256,7 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
 
 def _stopped(run: Run, state: TrainState) -> str:
     return (
-        f"stopped by signal after step {state.step}, saved in {run.workdir}; "
+        f"stopped by signal after step {state.step}, saved in {run.checkpoints.directory.parent}; "
         "start again with --resume"
     )
 
@@ -276,14 +278,16 @@ def make_poll(run: Run, step: int, stop: StopFlag) -> Callable[[], None]:
 def save(run: Run, state: TrainState, ahead: RolloutBatch | None, hm: float | None = None) -> None:
     """Saves the state with the rollouts of the next step, if there are any.
 
-    It is written in the background, unless the run stops or its folder is a copy.
+    It is written in the background, unless the run stops. What else the run has written is copied
+    to object storage; if that fails, the next save tries again.
     """
     start = time.perf_counter()
     pending = save_rollouts(run.session, ahead) if ahead else None
     run.checkpoints.save(dataclasses.replace(state, rollouts=pending), hm)
-    if run.run_dir.is_copy:
-        run.checkpoints.wait()
+    try:
         run.run_dir.push()
+    except OSError as error:
+        run.console.print(f"warning: not copied to object storage ({error})", markup=False)
     run.goodput.add_checkpoint(time.perf_counter() - start)
 
 
@@ -394,6 +398,7 @@ def score(run: Run, state: TrainState, name: str, samples: int = 0) -> dict[str,
     )
     seconds = time.perf_counter() - start
     run.console.print(f"scored {name} in {seconds:.1f}s")
+    run.run_dir.push()
     return metrics
 
 

@@ -181,9 +181,16 @@ def token_logprobs(
     @jax.checkpoint
     def chunk_logprobs(hidden: Array, tokens: Array) -> tuple[Array, Array]:
         logits = allowed_logits(text.logits(hidden), banned, config.temperature)
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
+        shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        log_total = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+        # A sum with one term: the gradient of a gather is a scatter into another [., V].
+        ids = last_axis(jnp.arange(shifted.shape[-1]), shifted)
+        is_chosen = ids == tokens[..., None]
+        chosen = jnp.sum(jnp.where(is_chosen, shifted, 0.0), axis=-1) - log_total[..., 0]
+        logprobs = shifted - log_total
+        if not config.entropy_coef:  # a metric: its gradient, zero, would be computed all the same
+            logprobs = jax.lax.stop_gradient(logprobs)
         plogp = jnp.exp(logprobs) * jnp.where(last_axis(banned, logprobs), 0.0, logprobs)
-        chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
         return chosen, -jnp.sum(plogp, axis=-1)
 
     chunks = (split(hidden), split(tokens))

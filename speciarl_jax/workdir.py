@@ -29,15 +29,17 @@ def prepare_workdir(
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other: give one of them")
+    address = run_dir.checkpoints.parent
+    if resume and not run_dir.holds_run():
+        raise ValueError(f"--workdir={address}: no run there; leave --resume out to start one")
     if run_dir.holds_run() and not (resume or overwrite):
         raise ValueError(
-            f"--workdir={run_dir.checkpoints.parent}: holds a run already; use --resume to go on "
+            f"--workdir={address}: holds a run already; use --resume to go on "
             "with it, --overwrite to delete it, or another directory"
         )
     workdir = run_dir.local
-    if overwrite or (run_dir.is_copy and not resume):  # a copy may be left of a deleted run
-        _delete_run(workdir)
     if overwrite:
+        _delete_run(workdir)
         run_dir.delete_remote(is_of_run)
     workdir.mkdir(parents=True, exist_ok=True)
     run_dir.pull()
@@ -46,6 +48,7 @@ def prepare_workdir(
     if resume and marker.is_file():
         _check_same_recipe(json.loads(marker.read_text()), settings, marker)
     marker.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    run_dir.push()
 
 
 _RUN_ENTRIES = (

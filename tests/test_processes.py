@@ -138,7 +138,6 @@ def test_dynamic_sampling_fills_every_process(tmp_path):
 @pytest.fixture
 def bucket():
     """A Google Cloud Storage on this machine."""
-    pytest.importorskip("gcp_storage_emulator")
     port = free_port()
     command = [sys.executable, "-m", "tests.gcs_server", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

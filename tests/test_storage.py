@@ -39,12 +39,43 @@ def test_open_database_is_copied_whole(tmp_path, url):
     live.execute("insert into verdicts values ('wren')")
     live.commit()  # in the journal, not yet in the file
     assert spool.push() == 1
+    assert spool.push() == 0
+    live.execute("insert into verdicts values ('robin')")
+    live.commit()  # the file itself has not changed since
+    assert spool.push() == 1
     live.close()
     elsewhere = Spool(url, tmp_path / "b")
     elsewhere.pull()
     copy = sqlite3.connect(elsewhere.local / "cache.sqlite")
-    assert copy.execute("select answer from verdicts").fetchall() == [("wren",)]
+    assert copy.execute("select answer from verdicts").fetchall() == [("wren",), ("robin",)]
     copy.close()
+
+
+def test_pull_makes_a_mirror(tmp_path, url):
+    """Nothing of another run, and no journal of a database that is replaced, survives."""
+    spool = Spool(url, tmp_path / "a")
+    (spool.local / "config.json").write_bytes(b"new")
+    spool.push()
+    stale = Spool(url, tmp_path / "b")
+    for name in ("config.json", "verdicts.sqlite-wal", "metrics.jsonl"):
+        (stale.local / name).write_bytes(b"old")
+    stale.pull()
+    assert [path.name for path in stale.local.iterdir()] == ["config.json"]
+    assert (stale.local / "config.json").read_bytes() == b"new"
+
+
+def test_an_evaluation_pushes_its_own_folders_only(tmp_path, url):
+    training = Spool(url, tmp_path)
+    (training.local / "metrics.jsonl").write_text("1\n")
+    training.push()
+    beside = Spool(url, tmp_path, only=("eval",))
+    assert beside.local != training.local
+    beside.pull()
+    (beside.local / "metrics.jsonl").write_text("2\n")
+    (beside.local / "eval").mkdir()
+    (beside.local / "eval" / "scores").write_text("3\n")
+    assert beside.push() == 1
+    assert (tmp_path / "bucket" / "run" / "metrics.jsonl").read_text() == "1\n"
 
 
 def test_each_address_has_its_own_folder(tmp_path, url):
@@ -96,6 +127,8 @@ def test_a_used_address_is_not_overwritten(tmp_path, url):
     assert (elsewhere.local / "metrics.jsonl").read_text() == "1\n"
     prepare_workdir(elsewhere, Config(), overwrite=True)
     assert not (elsewhere.local / "metrics.jsonl").exists()
-    assert [path.name for path in bucket.iterdir()] == ["notes.txt"]
-    prepare_workdir(run_dir, Config())  # what the first machine still held is gone too
+    assert sorted(path.name for path in bucket.iterdir()) == ["config.json", "notes.txt"]
+    prepare_workdir(run_dir, Config(), resume=True)  # what the first machine still held is gone too
     assert not (run_dir.local / "metrics.jsonl").exists()
+    with pytest.raises(ValueError, match="no run there"):
+        prepare_workdir(open_run_dir(tmp_path / "typo"), Config(), resume=True)

@@ -270,14 +270,6 @@ class SqliteCache(VerdictCache):
         self._memory.clear()
         return self._db.total_changes - before
 
-    def snapshot(self, path: str | Path) -> None:
-        """Copies the whole cache into one consistent file, for a save on object storage."""
-        target = sqlite3.connect(str(path))
-        try:
-            self._db.backup(target)
-        finally:
-            target.close()
-
     def close(self) -> None:
         """Closes the file."""
         self._db.close()

@@ -85,7 +85,7 @@ class RolloutEngine:
         self.graphdef = graphdef
         self.config = config
         self.vocabulary = vocabulary
-        self.placement = Placement(mesh, config.early_exit)
+        self.placement = Placement.of_run(mesh, config.early_exit)
         self.is_int8 = config.kv_cache_dtype == "int8"
         self.columns = layout.column_sizes(
             config.chunk_tokens, config.max_completion_tokens, config.compact

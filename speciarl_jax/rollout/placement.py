@@ -27,25 +27,25 @@ class Placement:
         mesh: devices of this process, axes data, fsdp, tensor; None for one device.
         has_early_exit: the decode loop looks at the rows of all shards, which is a collective; a
             part of a TPU v6e slice runs none.
+        is_unrolled: a decode step names its layers instead of scanning them. On CPU a scan copies
+            each layer's weights and cache out of their stacks in every step; an accelerator reads
+            them in place, and unrolled would hold the weights twice.
     """
 
     mesh: Mesh | None = None
     has_early_exit: bool = True
+    is_unrolled: bool = False
+
+    @classmethod
+    def of_run(cls, mesh: Mesh | None, has_early_exit: bool) -> Placement:
+        """For the devices of this process, in the form that suits them."""
+        device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+        return cls(mesh, has_early_exit, is_unrolled=device.platform == "cpu")
 
     @property
     def num_shards(self) -> int:
         """Blocks that prompts and rows consist of."""
         return num_replicas(self.mesh) if self.mesh else 1
-
-    @property
-    def is_unrolled(self) -> bool:
-        """Whether a decode step names its layers instead of scanning them: on CPU.
-
-        There a scan copies each layer's weights and cache out of their stacks in every step. An
-        accelerator reads them in place, and unrolled would hold the weights twice.
-        """
-        device = self.mesh.devices.flat[0] if self.mesh else jax.devices()[0]
-        return device.platform == "cpu"
 
     def rows(self, x: Array) -> Array:
         """Pins an array whose leading axis is prompts or rows."""

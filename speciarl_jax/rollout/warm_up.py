@@ -70,10 +70,11 @@ def warm_up(
     Raises:
         ValueError: a batch does not fit ``rollout.max_cache_mb``.
     """
-    compiled = num_compiled()
+    compiled, mesh = num_compiled(), engine.placement.mesh
+    by_size = mesh is None or mesh.size == 1  # as `Session.encode`
     for windows in shapes.num_windows:
         embeds = None
-        for small in [size for size in shapes.num_windows if size <= windows]:
+        for small in [s for s in shapes.num_windows if s == windows or (by_size and s < windows)]:
             batch = empty_batch(shapes, shapes.prompt_lengths[0], windows, vision)
             embeds = encode(states, with_sizes(batch, small, vision))
         for length in shapes.prompt_lengths:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -178,10 +179,15 @@ def test_search_says_that_nothing_fits():
 def test_decoding_without_early_exit_needs_no_collective(early_exit):
     config, _ = load_recipe(SMOKE, [])
     config.mesh.data, config.train.prompts_per_micro_batch = 2, 8
-    config.rollout.early_exit = early_exit
+    config.rollout.early_exit, config.rollout.compact = early_exit, True
     planned = open_plan(config, open_topology("gpu:l4x2"))
-    decode = decode_programs(planned.session, planned.shapes)[0]
-    assert ("all-reduce" in decode.lower().compile().as_text()) == early_exit
+    found = {}
+    for program in decode_programs(planned.session, planned.shapes):
+        text = program.lower().compile().as_text()
+        found[program.name] = re.findall(
+            r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(", text
+        )
+    assert found == {"decode": ["all-reduce"] * early_exit, "shrink": []}
 
 
 @pytest.mark.tpu_aot

@@ -99,7 +99,7 @@ def test_chunks_and_compaction_change_nothing_but_the_work(
     )
     assert_same(plain, compact)
     assert_same(plain, late)
-    assert third.stats.decode_steps >= first.stats.decode_steps
+    assert third.stats.decode_steps == 16 > max(len(row.tokens) for row in plain.values())
     lengths = [len(row.tokens) for row in plain.values()]
     assert min(lengths) < max(lengths)
     assert second.stats.slot_utilization > first.stats.slot_utilization

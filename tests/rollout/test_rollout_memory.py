@@ -106,10 +106,12 @@ def test_waves_take_as_many_prompts_from_every_shard(session):
     np.testing.assert_array_equal(local[local >= 0], inside - 3 * per_image)
 
 
-def program_temps(arch: Arch, prompts: int, length: int, group: int, columns: int):
+def program_temps(
+    arch: Arch, prompts: int, length: int, group: int, columns: int, is_unrolled: bool
+):
     """XLA's scratch bytes of prefill and decode; weights only as shapes."""
     graphdef, state = nnx.split(abstract_policy(arch, Dtypes()))
-    placement, rows = Placement(), prompts * group
+    placement, rows = Placement(is_unrolled=is_unrolled), prompts * group
 
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, np.int32)
@@ -149,16 +151,15 @@ def program_temps(arch: Arch, prompts: int, length: int, group: int, columns: in
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_unrolled", [False, True])
-def test_counted_bytes_hold_for_the_compiled_programs(is_unrolled, monkeypatch):
+def test_counted_bytes_hold_for_the_compiled_programs(is_unrolled):
     """Caches to the byte; growth of XLA's scratch memory between half and 1.25 of the count.
 
     In the form for accelerators, compiled for CPU; unrolled, decoding needs less than counted.
     """
-    monkeypatch.setattr(Placement, "is_unrolled", is_unrolled)
     arch = Arch.from_dir(shipped_tiny_dir())
     found, counted = [], []
     for prompts, length, group, columns in ((8, 64, 4, 32), (32, 64, 4, 32), (32, 256, 4, 256)):
-        found.append(program_temps(arch, prompts, length, group, columns))
+        found.append(program_temps(arch, prompts, length, group, columns, is_unrolled))
         shape = RolloutShape(
             prompts, group, length, columns, columns, False, 4, is_unrolled=is_unrolled
         )
