@@ -15,7 +15,10 @@ from speciarl_jax.programs import Program, device_bytes
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _CALL = re.compile(rf"\s({'|'.join(_COLLECTIVES)})(?:-start)?\(")
-_EXHAUSTED = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
+_EXHAUSTED = (  # in the words of two of XLA's passes; the first counts arguments, too
+    re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
+    re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM"),
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -91,10 +94,10 @@ def _needed_bytes(message: str) -> int:
     Raises:
         ValueError: the message is about something else.
     """
-    found = _EXHAUSTED.search(message)
-    if not found:
-        raise ValueError(f"XLA refuses a program: {' '.join(message.split())[:500]}")
-    return int(float(found[1]) * _UNITS[found[2]])
+    for pattern in _EXHAUSTED:
+        if found := pattern.search(message):
+            return int(float(found[1]) * _UNITS[found[2]])
+    raise ValueError(f"XLA refuses a program: {' '.join(message.split())[:500]}")
 
 
 def count_collectives(text: str) -> dict[str, int]:

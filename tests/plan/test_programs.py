@@ -16,7 +16,7 @@ import pytest
 from speciarl_jax.cli import load_recipe, main
 from speciarl_jax.plan.chips import open_topology
 from speciarl_jax.plan.make import open_plan
-from speciarl_jax.plan.measure import measure
+from speciarl_jax.plan.measure import _needed_bytes, measure
 from speciarl_jax.plan.search import search
 from speciarl_jax.programs import (
     decode_programs,
@@ -165,6 +165,29 @@ def test_search_takes_the_largest_micro_batch_that_fits():
     assert (found.config.model.remat, found.config.train.prompts_per_micro_batch) == ("none", 2)
     assert "--config.mesh.tensor=1 --config.model.remat=none" in found.flags
     assert 0 < found.config.rollout.max_cache_mb < 22 * 1024
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm.",
+            17.5,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (198.20G) exceeds available HBM (95.74G).",
+            198.2,
+        ),
+    ],
+)
+def test_what_xla_says_of_a_program_that_is_too_large(message, gib):
+    assert _needed_bytes(message) == int(gib * 2**30)
+
+
+def test_an_error_about_something_else_is_not_taken_for_memory():
+    with pytest.raises(ValueError, match="XLA refuses a program: INTERNAL: core halted"):
+        _needed_bytes("INTERNAL: core halted")
 
 
 def test_search_says_that_nothing_fits():
