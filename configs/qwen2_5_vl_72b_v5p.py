@@ -25,4 +25,6 @@ def get_config(arg=None):
     config.rollout.max_cache_mb = 30_000
     config.rollout.warm_up = True
     config.train.prompts_per_micro_batch = 1
+    # One group. A scan over micro-batches would keep a second layout of the weights: 22 GiB.
+    config.train.micro_batch_tokens = 512 + 10 * 2048
     return config

@@ -149,11 +149,9 @@ def _array(shape: tuple[int, ...], dtype: DTypeLike, place: Sharding) -> jax.Sha
 
 
 def device_bytes(tree: Abstract) -> int:
-    """Bytes that a tree takes on one device."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    """Bytes that the arrays of a tree take on one device."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
 
 
 def step_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:

@@ -181,21 +181,50 @@ def token_logprobs(
     @jax.checkpoint
     def chunk_logprobs(hidden: Array, tokens: Array) -> tuple[Array, Array]:
         logits = allowed_logits(text.logits(hidden), banned, config.temperature)
-        shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-        log_total = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
-        # A sum with one term: the gradient of a gather is a scatter into another [., V].
-        ids = last_axis(jnp.arange(shifted.shape[-1]), shifted)
-        is_chosen = ids == tokens[..., None]
-        chosen = jnp.sum(jnp.where(is_chosen, shifted, 0.0), axis=-1) - log_total[..., 0]
-        logprobs = shifted - log_total
-        if not config.entropy_coef:  # a metric: its gradient, zero, would be computed all the same
-            logprobs = jax.lax.stop_gradient(logprobs)
-        plogp = jnp.exp(logprobs) * jnp.where(last_axis(banned, logprobs), 0.0, logprobs)
-        return chosen, -jnp.sum(plogp, axis=-1)
+        if config.entropy_coef:
+            return _logprob_and_entropy(logits, tokens, banned)
+        return _logprob_and_metric(logits, tokens, banned)
 
     chunks = (split(hidden), split(tokens))
     logprobs, entropy = jax.lax.map(lambda xs: chunk_logprobs(*xs), chunks)
     return join(logprobs), join(entropy)
+
+
+def _logprob_and_entropy(logits: Array, tokens: Array, banned: Array) -> tuple[Array, Array]:
+    """Of logits [..., V] and one token each."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    plogp = jnp.exp(logprobs) * jnp.where(last_axis(banned, logprobs), 0.0, logprobs)
+    chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+    return chosen, -jnp.sum(plogp, axis=-1)
+
+
+@jax.custom_vjp
+def _logprob_and_metric(logits: Array, tokens: Array, banned: Array) -> tuple[Array, Array]:
+    """`_logprob_and_entropy` with the entropy as a metric, without gradient.
+
+    d logprob / d logits = onehot - softmax is one pass over the logits. Derived automatically it is
+    several arrays of their size, and a scatter for the gather.
+    """
+    return _logprob_and_entropy(logits, tokens, banned)
+
+
+def _metric_forward(
+    logits: Array, tokens: Array, banned: Array
+) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
+    log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return _logprob_and_metric(logits, tokens, banned), (logits, log_total, tokens)
+
+
+def _metric_backward(
+    residuals: tuple[Array, Array, Array], cotangents: tuple[Array, Array]
+) -> tuple[Array, None, None]:
+    logits, log_total, tokens = residuals
+    is_chosen = last_axis(jnp.arange(logits.shape[-1]), logits) == tokens[..., None]
+    difference = jnp.where(is_chosen, 1.0, 0.0) - jnp.exp(logits - log_total)
+    return cotangents[0][..., None] * difference, None, None
+
+
+_logprob_and_metric.defvjp(_metric_forward, _metric_backward)
 
 
 def batch_loss(

@@ -15,9 +15,9 @@ from speciarl_jax.programs import Program, device_bytes
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _CALL = re.compile(rf"\s({'|'.join(_COLLECTIVES)})(?:-start)?\(")
-_EXHAUSTED = (  # in the words of two of XLA's passes; the first counts arguments, too
-    re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm"),
-    re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM"),
+_TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
+_TOO_MANY_TEMPORARIES = re.compile(
+    r"for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM"
 )
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -65,8 +65,8 @@ def measure(program: Program) -> Measured:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _needed_bytes(str(error))
         arguments = device_bytes((program.args, program.kwargs))
+        needed = _needed_bytes(str(error), arguments)
         return Measured(
             program.name,
             arguments,
@@ -88,15 +88,15 @@ def measure(program: Program) -> Measured:
     )
 
 
-def _needed_bytes(message: str) -> int:
-    """What XLA for TPU says that a program needs.
+def _needed_bytes(message: str, arguments: int) -> int:
+    """What XLA for TPU says that a program needs, in the words of one of two of its passes.
 
     Raises:
         ValueError: the message is about something else.
     """
-    for pattern in _EXHAUSTED:
+    for pattern, more in ((_TOO_MUCH, 0), (_TOO_MANY_TEMPORARIES, arguments)):
         if found := pattern.search(message):
-            return int(float(found[1]) * _UNITS[found[2]])
+            return int(float(found[1]) * _UNITS[found[2]]) + more
     raise ValueError(f"XLA refuses a program: {' '.join(message.split())[:500]}")
 
 

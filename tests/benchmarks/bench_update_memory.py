@@ -1,6 +1,6 @@
 """Memory and work of the update at the 7B shape: shared-prefix tree against N full sequences.
 
-    python tests/benchmarks/bench_update_memory.py [--layers 28] [--repeats 5]
+    python tests/benchmarks/bench_update_memory.py [--layers 28] [--groups 1] [--repeats 5]
     python tests/benchmarks/bench_update_memory.py --tpu=v5p:2x2x1     memory only, for that chip
 
 Prints one JSON object. One group of N = 10 completions of 128 tokens on a prompt of 300 is one
@@ -92,22 +92,22 @@ def make_policy(arch: Arch, rank: int, dtype: jnp.dtype = jnp.float32) -> Policy
     return policy
 
 
-def make_batch(arch: Arch, sizes: Sizes) -> TrainBatch:
-    """One group: text, an image's tokens, text; full-length completions."""
+def make_batch(arch: Arch, sizes: Sizes, groups: int = 1) -> TrainBatch:
+    """Groups of text, an image's tokens, text; full-length completions."""
     rng = np.random.default_rng(0)
-    rows = np.full((1, sizes.prompt), -1, np.int32)
-    rows[0, 10 : 10 + sizes.image] = np.arange(sizes.image)
-    group = (1, sizes.group, sizes.completion)
+    rows = np.full((groups, sizes.prompt), -1, np.int32)
+    rows[:, 10 : 10 + sizes.image] = np.arange(sizes.image)
+    group = (groups, sizes.group, sizes.completion)
     return TrainBatch(
-        tokens=rng.integers(0, 4096, (1, sizes.prompt), dtype=np.int32),
-        prompt_lengths=np.full(1, sizes.prompt, np.int32),
-        positions=np.tile(np.arange(sizes.prompt, dtype=np.int32), (1, 3, 1)),
-        next_position=np.full(1, sizes.prompt, np.int32),
+        tokens=rng.integers(0, 4096, (groups, sizes.prompt), dtype=np.int32),
+        prompt_lengths=np.full(groups, sizes.prompt, np.int32),
+        positions=np.tile(np.arange(sizes.prompt, dtype=np.int32), (groups, 3, 1)),
+        next_position=np.full(groups, sizes.prompt, np.int32),
         image_rows=rows,
-        images=rng.normal(size=(1, sizes.image, arch.text.hidden_size)).astype(np.float32),
+        images=rng.normal(size=(groups, sizes.image, arch.text.hidden_size)).astype(np.float32),
         completions=rng.integers(0, 4096, group, dtype=np.int32),
-        weights=np.full(group, 1 / (sizes.group * sizes.completion), np.float32),
-        advantages=rng.normal(size=(1, sizes.group)).astype(np.float32),
+        weights=np.full(group, 1 / (groups * sizes.group * sizes.completion), np.float32),
+        advantages=rng.normal(size=(groups, sizes.group)).astype(np.float32),
     )
 
 
@@ -121,23 +121,25 @@ def tree_loss(policy: Policy, batch: TrainBatch, banned: Array) -> Array:
 
 def naive_loss(policy: Policy, batch: TrainBatch, banned: Array) -> Array:
     """The same number from N full sequences."""
-    _, group, width = batch.completions.shape
-    prompt = batch.tokens.shape[1]
+    groups, group, width = batch.completions.shape
+    prompt, images = batch.tokens.shape[1], batch.images.shape[1]
     own = batch.next_position[:, None] + jnp.arange(width)[None]
     ids = jnp.concatenate([batch.positions, jnp.tile(own[:, None], (1, 3, 1))], axis=2)
     tokens = jnp.concatenate(
-        [jnp.repeat(batch.tokens, group, axis=0), batch.completions[0]], axis=1
+        [jnp.repeat(batch.tokens, group, axis=0), batch.completions.reshape(-1, width)], axis=1
     )
-    rows = jnp.pad(batch.image_rows, ((0, 0), (0, width)), constant_values=-1)
+    offset = jnp.arange(groups, dtype=jnp.int32)[:, None] * images
+    rows = jnp.where(batch.image_rows >= 0, batch.image_rows + offset, -1)
+    rows = jnp.pad(rows, ((0, 0), (0, width)), constant_values=-1)
     hidden = policy.hidden_states(
         tokens,
         jnp.repeat(ids, group, axis=0),
-        jnp.full(group, prompt + width),
+        jnp.full(groups * group, prompt + width),
         jnp.repeat(rows, group, axis=0),
-        batch.images[0],
+        batch.images.reshape(groups * images, -1),
         SETTINGS.remat,
     )
-    predicting = hidden[None, :, prompt - 1 : -1]
+    predicting = hidden[:, prompt - 1 : -1].reshape(groups, group, width, -1)
     logprobs, _ = token_logprobs(policy.text, predicting, batch.completions, banned, SETTINGS)
     ratio = jnp.exp(logprobs - jax.lax.stop_gradient(logprobs))
     return -jnp.sum(batch.weights * batch.advantages[..., None] * ratio)
@@ -156,7 +158,7 @@ def gradient(parts: PolicyParts, loss: Loss) -> Callable[..., Any]:
 
 
 def memory_mb(
-    arch: Arch, sizes: Sizes, loss: Loss, chip: jax.Device | None = None
+    arch: Arch, sizes: Sizes, loss: Loss, groups: int = 1, chip: jax.Device | None = None
 ) -> dict[str, int]:
     """MiB of one program, compiled from shapes; for this machine's CPU or a chip elsewhere."""
     dtype = jnp.bfloat16 if chip else jnp.float32
@@ -168,7 +170,7 @@ def memory_mb(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     banned = np.zeros(arch.text.vocab_size, bool)
-    args = (parts.trainable, parts.frozen, make_batch(arch, sizes), banned)
+    args = (parts.trainable, parts.frozen, make_batch(arch, sizes, groups), banned)
     lowered = gradient(parts, loss).lower(*jax.tree.map(shape, args))
     stats = lowered.compile().memory_analysis()
     return {
@@ -178,21 +180,22 @@ def memory_mb(
     }
 
 
-def tpu_memory(num_layers: int, topology: str) -> dict[str, Any]:
+def tpu_memory(num_layers: int, groups: int, topology: str) -> dict[str, Any]:
     """Each side's program for a TPU, and the tree's share of the naive one's."""
     chip = topologies.get_topology_desc(topology, platform="tpu").devices[0]
     arch = large_arch(num_layers)
-    found = {name: memory_mb(arch, FULL, loss, chip) for name, loss in SIDES.items()}
+    found = {name: memory_mb(arch, FULL, loss, groups, chip) for name, loss in SIDES.items()}
     share = found["tree"]["temp_mb"] / found["naive"]["temp_mb"]
     return {**found, "tree_share_of_naive": {"temp": round(share, 3)}}
 
 
-def compiled_memory(num_layers: int) -> dict[str, Any]:
+def compiled_memory(num_layers: int, groups: int) -> dict[str, Any]:
     """Each side's program at 7B's width, and the tree's share of the naive one's."""
     arch = large_arch(num_layers)
     found = {}
     for name, loss in SIDES.items():
-        full, least = (memory_mb(arch, sizes, loss) for sizes in (FULL, HARDLY_ANY))
+        full = memory_mb(arch, FULL, loss, groups)
+        least = memory_mb(arch, HARDLY_ANY, loss)
         found[name] = full | {"temp_of_tokens_mb": full["temp_mb"] - least["temp_mb"]}
     tree, naive = found["tree"], found["naive"]
     kept = ("temp_mb", "arguments_mb", "results_mb")
@@ -253,12 +256,13 @@ def main() -> None:
     """Compiles, measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--groups", type=int, default=1, help="of a micro-batch; memory only")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tpu", default="", help="topology such as v5p:2x2x1")
     args = parser.parse_args()
     if args.tpu:
-        memory = tpu_memory(args.layers, args.tpu)
-        about = {"benchmark": "update_memory", "tpu": args.tpu, "layers": args.layers}
+        memory = tpu_memory(args.layers, args.groups, args.tpu)
+        about = {"benchmark": "update_memory"} | vars(args)
         print(json.dumps(about | {"memory": memory} | harness.provenance(), indent=1))
         return
     harness.use_one_core()
@@ -268,7 +272,8 @@ def main() -> None:
         "group": dataclasses.asdict(FULL),
         "remat": SETTINGS.remat,
         "logprob_chunk_tokens": SETTINGS.logprob_chunk_tokens,
-        "memory": compiled_memory(args.layers),
+        "groups": args.groups,
+        "memory": compiled_memory(args.layers, args.groups),
         "flops": flops_share(args.layers),
         "time_small_shape": measured_time(args.repeats),
     }

@@ -16,9 +16,10 @@ import pytest
 from speciarl_jax.cli import load_recipe, main
 from speciarl_jax.plan.chips import open_topology
 from speciarl_jax.plan.make import open_plan
-from speciarl_jax.plan.measure import _needed_bytes, measure
+from speciarl_jax.plan.measure import measure
 from speciarl_jax.plan.search import search
 from speciarl_jax.programs import (
+    Program,
     decode_programs,
     device_bytes,
     encode_program,
@@ -177,17 +178,32 @@ def test_search_takes_the_largest_micro_batch_that_fits():
         (
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
             "temporaries (198.20G) exceeds available HBM (95.74G).",
-            198.2,
+            199.2,
         ),
     ],
 )
 def test_what_xla_says_of_a_program_that_is_too_large(message, gib):
-    assert _needed_bytes(message) == int(gib * 2**30)
-
-
-def test_an_error_about_something_else_is_not_taken_for_memory():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    weights = jax.ShapeDtypeStruct((2**28,), np.float32, sharding=place)  # 1 GiB
+    found = measure(Program("update", Refused(message), (len, weights)))
+    assert found.is_too_large
+    assert found.arguments == 2**30
+    assert found.peak == int(gib * 2**30)
     with pytest.raises(ValueError, match="XLA refuses a program: INTERNAL: core halted"):
-        _needed_bytes("INTERNAL: core halted")
+        measure(Program("update", Refused("INTERNAL: core halted"), (len, weights)))
+
+
+class Refused:
+    """A jitted function that the compiler does not take."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def lower(self, *args):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
 
 
 def test_search_says_that_nothing_fits():
