@@ -3,9 +3,8 @@ r"""The paper's run with Qwen2.5-VL-32B on a Cloud TPU v5p slice of 64 chips (v5
     speciarl train --config=configs/qwen2_5_vl_32b_v5p.py:algo=grpo --workdir=gs://BUCKET/NAME \
         --config.judge.endpoints="('http://HOST:8000/v1',)"
 
-NOT YET RUN. Planned in part (docs/scale.md): sampling and old log-probs need at most 71.7 of 93.1
-usable GiB a chip (shrink); reference log-probs and the update were not compiled, so whether they
-fit is open.
+NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 55.1 of 93.1 usable GiB
+a chip (shrink), at least 23 s a step, 1.1 h and 69 chip-hours for 165 steps.
 As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is the four chips
 of a host. Images above 504 x 504 px are scaled down (CUB's are smaller).
 """

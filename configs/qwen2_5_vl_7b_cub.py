@@ -4,7 +4,7 @@
         --config.judge.endpoints="('http://HOST:8000/v1',)"
 
 NOT YET RUN. `mesh.auto` chooses the smallest replica that holds the model. Planned (docs/scale.md):
-fits v5p:2x2x4 as it is, 64.7 of 93.1 usable GiB a chip, at least 25 s a step (a roofline) and 1.1 h
+fits v5p:2x2x4 as it is, 50.3 of 93.1 usable GiB a chip, at least 25 s a step (a roofline) and 1.1 h
 for 165 steps; for smaller chips see `qwen2_5_vl_7b_v5e.py` and `qwen2_5_vl_7b_v6e.py`, which bound
 prompts and caches. The paper used six GPUs for about 12 hours (four policy, two judge).
 Expected, from the paper: fine-grained HM .883 (zero-shot .790). Judge: Qwen3-30B-A3B-Instruct-2507.

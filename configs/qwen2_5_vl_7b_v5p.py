@@ -3,7 +3,7 @@ r"""The paper's run on a Cloud TPU v5p slice of 16 chips (v5p-32), 95 GB each.
     speciarl train --config=configs/qwen2_5_vl_7b_v5p.py:algo=grpo --workdir=gs://BUCKET/NAME \
         --config.judge.endpoints="('http://HOST:8000/v1',)"
 
-NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 74.7 of 93.1 usable GiB
+NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 75.6 of 93.1 usable GiB
 a device (update), at least 19 s a step, 0.9 h and 14 chip-hours for 165 steps.
 As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is one chip.
 Images above 504 x 504 px are scaled down (CUB's are smaller).

@@ -205,7 +205,16 @@ def _logprob_and_metric(logits: Array, tokens: Array, banned: Array) -> tuple[Ar
     d logprob / d logits = onehot - softmax is one pass over the logits. Derived automatically it is
     several arrays of their size, and a scatter for the gather.
     """
-    return _logprob_and_entropy(logits, tokens, banned)
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    log_total = jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True))
+    logprobs = (logits - peak) - log_total
+    chosen = jnp.sum(jnp.where(_is_chosen(logits, tokens), logprobs, 0.0), axis=-1)
+    plogp = jnp.exp(logprobs) * jnp.where(last_axis(banned, logprobs), 0.0, logprobs)
+    return chosen, -jnp.sum(plogp, axis=-1)
+
+
+def _is_chosen(logits: Array, tokens: Array) -> Array:
+    return last_axis(jnp.arange(logits.shape[-1]), logits) == tokens[..., None]
 
 
 def _metric_forward(
@@ -219,9 +228,8 @@ def _metric_backward(
     residuals: tuple[Array, Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Array, None, None]:
     logits, log_total, tokens = residuals
-    is_chosen = last_axis(jnp.arange(logits.shape[-1]), logits) == tokens[..., None]
-    difference = jnp.where(is_chosen, 1.0, 0.0) - jnp.exp(logits - log_total)
-    return cotangents[0][..., None] * difference, None, None
+    probs = jnp.exp(logits - log_total)
+    return cotangents[0][..., None] * (_is_chosen(logits, tokens) - probs), None, None
 
 
 _logprob_and_metric.defvjp(_metric_forward, _metric_backward)
