@@ -20,8 +20,7 @@ from etils import epath
 
 _SPOOL_ROOT = pathlib.Path("~/.cache/speciarl/spool")
 _CHECKPOINTS = "checkpoints"
-_JOURNALS = ("-wal", "-shm")  # beside a SQLite file that is open, or was at a kill
-_TRANSIENT = (*_JOURNALS, ".tmp", ".partial")
+_TRANSIENT = ("-wal", "-shm", ".tmp", ".partial")  # SQLite's journals and half-written files
 
 
 class RunDir:
@@ -29,11 +28,8 @@ class RunDir:
 
     Attributes:
         local: the folder to work in.
-        is_copy: whether it is kept elsewhere.
         checkpoints: where Orbax writes.
     """
-
-    is_copy = False
 
     def __init__(self, local: pathlib.Path) -> None:
         """Reads and writes nothing."""
@@ -62,8 +58,6 @@ class RunDir:
 
 class Spool(RunDir):
     """A local folder and the remote one that it is copied to."""
-
-    is_copy = True
 
     def __init__(
         self,
@@ -112,8 +106,9 @@ class Spool(RunDir):
         files = [name for name in self._remote_files() if _is_copied(name)]
         if self._process:
             files = [name for name in files if f".{self._process}." in name]
+        kept = {self.local / name for name in files}
         for path in [path for path in self.local.rglob("*") if path.is_file()]:
-            if path.relative_to(self.local).as_posix() not in files:
+            if path not in kept:
                 path.unlink()
         self._pushed = {}
         for name in files:

@@ -192,9 +192,11 @@ def token_logprobs(
 
 def _logprob_and_entropy(logits: Array, tokens: Array, banned: Array) -> tuple[Array, Array]:
     """Of logits [..., V] and one token each."""
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    log_total = jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True))
+    logprobs = (logits - peak) - log_total
+    chosen = jnp.sum(jnp.where(_is_chosen(logits, tokens), logprobs, 0.0), axis=-1)
     plogp = jnp.exp(logprobs) * jnp.where(last_axis(banned, logprobs), 0.0, logprobs)
-    chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
     return chosen, -jnp.sum(plogp, axis=-1)
 
 
@@ -203,14 +205,9 @@ def _logprob_and_metric(logits: Array, tokens: Array, banned: Array) -> tuple[Ar
     """`_logprob_and_entropy` with the entropy as a metric, without gradient.
 
     d logprob / d logits = onehot - softmax is one pass over the logits. Derived automatically it is
-    several arrays of their size, and a scatter for the gather.
+    several arrays of their size, for the entropy's zero gradient too.
     """
-    peak = jnp.max(logits, axis=-1, keepdims=True)
-    log_total = jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True))
-    logprobs = (logits - peak) - log_total
-    chosen = jnp.sum(jnp.where(_is_chosen(logits, tokens), logprobs, 0.0), axis=-1)
-    plogp = jnp.exp(logprobs) * jnp.where(last_axis(banned, logprobs), 0.0, logprobs)
-    return chosen, -jnp.sum(plogp, axis=-1)
+    return _logprob_and_entropy(logits, tokens, banned)
 
 
 def _is_chosen(logits: Array, tokens: Array) -> Array:

@@ -86,7 +86,7 @@ def test_each_address_has_its_own_folder(tmp_path, url):
 def test_unknown_address(tmp_path):
     with pytest.raises(ValueError, match="cannot be opened"):
         Spool("nosuch://bucket/run", tmp_path)
-    assert not open_run_dir(tmp_path).is_copy
+    assert not isinstance(open_run_dir(tmp_path), Spool)
 
 
 def test_checkpoints_are_written_in_place(tmp_path, url):
