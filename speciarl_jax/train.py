@@ -278,17 +278,21 @@ def make_poll(run: Run, step: int, stop: StopFlag) -> Callable[[], None]:
 def save(run: Run, state: TrainState, ahead: RolloutBatch | None, hm: float | None = None) -> None:
     """Saves the state with the rollouts of the next step, if there are any.
 
-    It is written in the background, unless the run stops. What else the run has written is copied
-    to object storage; if that fails, the next save tries again.
+    It is written in the background, unless the run stops.
     """
     start = time.perf_counter()
     pending = save_rollouts(run.session, ahead) if ahead else None
     run.checkpoints.save(dataclasses.replace(state, rollouts=pending), hm)
+    share(run)
+    run.goodput.add_checkpoint(time.perf_counter() - start)
+
+
+def share(run: Run) -> None:
+    """Copies what was written to object storage; if that fails, the next call tries again."""
     try:
         run.run_dir.push()
     except OSError as error:
         run.console.print(f"warning: not copied to object storage ({error})", markup=False)
-    run.goodput.add_checkpoint(time.perf_counter() - start)
 
 
 def take_step(
@@ -398,7 +402,7 @@ def score(run: Run, state: TrainState, name: str, samples: int = 0) -> dict[str,
     )
     seconds = time.perf_counter() - start
     run.console.print(f"scored {name} in {seconds:.1f}s")
-    run.run_dir.push()
+    share(run)
     return metrics
 
 
