@@ -9,7 +9,7 @@ RUN = runs/$(subst =,-,$(subst $(comma),_,$(subst :,_,$(basename $(notdir $(firs
 comma := ,
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill tiny
+.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill witness tiny
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -82,6 +82,12 @@ drill: setup-dev
 	$(BIN)/python tests/judge/drill_fault_server.py --faults=each --timeout_s=2
 	$(BIN)/python -m tests.drill_outage
 	$(BIN)/python -m tests.drill_kill
+
+# Proves that a refactor changed no number: this tree against a commit, bit for bit (about 15
+# minutes; BASE's results are kept in .witness/). `make witness BASE=COMMIT ARGS=--smoke`
+BASE ?= HEAD
+witness: setup-dev
+	$(BIN)/python -m tests.drills.witness --base=$(BASE) $(ARGS)
 
 # Makes the shipped small policy again (about 35 minutes on two cores); a second call resumes.
 tiny: setup
