@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from speciarl_jax.checkpoint import Checkpoints, TrainState
+from speciarl_jax.clock import format_seconds
 from speciarl_jax.config import Config
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.gather import RolloutBatch
 from speciarl_jax.judge.runner import JudgeThread
-from speciarl_jax.live import LiveView, format_seconds
+from speciarl_jax.live import LiveView
 from speciarl_jax.metrics import MetricsWriter, rollout_table, step_line
 from speciarl_jax.predictions import from_rollout, read_predictions, write_predictions
 from speciarl_jax.report.compare import compare
