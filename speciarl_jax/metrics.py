@@ -23,6 +23,7 @@ from rich.table import Table
 
 from speciarl_jax.clock import format_seconds
 from speciarl_jax.config import Config
+from speciarl_jax.files import write_whole
 from speciarl_jax.types import Category, Failure, Rollout
 
 _SHOWN_GROUPS = 4  # sent to TensorBoard and W&B
@@ -208,9 +209,7 @@ def _cut_rows(path: pathlib.Path, last_step: int) -> None:
             break  # the line that a kill cut short; nothing follows it
         if row["step"] <= last_step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
