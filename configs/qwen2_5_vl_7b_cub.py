@@ -8,7 +8,7 @@ fits v5p:2x2x4 as it is, 50.3 of 93.1 usable GiB a chip, at least 25 s a step (a
 for 165 steps; for smaller chips see `qwen2_5_vl_7b_v5e.py` and `qwen2_5_vl_7b_v6e.py`, which bound
 prompts and caches. The paper used six GPUs for about 12 hours (four policy, two judge).
 Expected, from the paper: fine-grained HM .883 (zero-shot .790). Judge: Qwen3-30B-A3B-Instruct-2507.
-Arguments: algo=grpo|dr_grpo|dapo|dapo_dynamic, n=10, noise=0,
+Arguments: algo=grpo|dr_grpo|dapo|dapo_dynamic|gspo|rloo, n=10, noise=0,
 reward=dynamic|single|binary|scale1|scale2|scale3, model=Qwen/Qwen2.5-VL-7B-Instruct.
 """
 

@@ -8,10 +8,11 @@ nested under ``text_config`` (transformers 5), ``rope_scaling`` or ``rope_parame
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from speciarl_jax.files import FETCH_MODEL, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +161,7 @@ class Arch:
         file = pathlib.Path(path) / "config.json"
         if not file.is_file():
             raise ValueError(f"{file}: not found; expected a Hugging Face model directory")
-        try:
-            return cls.from_hf(json.loads(file.read_text()))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from error
+        return cls.from_hf(read_json(file, FETCH_MODEL))
 
 
 def _vision_from_hf(config: Mapping[str, Any]) -> VisionArch:

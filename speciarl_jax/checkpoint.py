@@ -172,7 +172,10 @@ class Checkpoints:
                 reason = str(error).strip().splitlines()[0][:200] if str(error) else repr(error)
                 skipped.append(f"{self.directory / str(candidate)}: cannot be read ({reason})")
         detail = "; ".join(skipped) or "the folder holds no complete checkpoint"
-        raise ValueError(f"{self.directory}: nothing to resume from: {detail}")
+        raise ValueError(
+            f"{self.directory}: nothing to resume from: {detail}; bring back a copy, or "
+            "start again with --overwrite"
+        )
 
     def _read(self, like: TrainState, step: int) -> TrainState:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _pure(like.trainable, like.optim))

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from speciarl_jax import presets
 from speciarl_jax.config import Config
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
@@ -176,30 +177,52 @@ def _add_tiny(verbs: Any) -> None:
 def load_recipe(path: str, overrides: Sequence[str]) -> tuple[Config, pathlib.Path]:
     """Loads ``PATH.py[:ARGUMENT]`` and applies ``--config.a.b=value`` overrides.
 
+    An override of ``algo.name`` brings the algorithm's preset, which comes between the recipe and
+    the other overrides; a line on standard error says what it set.
+
     Returns:
         (config, folder of the recipe).
 
     Raises:
         ValueError: no such file, no get_config in it, an unknown field or a value of another type.
     """
+    names = [word for word in overrides if word.startswith(_ALGORITHM)]
+    name = names[-1].removeprefix(_ALGORITHM) if names else ""
+    if name in presets.ALGORITHMS:
+        others = [word for word in overrides if word not in names]
+        fields = presets.change_of_algorithm(_load(path, []), _load(path, others), name)
+        config = _load(path, [*(f"--config.algo.{k}={v}" for k, v in fields.items()), *others])
+        kept = {k: v for k, v in fields.items() if k != "name" and getattr(config.algo, k) == v}
+        if kept:
+            shown = ", ".join(f"{k}={v}" for k, v in kept.items())
+            print(f"algo.name={name} sets in algo: {shown}", file=sys.stderr)
+    else:
+        config = _load(path, overrides)
+    return config, pathlib.Path(path.partition(":")[0]).resolve().parent
+
+
+_ALGORITHM = "--config.algo.name="
+
+
+def _load(path: str, overrides: Sequence[str]) -> Config:
+    """The recipe with overrides, the last of a field wins."""
     from absl import flags
     from ml_collections import config_flags
 
-    file = pathlib.Path(path.partition(":")[0])
-    if not file.is_file():
+    if not pathlib.Path(path.partition(":")[0]).is_file():
         raise ValueError(f"--config={path}: no such recipe file")
     values = flags.FlagValues()
     words = ["speciarl", f"--config={path}", *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, sys_argv=words)
     try:
         values(words)
-        config = values.config
+        config: Config = values.config
     except (KeyError, AttributeError) as error:
         raise ValueError(f"{' '.join(overrides)}: no such field ({error})") from error
     except (TypeError, flags.Error) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"--config={path} {' '.join(overrides)}: {reason}") from error
-    return config, file.resolve().parent
+    return config
 
 
 def run_train(args: argparse.Namespace) -> int:

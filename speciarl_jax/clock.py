@@ -1,8 +1,14 @@
-"""Wall time of the parts of a step."""
+"""Wall time of the parts of a step, and how a time is written."""
 
 from __future__ import annotations
 
 import time
+
+
+def format_seconds(seconds: float) -> str:
+    """``1:02:03``; days are hours."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 class Clock:

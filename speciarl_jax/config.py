@@ -253,6 +253,7 @@ def _check_algo(config: Config) -> None:
     if "." not in algo.reward:
         _check_choice("algo.reward", algo.reward, REWARDS)
     _check_choice("algo.aggregation", algo.aggregation, AGGREGATIONS)
+    _check_definition(algo)
     _check_choice("algo.normalization", algo.normalization, ("global", "verl"))
     _check_choice("algo.old_logprobs", algo.old_logprobs, ("recompute", "rollout"))
     _require(
@@ -279,6 +280,24 @@ def _check_algo(config: Config) -> None:
             size >= 2,
             f"rollout.group_size={size}: every advantage would be 0; set rollout.group_size >= 2",
         )
+
+
+def _check_definition(algo: AlgoConfig) -> None:
+    """Refuses what contradicts the definition of the algorithm that `algo.name` promises."""
+    _require(
+        not (algo.norm_by_std and algo.name in ("dr_grpo", "rloo")),
+        f"algo.name={algo.name} never divides by the group's std: set algo.norm_by_std=false",
+    )
+    _require(
+        algo.name != "dr_grpo" or algo.aggregation.startswith("seq-mean-token-sum"),
+        f"algo.name=dr_grpo with algo.aggregation={algo.aggregation!r}: it divides by lengths, "
+        "which Dr.GRPO does not; set algo.aggregation=seq-mean-token-sum-norm",
+    )
+    _require(
+        algo.name != "gspo" or algo.aggregation == "seq-mean-token-mean",
+        f"algo.name=gspo with algo.aggregation={algo.aggregation!r}: its loss is one number a "
+        "sequence; set algo.aggregation=seq-mean-token-mean",
+    )
 
 
 def _check_sampling(config: Config) -> None:

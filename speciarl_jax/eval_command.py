@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from speciarl_jax.config import Config
 from speciarl_jax.convert import adapter
 from speciarl_jax.evaluate import STEP_PREFIX, evaluate, retry_failed, write_scores
 from speciarl_jax.export_run import open_adapter, restore_parts
+from speciarl_jax.files import write_whole
 from speciarl_jax.metrics import make_console
 from speciarl_jax.predictions import read_predictions
 from speciarl_jax.report.tables import metrics_table, text_table
@@ -120,7 +120,7 @@ def _score_file(
     out_dir.mkdir(parents=True, exist_ok=True)
     copy = out_dir / "predictions.jsonl"
     if not (copy.exists() and copy.samefile(source)):
-        shutil.copyfile(source, copy)
+        write_whole(copy, source.read_bytes())
     retry_failed(copy, judge)
     return write_scores(config, copy, out_dir), out_dir
 

@@ -18,6 +18,7 @@ from speciarl_jax import hosts, reward, scoring
 from speciarl_jax.config import Config
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.recipe import make_loader, open_eval_source
+from speciarl_jax.files import read_json, write_whole
 from speciarl_jax.judge.base import Pair
 from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.live import progress
@@ -160,13 +161,14 @@ def claim_folder(out_dir: pathlib.Path, settings: dict[str, Any]) -> None:
     renamed to ``step_<number>``, which is what it has become.
 
     Raises:
-        ValueError: it holds answers made with other settings, or with unknown ones.
+        ValueError: it holds answers made with other settings, or with unknown ones, or half a
+            ``settings.json``.
     """
     file = out_dir / "settings.json"
     if (out_dir / "predictions.jsonl").is_file():
         if not file.is_file():
             raise ValueError(f"{out_dir}: answers without settings.json; delete the folder")
-        old = json.loads(file.read_text(encoding="utf-8"))
+        old = read_json(file, "delete the folder; it is scored again")
         changed = [name for name in settings if old.get(name) != settings[name]]
         before = str(old.get("weights"))
         archive = out_dir.parent / before
@@ -179,7 +181,7 @@ def claim_folder(out_dir: pathlib.Path, settings: dict[str, Any]) -> None:
                 f"{settings[name]!r}; use another --workdir or delete the folder"
             )
     out_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(settings, indent=1) + "\n")
 
 
 def _open_loader(session: Session, name: str, console: Console) -> PromptLoader:
@@ -312,7 +314,5 @@ def write_scores(
     )
     if text is not None:
         metrics["text"] = text
-    temporary = out_dir / "metrics.json.tmp"
-    temporary.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(out_dir / "metrics.json")
+    write_whole(out_dir / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     return metrics

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import sys
 from typing import Any
@@ -16,6 +15,7 @@ from speciarl_jax.checkpoint import Checkpoints
 from speciarl_jax.config import Config, LoraConfig
 from speciarl_jax.convert.adapter import load_peft
 from speciarl_jax.convert.loading import load_policy
+from speciarl_jax.files import read_json
 from speciarl_jax.optim import make_optimizer
 from speciarl_jax.policy.model import Policy, PolicyParts, abstract_policy
 from speciarl_jax.session import (
@@ -42,7 +42,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     if not file.is_file():
         raise ValueError(f"{workdir}: no run there (config.json is missing)")
     config = Config()
-    _fill(config, json.loads(file.read_text(encoding="utf-8")), str(file))
+    _fill(config, read_json(file, "put that of another run of the recipe there"), str(file))
     return config
 
 

@@ -26,17 +26,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from speciarl_jax.clock import format_seconds
 from speciarl_jax.metrics import rollout_table
 from speciarl_jax.types import Rollout
 
 _LOG_EVERY_S = 30.0
 _ROWS = 6  # rollouts in the live table
-
-
-def format_seconds(seconds: float) -> str:
-    """``1:02:03``; days are hours."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 class _Eta(ProgressColumn):

@@ -12,7 +12,6 @@ import os
 import pathlib
 import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from speciarl_jax.clock import format_seconds
 from speciarl_jax.config import Config
+from speciarl_jax.files import write_whole
 from speciarl_jax.types import Category, Failure, Rollout
 
 _SHOWN_GROUPS = 4  # sent to TensorBoard and W&B
@@ -208,9 +209,7 @@ def _cut_rows(path: pathlib.Path, last_step: int) -> None:
             break  # the line that a kill cut short; nothing follows it
         if row["step"] <= last_step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, float]]:
@@ -233,7 +232,7 @@ def step_line(row: Mapping[str, float], num_steps: int, eta_s: float) -> str:
         f"step {int(row['step'])}/{num_steps}  reward {row['reward/mean']:+.3f}  {shares}  "
         f"kl {row.get('policy/kl', 0):.4f}  grad {row['policy/grad_norm']:.3f}  "
         f"{row['throughput/tokens_per_s']:.0f} tok/s  {row['time/step_s']:.1f}s  "
-        f"eta {time.strftime('%H:%M:%S', time.gmtime(eta_s))}"
+        f"eta {format_seconds(eta_s)}"
     )
 
 

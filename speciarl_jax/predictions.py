@@ -19,6 +19,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from speciarl_jax.files import write_whole
 from speciarl_jax.types import Category, Failure, Rollout
 
 
@@ -235,12 +236,7 @@ def write_predictions(path: str | Path, predictions: Iterable[Prediction]) -> No
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(_dump(predictions))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, _dump(predictions))
 
 
 def append_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:

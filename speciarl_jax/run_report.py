@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -12,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from speciarl_jax.checkpoint import Checkpoints, TrainState
+from speciarl_jax.clock import format_seconds
 from speciarl_jax.config import Config
 from speciarl_jax.data.loader import PromptLoader
+from speciarl_jax.files import read_json
 from speciarl_jax.gather import RolloutBatch
 from speciarl_jax.judge.runner import JudgeThread
-from speciarl_jax.live import LiveView, format_seconds
+from speciarl_jax.live import LiveView
 from speciarl_jax.metrics import MetricsWriter, rollout_table, step_line
 from speciarl_jax.predictions import from_rollout, read_predictions, write_predictions
 from speciarl_jax.report.compare import compare
@@ -119,7 +120,7 @@ def finish(run: Run, base: dict[str, Any] | None, trained: dict[str, Any] | None
         run.console.print(metrics_table(trained or base, "scores"))
     best_of = run.workdir / "eval" / "best_of" / "metrics.json"
     if best_of.is_file():
-        metrics = json.loads(best_of.read_text())
+        metrics = read_json(best_of, "delete eval/best_of and --resume: it is scored again")
         report_best_of(run.console, metrics)
     run.console.print(f"{len(plots)} plots in {run.workdir / 'plots'}", markup=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -26,6 +25,7 @@ from speciarl_jax.config import Config, MeshConfig, ModelConfig
 from speciarl_jax.convert.loading import load_policy, resolve_checkpoint
 from speciarl_jax.data.prompts import PromptBuilder
 from speciarl_jax.data.recipe import make_builder
+from speciarl_jax.files import FETCH_MODEL, read_json
 from speciarl_jax.optim import OptimState, init_optimizer
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.lora import add_lora
@@ -276,10 +276,7 @@ def _stop_ids(tokenizer: object, model_dir: pathlib.Path) -> set[int]:
     file = model_dir / "generation_config.json"
     stop: object = None
     if file.is_file():
-        try:
-            stop = json.loads(file.read_text()).get("eos_token_id")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from error
+        stop = read_json(file, FETCH_MODEL).get("eos_token_id")
     if stop is None:
         stop = tokenizer.eos_token_id
     if stop is None:

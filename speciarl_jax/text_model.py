@@ -6,13 +6,13 @@ Needs torch, hence the extra ``text``, which also brings all-MiniLM-L6-v2 inside
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from speciarl_jax.files import FETCH_MODEL, read_json
 from speciarl_jax.text_metrics import Embedder, load_vectors, unit_rows
 
 MINILM = "minilm"  # the model in the wheel of the package below
@@ -66,7 +66,7 @@ def _check_pooling(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: holds no config.json; expected a sentence model's directory")
     pooling = folder / "1_Pooling" / "config.json"
-    if pooling.is_file() and not json.loads(pooling.read_text()).get("pooling_mode_mean_tokens"):
+    if pooling.is_file() and not read_json(pooling, FETCH_MODEL).get("pooling_mode_mean_tokens"):
         raise ValueError(f"{pooling}: only mean pooling is implemented")
 
 

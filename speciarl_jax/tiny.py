@@ -17,6 +17,7 @@ from speciarl_jax.arch import Arch
 from speciarl_jax.data.field_guide.answers import answer_text
 from speciarl_jax.data.field_guide.specimens import draw_specimens
 from speciarl_jax.data.field_guide.taxonomy import load_taxonomy
+from speciarl_jax.files import write_whole
 
 PROMPTS = ("field_guide", "field_guide_exact")  # wordings that the warm-up teaches
 MAX_VOCAB_SIZE = 1024  # the field guide's texts need fewer
@@ -193,7 +194,7 @@ def _scale_init(policy: nnx.Module) -> None:
 
 
 def _write_json(path: pathlib.Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def shipped_tiny_dir() -> pathlib.Path:

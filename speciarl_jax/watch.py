@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 import jax
 
+from speciarl_jax.files import write_whole
+
 _BEAT_EVERY_S = 5.0
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _PARTS = ("rollout", "judge", "update", "data")
@@ -38,9 +40,8 @@ class Heartbeat:
         if now - self._last < _BEAT_EVERY_S:
             return
         self._last = now
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"step": step, "time_s": now, "pid": os.getpid()}) + "\n")
-        temporary.replace(self._path)
+        seen = {"step": step, "time_s": now, "pid": os.getpid()}
+        write_whole(self._path, json.dumps(seen) + "\n")
 
 
 class Profile:

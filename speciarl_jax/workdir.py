@@ -10,7 +10,12 @@ import shutil
 from typing import Any
 
 from speciarl_jax.config import Config
+from speciarl_jax.files import name_when_whole, read_json, write_whole
 from speciarl_jax.storage import RunDir
+
+MEND_CONFIG = (
+    "put the config.json of another run of the recipe there, or start again with --overwrite"
+)
 
 
 def prepare_workdir(
@@ -25,7 +30,8 @@ def prepare_workdir(
         overwrite: delete the run there.
 
     Raises:
-        ValueError: in use and neither flag given; resume without a run; another recipe.
+        ValueError: in use and neither flag given; resume without a run; another recipe, or half a
+            ``config.json``.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other: give one of them")
@@ -46,8 +52,8 @@ def prepare_workdir(
     marker = workdir / "config.json"
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     if resume and marker.is_file():
-        _check_same_recipe(json.loads(marker.read_text()), settings, marker)
-    marker.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        _check_same_recipe(read_json(marker, MEND_CONFIG), settings, marker)
+    write_whole(marker, json.dumps(settings, indent=1) + "\n")
     run_dir.push()
 
 
@@ -69,8 +75,8 @@ _RUN_ENTRIES = (
 
 
 def is_of_run(name: str) -> bool:
-    """Whether a run writes a folder or file of this name."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in _RUN_ENTRIES)
+    """Whether a run writes a folder or file of this name, half-written ones included."""
+    return any(fnmatch.fnmatch(name_when_whole(name), pattern) for pattern in _RUN_ENTRIES)
 
 
 def _delete_run(workdir: pathlib.Path) -> None:

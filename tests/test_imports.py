@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "speciarl_jax"
 
 # A module may import rooms of its own level or lower ones.
 LEVELS = [
-    {"types", "arch", "flops", "clock", "preemption", "hosts", "storage", "watch"},
+    {"types", "files", "arch", "flops", "clock", "preemption", "hosts", "storage", "watch"},
     {"config", "judge", "presets"},
     {
         "data",
@@ -38,6 +38,7 @@ LEVELS = [
 ]
 HOST_ONLY = {
     "types",
+    "files",
     "arch",
     "flops",
     "clock",

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from speciarl_jax import live
 from speciarl_jax.config import Config
-from speciarl_jax.metrics import MetricsWriter, answers_markdown, open_wandb
+from speciarl_jax.metrics import MetricsWriter, answers_markdown, open_wandb, step_line
 from speciarl_jax.types import Category, Rollout, Verdict
 
 HOSTILE = "<script>|alert(1)|</script> [bold] ![x](http://y)"
@@ -43,6 +43,15 @@ def picture():
 
 GROUPS = [[rollout("finch", Category.LESS_SPECIFIC), rollout(HOSTILE, Category.WRONG, 1)]]
 IMAGES = {"birds/test/1": picture()}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(59.6, "0:01:00"), (3725, "1:02:05"), (86_400 + 3725, "25:02:05")]
+)
+def test_the_line_of_a_step_shows_the_time_left_beyond_a_day(seconds, shown):
+    row = {"step": 3, "reward/mean": 0.5, "policy/grad_norm": 1.0}
+    row |= {"throughput/tokens_per_s": 10.0, "time/step_s": 2.0}
+    assert step_line(row, 40, seconds).endswith(f"eta {shown}")
 
 
 def test_terminal_shows_a_bar_the_time_left_and_the_last_rollouts():

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from speciarl_jax import presets
 from speciarl_jax.cli import load_recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -81,3 +82,80 @@ def test_numbers_of_the_paper():
 def test_bad_arguments_are_named(argument, expected):
     with pytest.raises(ValueError, match=expected):
         load(argument)
+
+
+SMOKE = str(ROOT / "configs" / "cpu_smoke.py")
+
+
+def overridden(recipe, *words):
+    config, _ = load_recipe(recipe, [f"--config.{word}" for word in words])
+    config.validate()
+    return config
+
+
+@pytest.mark.parametrize("name", presets.ALGORITHMS)
+@pytest.mark.parametrize("own", ["grpo", "dr_grpo", "dapo_dynamic"])
+def test_an_algorithm_by_override_is_the_one_by_argument(name, own, capsys):
+    by_argument = overridden(f"{SMOKE}:algo={name}")
+    capsys.readouterr()
+    assert overridden(f"{SMOKE}:algo={own}", f"algo.name={name}") == by_argument
+    assert len(capsys.readouterr().err.splitlines()) == (name != own)
+
+
+def test_presets_by_hand(capsys):
+    dapo = overridden(SMOKE, "algo.name=dapo").algo
+    assert (dapo.kl_coef, dapo.clip_eps_high, dapo.clip_dual) == (0.0, 0.28, 10.0)
+    assert dapo.overlong_buffer_tokens == 12
+    assert capsys.readouterr().err == (
+        "algo.name=dapo sets in algo: kl_coef=0.0, clip_eps_high=0.28, clip_dual=10.0, "
+        "overlong_buffer_tokens=12\n"
+    )
+    doctor = overridden(SMOKE, "algo.name=dr_grpo").algo
+    assert (doctor.kl_coef, doctor.norm_by_std) == (0.0, False)
+    assert doctor.aggregation == "seq-mean-token-sum-norm"
+    gspo = overridden(SMOKE, "algo.name=gspo").algo
+    assert (gspo.clip_eps_low, gspo.clip_eps_high, gspo.clip_dual) == (3e-4, 4e-4, 0.0)
+    assert (gspo.kl_coef, gspo.aggregation) == (0.0, "seq-mean-token-mean")
+    rloo = overridden(SMOKE, "algo.name=rloo").algo
+    assert (rloo.norm_by_std, rloo.kl_coef, rloo.clip_eps_low) == (False, 0.01, 0.2)
+    dynamic = overridden(SMOKE, "algo.name=dapo_dynamic").algo
+    assert (dynamic.name, dynamic.dynamic_sampling) == ("dapo", True)
+    assert dynamic.generation_prompts == 48
+
+
+def test_other_overrides_win_over_the_preset_in_any_order(capsys):
+    words = ["algo.kl_coef=0.5", "algo.name=dapo", "rollout.max_completion_tokens=100"]
+    first, last = overridden(SMOKE, *words), overridden(SMOKE, *reversed(words))
+    assert first == last
+    assert (first.algo.name, first.algo.kl_coef, first.algo.clip_eps_high) == ("dapo", 0.5, 0.28)
+    assert first.algo.overlong_buffer_tokens == 25  # a quarter of the limit of this run
+    assert "kl_coef" not in capsys.readouterr().err
+
+
+def test_what_a_recipe_sets_by_itself_survives_another_algorithm(tmp_path):
+    recipe = tmp_path / "own.py"
+    recipe.write_text(
+        "from speciarl_jax.config import Config\n\n\n"
+        "def get_config(arg=None):\n"
+        "    config = Config()\n"
+        "    config.algo.kl_coef = 0.02\n"
+        "    return config\n"
+    )
+    assert overridden(str(recipe), "algo.name=rloo").algo.kl_coef == 0.02
+    assert overridden(str(recipe), "algo.name=grpo").algo.kl_coef == 0.02
+    assert overridden(str(recipe), "algo.name=gspo").algo.kl_coef == 0.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["algo.name=dr_grpo", "algo.norm_by_std=true"], "dr_grpo never divides .*=false"),
+        (["algo.name=rloo", "algo.norm_by_std=true"], "rloo never divides .*=false"),
+        (["algo.name=dr_grpo", "algo.aggregation=token-mean"], "=seq-mean-token-sum-norm"),
+        (["algo.name=gspo", "algo.aggregation=token-mean"], "set .*=seq-mean-token-mean"),
+        (["algo.name=ppo"], "algo.name='ppo': expected one of grpo"),
+    ],
+)
+def test_what_contradicts_an_algorithm_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        overridden(SMOKE, *words)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,38 @@ def test_resume_skips_a_damaged_checkpoint(finished, tmp_path, capsys):
     )
     assert "cannot be read" in capsys.readouterr().out
     assert rows(workdir) == rows(finished)
+
+
+def cut(path):
+    """Leaves the first half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "remedy"),
+    [
+        ("config.json", "or start again with --overwrite"),
+        ("eval/base/settings.json", "delete the folder; it is scored again"),
+        ("checkpoints/*/position/**/*", "or start again with --overwrite"),
+        ("checkpoints/*/state/**/*", "or start again with --overwrite"),
+    ],
+)
+def test_half_a_file_on_resume_is_one_line_with_path_and_remedy(
+    finished, tmp_path, capsys, damaged, remedy
+):
+    workdir, recipe = tmp_path / "run", tmp_path / "recipe.py"
+    shutil.copytree(finished, workdir)
+    recipe.write_text(
+        "from tests.test_train import small_config\n\n"
+        "def get_config(arg=None):\n    return small_config()\n"
+    )
+    for file in [file for file in workdir.glob(damaged) if file.is_file()]:
+        cut(file)
+    code = cli.main(["train", f"--config={recipe}", f"--workdir={workdir}", "--resume"])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2
+    assert last.startswith(f"speciarl: error: {workdir}/{damaged.split('/*')[0]}")
+    assert remedy in last
 
 
 def test_used_directory_is_refused(finished):

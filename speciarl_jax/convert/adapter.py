@@ -21,6 +21,7 @@ from speciarl_jax.convert.names import (
     checkpoint_entries,
     spell_key,
 )
+from speciarl_jax.files import read_json, whole_file, write_whole
 from speciarl_jax.policy.layers import Linear, LoRAParam
 from speciarl_jax.policy.lora import adapted_paths
 from speciarl_jax.policy.model import Policy, PolicyParts
@@ -103,7 +104,8 @@ def save_peft(
                 value = np.ascontiguousarray(np.asarray(param[index]).T)
                 tensors[f"{prefix}.lora_{letter}.weight"] = value
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
+    with whole_file(out / WEIGHTS_FILE) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     targets = sorted({_pattern(entry) for name, _ in layers for entry in kernels[name]})
     config = {
         "peft_type": "LORA",
@@ -121,7 +123,7 @@ def save_peft(
         "use_dora": False,
         "use_rslora": False,
     }
-    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(out / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
 
 
 def _pattern(entry: Entry) -> str:
@@ -182,10 +184,7 @@ def _read_config(directory: pathlib.Path) -> dict[str, Any]:
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"{file}: not found; expected a PEFT adapter directory")
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    config: dict[str, Any] = read_json(file, "fetch or export the adapter again")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type {config.get('peft_type')!r}, expected 'LORA'")
     used = [name for name, off in _UNSUPPORTED.items() if config.get(name) not in off]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from speciarl_jax.convert.names import (
     spell_key,
     to_hf,
 )
+from speciarl_jax.files import FETCH_MODEL, read_json, whole_file, write_whole
 from speciarl_jax.policy.model import Policy, PolicyParts
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -82,12 +82,13 @@ def save_hf(
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {spell_key(entry.key, layout): reader.read(entry) for entry in shard}
-        save_file(tensors, out / name, metadata={"format": "pt"})
+        with whole_file(out / name) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (out / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_whole(out / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
     copy_side_files(source, out, dtype)
 
 
@@ -101,12 +102,12 @@ def copy_side_files(source: pathlib.Path, out: pathlib.Path, dtype: str | None =
     """
     for file in sorted(source.iterdir()) if source.resolve() != out.resolve() else []:
         if file.is_file() and file.suffix in _SIDE_SUFFIXES and file.name not in _NOT_COPIED:
-            shutil.copyfile(file, out / file.name)
+            write_whole(out / file.name, file.read_bytes())
     if dtype is not None:
-        config = json.loads((source / "config.json").read_text())
+        config = read_json(source / "config.json", FETCH_MODEL)
         renamed = _with_dtype(config, dtype)
         if renamed != config:
-            (out / "config.json").write_text(json.dumps(renamed, indent=2) + "\n")
+            write_whole(out / "config.json", json.dumps(renamed, indent=2) + "\n")
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from speciarl_jax.convert.names import (
     to_ours,
 )
 from speciarl_jax.convert.orbax_dir import is_converted, load_params
+from speciarl_jax.files import FETCH_MODEL, read_json
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import Policy, abstract_policy
 
@@ -77,10 +77,10 @@ def checkpoint_files(path: pathlib.Path) -> list[pathlib.Path]:
     """
     index = path / INDEX_FILE
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{index}: not a safetensors index ({error})") from error
+        weight_map = read_json(index, FETCH_MODEL).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: not a safetensors index (no weight_map); {FETCH_MODEL}")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise ValueError(f"{index}: shards not found: {', '.join(missing)}")

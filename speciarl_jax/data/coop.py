@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 from speciarl_jax.data.records import RecordSource
+from speciarl_jax.files import read_json
 from speciarl_jax.types import Example
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
@@ -83,7 +82,7 @@ def _read_split(file: pathlib.Path, split: str) -> list[str]:
     if not file.is_file():
         raise ValueError(f"split file {file}: not found; pass the benchmark's split_zhou_*.json")
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, "fetch it again")
         listed = [str(row[0]) for row in content[_SPLITS[split]]]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 import re
-import uuid
 from typing import Any
 
 import pyarrow
@@ -22,8 +20,10 @@ import pyarrow.parquet
 
 from speciarl_jax.data.builders.layouts import clean_label
 from speciarl_jax.data.folder import SPLIT_NAMES, dataset_name
+from speciarl_jax.files import read_json, whole_file
 from speciarl_jax.types import Example
 
+_SAVE_AGAIN = "save the data set again"
 _LABEL_COLUMNS = (
     "label",
     "ground_truth",
@@ -135,7 +135,7 @@ def _arrow_files(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     for state in sorted([*root.glob("state.json"), *root.glob("*/state.json")]):
         folder = state.parent
         name = "train" if folder == root else SPLIT_NAMES.get(folder.name.lower(), folder.name)
-        listed = json.loads(state.read_text()).get("_data_files", [])
+        listed = read_json(state, _SAVE_AGAIN).get("_data_files", [])
         found[name] = [folder / item["filename"] for item in listed]
     return found
 
@@ -169,17 +169,14 @@ def _to_arrow(files: list[pathlib.Path], data_dir: pathlib.Path) -> pathlib.Path
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         schema = pyarrow.parquet.read_schema(files[0])
-        with pyarrow.ipc.new_file(str(temporary), schema) as writer:
+        with whole_file(target) as partial, pyarrow.ipc.new_file(str(partial), schema) as writer:
             for file in files:
                 for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
                     writer.write_batch(batch)
     except pyarrow.ArrowInvalid as error:
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"{files[0].parent}: damaged Parquet file ({error})") from error
-    os.replace(temporary, target)
     return target
 
 
@@ -210,7 +207,7 @@ def _class_names_of(root: pathlib.Path, parquet: pathlib.Path | None) -> Any:
         features = json.loads(raw).get("info", {}).get("features") or {}
     else:
         for file in sorted([*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json")]):
-            features = json.loads(file.read_text()).get("features") or features
+            features = read_json(file, _SAVE_AGAIN).get("features") or features
     for column in _LABEL_COLUMNS:
         names = (features.get(column) or {}).get("names")
         if names:

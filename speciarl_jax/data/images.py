@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 from typing import Any
@@ -23,6 +22,7 @@ from PIL import Image
 
 from speciarl_jax.arch import VisionArch
 from speciarl_jax.data.decode import BadImageError, decode_image
+from speciarl_jax.files import FETCH_MODEL, read_json
 
 __all__ = [
     "BadImageError",
@@ -89,10 +89,7 @@ class ImageLimits:
         file = pathlib.Path(path) / "preprocessor_config.json"
         if not file.is_file():
             raise ValueError(f"{file}: not found; expected a Hugging Face model directory")
-        try:
-            config = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from error
+        config = read_json(file, FETCH_MODEL)
         _check_preprocessor(config, arch, file)
         size = config.get("size") or {}
         default = cls()

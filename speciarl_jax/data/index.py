@@ -12,17 +12,16 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import threading
-import uuid
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from speciarl_jax.data.decode import BadImageError
 from speciarl_jax.data.prompts import PromptBuilder
+from speciarl_jax.files import read_json, write_whole
 from speciarl_jax.types import Example
 
 _NAMES_IN_ERROR = 10
@@ -240,7 +239,7 @@ def _load_rows(file: pathlib.Path | None, expected: int) -> list[_Row] | None:
     if file is None or not file.is_file():
         return None
     try:
-        content: Any = json.loads(file.read_text())
+        content = read_json(file, "it is made again", list)
         rows = [_Row(*row) for row in content]
     except (ValueError, TypeError):
         return None
@@ -252,8 +251,6 @@ def _save_rows(file: pathlib.Path | None, rows: list[_Row]) -> None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
-        temporary.write_text(json.dumps([dataclasses.astuple(row) for row in rows]))
-        os.replace(temporary, file)
+        write_whole(file, json.dumps([dataclasses.astuple(row) for row in rows]))
     except OSError as error:
         _LOG.warning("the prompt index cannot be kept for the next run: %s", error)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pathlib
 from typing import Any
 
+from speciarl_jax.files import read_json
 from speciarl_jax.types import Example
 
 
@@ -35,7 +35,7 @@ class RecordSource:
         self.dataset, self.split = dataset, split
         self._directory = directory
         try:
-            index = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))[split]
+            index = read_json(directory / INDEX_FILE, "half an index")[split]
             self._names, self._labels = list(index["names"]), list(index["labels"])
             self._records: Any = builder.as_data_source(split=split)
             is_whole = len(self._records) == len(self._names) == len(self._labels)

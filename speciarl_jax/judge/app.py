@@ -120,8 +120,8 @@ class JudgeApp:
         if fault in ("429", "503"):
             headers = {"Retry-After": f"{self._plan.retry_after:g}"}
             return _error(int(fault), "injected fault", headers)
-        if fault == "500":
-            return _error(500, "injected fault")
+        if fault in ("403", "404", "500"):
+            return _error(int(fault), "injected fault")
         if fault == "garbage":
             return web.Response(body=b"\xff\xfe<html>garbage", content_type="application/json")
         if fault == "hang":

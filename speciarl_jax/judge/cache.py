@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from speciarl_jax.files import whole_file
 from speciarl_jax.judge.base import JudgeError, Pair
 from speciarl_jax.types import Category, Verdict
 
@@ -167,7 +168,7 @@ class VerdictCache(abc.ABC):
     def export(self, path: str | Path) -> int:
         """Writes every label as a line of JSON; returns how many."""
         count = 0
-        with Path(path).open("w", encoding="utf-8") as file:
+        with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
             for row in self.rows():
                 file.write(json.dumps(row) + "\n")
                 count += 1

@@ -4,8 +4,10 @@
 
 Asking goes through a queue served by at most `concurrency` workers. A request that fails goes
 back into the queue after a jittered wait; it costs the pair one of its retries only if the judge
-has answered somebody else in the meantime, for otherwise the judge is out and not the pair, and an
-outage is waited for (see `EndpointPool`), never turned into failures.
+has answered somebody else in the meantime (a probe too), for otherwise the judge is out and not the
+pair, and an outage is waited for (see `EndpointPool`), never turned into failures. A refused
+connection or key costs no retry, but a pair that meets nothing else is given up too once the pause
+budget, counted from its own first refusal, is spent: nothing is asked for ever.
 """
 
 from __future__ import annotations
@@ -45,10 +47,16 @@ class _Ask:
 
 @dataclasses.dataclass(eq=False)
 class _Job:
-    """One request to make: a pair, or several with a batch prompt."""
+    """One request to make: a pair, or several with a batch prompt.
+
+    `strikes` are failures that may be the pair's fault, `refusals` those of the endpoint alone;
+    either counts only if the judge has answered since the last one.
+    """
 
     asks: list[_Ask]
     strikes: int = 0
+    refusals: int = 0
+    refused_since: float | None = None
     attempts: int = 0
     unparsable: int = 0
     seen_successes: int = -1
@@ -319,16 +327,32 @@ class JudgeClient:
             self._give_up(job, error.kind, error.message)
             return
         job.attempts += 1
-        if self._pool.num_successes != job.seen_successes and not error.is_hard:
-            job.strikes += 1
+        has_answered = self._pool.num_successes != job.seen_successes
         job.seen_successes = self._pool.num_successes
-        if job.strikes > self._config.max_retries:
+        if error.is_of_endpoint:
+            is_over = self._is_refused_for_good(job, has_answered)
+        else:
+            job.strikes += has_answered
+            is_over = job.strikes > self._config.max_retries
+        if is_over:
             self._give_up(job, error.kind, f"after {job.attempts} tries: {error.message}")
             return
         wait = 0.0
         if error.retry_after_s <= self._config.retry_after_max_s:
             wait = error.retry_after_s
         self._again(job, wait)
+
+    def _is_refused_for_good(self, job: _Job, has_answered: bool) -> bool:
+        """Counts a refusal; True if this job alone is refused, again and again.
+
+        The pool's pause ends with each probe that succeeds, so it cannot bound a job that is
+        refused after every one of them.
+        """
+        now = time.monotonic()
+        job.refused_since = job.refused_since or now
+        job.refusals += has_answered
+        is_spent = now - job.refused_since > self._config.pause_budget_s
+        return is_spent and job.refusals > self._config.max_retries
 
     def _again(self, job: _Job, at_least_s: float) -> None:
         """Queues a job once more after a jittered wait that doubles each time."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from speciarl_jax.files import whole_file
 from speciarl_jax.judge.base import JudgeError, Pair
 from speciarl_jax.judge.config import FIELD_GUIDE_TAXONOMY, JudgeConfig, apply_overrides
 from speciarl_jax.judge.pairs_file import outcome_json, read_pairs
@@ -131,7 +132,7 @@ def run_label(args: argparse.Namespace) -> int:
     pairs = [Pair(item["ground_truth"], item["answer"]) for item in items]
     with JudgeThread(config_from_args(args)) as judge:
         outcomes = judge.label(pairs)
-    with Path(args.out).open("w", encoding="utf-8") as file:
+    with whole_file(args.out) as partial, partial.open("w", encoding="utf-8") as file:
         for item, outcome in zip(items, outcomes, strict=True):
             file.write(json.dumps({**item, **outcome_json(outcome)}) + "\n")
     failed = sum(not isinstance(outcome, Verdict) for outcome in outcomes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
-FAULT_KINDS = ("429", "500", "503", "reset", "half", "garbage", "enum", "hang")
+FAULT_KINDS = ("403", "404", "429", "500", "503", "reset", "half", "garbage", "enum", "hang")
 _NUMBERS = ("retry_after", "latency", "latency_sigma", "seed")
 
 

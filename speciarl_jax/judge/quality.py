@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from speciarl_jax.files import whole_file
 from speciarl_jax.judge.base import Outcome, Pair
 from speciarl_jax.judge.config import JudgeConfig
 from speciarl_jax.judge.pairs_file import outcome_json, read_pairs
@@ -164,7 +165,7 @@ async def evaluate_file(config: JudgeConfig, path: str = "", out: str = "") -> Q
         seconds = time.monotonic() - started
         stats = judge.stats()
     if out:
-        with Path(out).open("w", encoding="utf-8") as file:
+        with whole_file(out) as partial, partial.open("w", encoding="utf-8") as file:
             for item, outcome in zip(items, outcomes, strict=True):
                 file.write(json.dumps({**item, "judged": outcome_json(outcome)}) + "\n")
     prompt_tokens = int(stats["judge/prompt_tokens"])

@@ -22,7 +22,8 @@ from speciarl_jax.types import Category, FailureKind
 CONSTRAINTS = ("choice", "json_schema", "grammar", "none")
 _NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
-_HARD_STATUS = frozenset({401, 403, 404})
+_REFUSED_KEY_STATUS = 401
+_HARD_STATUS = frozenset({_REFUSED_KEY_STATUS, 403, 404})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,10 @@ class AskError:
         kind: typed reason.
         message: one line.
         is_retryable: asking the same again may help.
-        is_hard: the endpoint as a whole is out (refused connection, refused key, no such model).
+        is_hard: the endpoint as a whole seems out (refused connection, refused key, no such model);
+            a probe decides.
+        is_of_endpoint: certainly the endpoint and not the pair (refused connection, refused key):
+            costs the pair no retry. 403 and 404 may be a gateway's rule against one text.
         retry_after_s: what the server asked us to wait; 0 if it did not say.
     """
 
@@ -50,6 +54,7 @@ class AskError:
     message: str
     is_retryable: bool = True
     is_hard: bool = False
+    is_of_endpoint: bool = False
     retry_after_s: float = 0.0
 
 
@@ -129,7 +134,7 @@ async def send(
     except openai.APIError as error:
         return classify(error)
     except TokenError as error:
-        return AskError(FailureKind.REFUSED, str(error), is_hard=True)
+        return AskError(FailureKind.REFUSED, str(error), is_hard=True, is_of_endpoint=True)
     except TimeoutError:
         return AskError(FailureKind.TIMEOUT, f"no reply within {timeout_s:g} s")
     except (OSError, aiohttp.ClientError) as error:
@@ -160,7 +165,8 @@ def classify(error: openai.APIError) -> AskError:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, aiohttp.ClientConnectorError | ConnectionRefusedError):
-            return AskError(FailureKind.REFUSED, f"connection refused: {cause}", is_hard=True)
+            message = f"connection refused: {cause}"
+            return AskError(FailureKind.REFUSED, message, is_hard=True, is_of_endpoint=True)
         if isinstance(cause, aiohttp.ServerTimeoutError | TimeoutError):
             return AskError(FailureKind.TIMEOUT, f"timed out: {cause}")
         if isinstance(cause, aiohttp.ClientError | ConnectionError):
@@ -179,7 +185,8 @@ def _classify_status(error: openai.APIStatusError) -> AskError:
     if status == 429:
         return AskError(FailureKind.RATE_LIMITED, message, retry_after_s=wait)
     if status in _HARD_STATUS:
-        return AskError(FailureKind.REFUSED, message, is_hard=True)
+        is_of_endpoint = status == _REFUSED_KEY_STATUS
+        return AskError(FailureKind.REFUSED, message, is_hard=True, is_of_endpoint=is_of_endpoint)
     is_retryable = status >= 500 or status in _RETRYABLE_STATUS
     return AskError(FailureKind.SERVER, message, is_retryable, retry_after_s=wait)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from packaging.requirements import Requirement
 
 from speciarl_jax.flops import peak_flops
 
@@ -130,6 +132,35 @@ def parse_topology(name: str) -> tuple[str, str, int]:
     raise ValueError(
         f"--topology={name}: expected CHIP:SIZES with CHIP one of {', '.join(_TPUS)} (v5e:8x8, "
         f"v5p:2x2x4), or gpu:CHIPxN with CHIP one of {', '.join(_GPUS)} and N up to {_MAX_GPUS}"
+    )
+
+
+def libtpu_misfit(name: str) -> str:
+    """Whether the installed libtpu is another one than jax was made for, and how to mend it.
+
+    A newer libtpu compiles, and XLA in jaxlib then cannot read what it compiled.
+
+    Args:
+        name: topology, as on the command line.
+
+    Returns:
+        One line with both versions; "" if they fit, none is installed (`open_topology` says so),
+        TPU_LIBRARY_PATH names a file whose version nobody knows, or no TPU is planned for.
+    """
+    if name.startswith("gpu:") or "TPU_LIBRARY_PATH" in os.environ:
+        return ""
+    try:
+        installed = importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    parsed = map(Requirement, importlib.metadata.requires("jax") or ())
+    pins = [one.specifier for one in parsed if one.name == "libtpu"]
+    if all(pin.contains(installed, prereleases=True) for pin in pins):
+        return ""
+    wanted = " or ".join(str(pin) for pin in pins)
+    return (
+        f"libtpu {installed} is installed, jax {jax.__version__} needs libtpu{wanted}; "
+        f"pip install 'jax[tpu]=={jax.__version__}'"
     )
 
 

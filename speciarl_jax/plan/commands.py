@@ -41,11 +41,14 @@ def run(args: argparse.Namespace, load_recipe: LoadRecipe) -> int:
     Raises:
         ValueError: bad recipe or topology, or the one does not fit the other.
     """
-    from speciarl_jax.plan.chips import worker_environment
+    from speciarl_jax.plan.chips import libtpu_misfit, worker_environment
     from speciarl_jax.plan.worker import Request
 
     config, _ = load_recipe(args.config, args.overrides)
     config.validate()
+    misfit = libtpu_misfit(args.topology)
+    if misfit:
+        print(f"plan: warning: {misfit}", file=sys.stderr, flush=True)
     request = Request(config, args.topology, args.all_buckets, args.search, args.price)
     process = subprocess.Popen(
         [sys.executable, "-m", "speciarl_jax.plan.worker"],
@@ -56,10 +59,12 @@ def run(args: argparse.Namespace, load_recipe: LoadRecipe) -> int:
     )
     is_late, output, noise = _talk(process, pickle.dumps(request), args.limit_s)
     if process.returncode in (0, 2) and output:
-        return _show(json.loads(output), args.json)
+        return _show(json.loads(output), args.json, misfit)
     print("".join(noise), end="", file=sys.stderr)
     if is_late:
         reason = f"no result within --limit_s={args.limit_s:g}; raise it"
+    elif misfit:
+        reason = f"the compiler crashed (exit code {process.returncode}): {misfit}"
     else:
         reason = (
             f"the compiler crashed (exit code {process.returncode}) in the program after the last "
@@ -111,11 +116,11 @@ def _listen(stream: IO[bytes], noise: collections.deque[str]) -> None:
             noise.append(line)
 
 
-def _show(plan: dict[str, Any], is_json: bool) -> int:
+def _show(plan: dict[str, Any], is_json: bool, misfit: str) -> int:
     from speciarl_jax.plan.table import plan_text
 
     if "error" in plan:
-        raise ValueError(plan["error"])
+        raise ValueError("; ".join(filter(None, (plan["error"], misfit))))
     if is_json:
         print(json.dumps(plan))
         return 0

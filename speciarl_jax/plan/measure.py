@@ -83,9 +83,22 @@ def measure(program: Program) -> Measured:
         memory.argument_size_in_bytes,
         temporaries - memory.alias_size_in_bytes,
         others,
-        count_collectives(compiled.as_text()),
+        count_collectives(_text(compiled)),
         time.perf_counter() - start,
     )
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+    """The optimised HLO.
+
+    Raises:
+        ValueError: jaxlib cannot read what another libtpu than its own compiled.
+    """
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"jaxlib cannot read what libtpu compiled ({reason})") from error
 
 
 def _needed_bytes(message: str, arguments: int) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 from speciarl_jax.arch import Arch
+from speciarl_jax.files import read_json
 from speciarl_jax.tiny import shipped_tiny_dir
 
 # Fields of the published config.json files that `Arch.from_hf` reads.
@@ -22,7 +22,7 @@ def planned_arch(path: str) -> Arch:
         return Arch.from_dir(shipped_tiny_dir())
     if pathlib.Path(path).is_dir():
         return Arch.from_dir(path)
-    published = json.loads(_PUBLISHED.read_text(encoding="utf-8"))
+    published = read_json(_PUBLISHED, "install the package again")
     if path not in published:
         raise ValueError(
             f"model.path={path!r}: a plan needs the shapes only; give a directory with config.json "

@@ -9,7 +9,7 @@ import statistics
 import numpy as np
 
 from speciarl_jax.arch import Arch, VisionArch
-from speciarl_jax.config import Config
+from speciarl_jax.config import Config, micro_batch_prompts
 from speciarl_jax.data.collate import prompt_bucket, window_bucket
 from speciarl_jax.data.images import num_windows
 from speciarl_jax.rollout import layout, memory
@@ -118,6 +118,11 @@ def _longest_prompt(config: Config) -> int:
 def _micro_batches(config: Config, replicas: int) -> tuple[int, int]:
     """(prompts of a micro-batch, micro-batches of a program); a pack is a program of its own."""
     train, rollout = config.train, config.rollout
+    if train.prompts_per_update % replicas:
+        raise ValueError(
+            f"train.prompts_per_update={train.prompts_per_update} is not a multiple of {replicas} "
+            "replicas; change it or the mesh"
+        )
     if train.micro_batch_tokens:
         tokens = _longest_prompt(config) + rollout.group_size * rollout.max_completion_tokens
         if train.micro_batch_tokens < tokens:
@@ -126,13 +131,7 @@ def _micro_batches(config: Config, replicas: int) -> tuple[int, int]:
                 "padded tokens; set it to at least that"
             )
         return train.micro_batch_tokens // tokens * replicas, 1
-    micro = train.prompts_per_micro_batch * replicas
-    if train.prompts_per_update % micro:
-        raise ValueError(
-            f"train.prompts_per_update={train.prompts_per_update} is not a multiple of "
-            f"train.prompts_per_micro_batch={train.prompts_per_micro_batch} x {replicas} replicas; "
-            "change one of them"
-        )
+    micro = micro_batch_prompts(train, replicas) * replicas
     return micro, train.prompts_per_update // micro
 
 

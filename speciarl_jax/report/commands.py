@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from speciarl_jax.bootstrap import FORMAT_RULES
+from speciarl_jax.files import write_whole
 from speciarl_jax.metrics import make_console
 from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
 from speciarl_jax.report.load import Run, load_runs
@@ -50,7 +51,7 @@ def _add_exports(parser: argparse.ArgumentParser) -> None:
 def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise ValueError(f"{path}: cannot write: {error.strerror}") from None
 

@@ -14,11 +14,11 @@ Everything is optional, but there must be a metrics.jsonl or one predictions.jso
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from speciarl_jax import scoring
+from speciarl_jax.files import read_json
 from speciarl_jax.predictions import Prediction, read_predictions
 from speciarl_jax.report.series import Series, read_series
 
@@ -65,7 +65,10 @@ class Run:
         return self.stage("trained") or (plain[-1] if plain else None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+_SCORE_AGAIN = "delete the file and score again: `speciarl eval`"
+
+
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
     """Content of a JSON object file; empty if there is none.
 
     Raises:
@@ -73,12 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    content: dict[str, Any] = read_json(path, remedy)
     return content
 
 
@@ -95,7 +93,7 @@ def load_run(path: str | Path, name: str = "") -> Run:
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such run directory")
-    config = read_json(path / "config.json")
+    config = _read_object(path / "config.json", "put that of another run of the recipe there")
     in_domain = _in_domain(config)
     series = read_series(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else {}
     stages = [_read_stage(p, p.name, in_domain) for p in _stage_dirs(path)]
@@ -146,7 +144,7 @@ def _stage_dirs(path: Path) -> list[Path]:
 
 def _read_stage(path: Path, name: str, in_domain: list[str]) -> Stage:
     predictions = read_predictions(path / "predictions.jsonl")
-    metrics = read_json(path / "metrics.json")
+    metrics = _read_object(path / "metrics.json", _SCORE_AGAIN)
     if "datasets" not in metrics or "averages" not in metrics:
         metrics = scoring.metrics_json(predictions, in_domain=in_domain)
     return Stage(name, predictions, metrics)

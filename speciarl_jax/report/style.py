@@ -19,6 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from speciarl_jax.files import whole_file
+
 # Sequential blues for the rungs that are not wrong, so that "more" reads as "darker"; red for
 # wrong, grey for abstain: told apart under the common colour-vision deficiencies.
 LIGHT = {
@@ -126,7 +128,8 @@ def chart(
 def save_png(figure: Figure, path: Path) -> None:
     """Writes the figure at 150 dpi."""
     FigureCanvasAgg(figure)
-    figure.savefig(path, format="png", dpi=150)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def to_svg(figure: Figure, label: str) -> str:

@@ -11,6 +11,8 @@ from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
+from speciarl_jax.files import write_whole
+
 FOLDER = "thumbnails"
 SIDE_PX = 128
 # (side in px, JPEG quality), best first; the page takes the first that fits its budget.
@@ -45,9 +47,7 @@ def save_thumbnail(run_dir: str | Path, prompt_id: str, image: bytes) -> str:
     if jpeg is None:
         return ""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(jpeg)
-    partial.replace(path)
+    write_whole(path, jpeg)
     return name
 
 

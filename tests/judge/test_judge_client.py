@@ -1,5 +1,6 @@
 import asyncio
 import collections
+import json
 
 import pytest
 from aiohttp import web
@@ -92,7 +93,9 @@ def test_cascade_empty_and_long_answers_make_no_request(fast_config, tmp_path):
     assert no_truth.kind is FailureKind.UNPARSABLE
 
 
-FAULTS = "429=0.1,500=0.1,503=0.05,reset=0.1,half=0.1,garbage=0.1,enum=0.1,hang=0.01"
+FAULTS = (
+    "403=0.03,404=0.03,429=0.1,500=0.1,503=0.05,reset=0.1,half=0.1,garbage=0.1,enum=0.1,hang=0.01"
+)
 
 
 def test_every_kind_of_fault_and_no_label_lost_or_invented(
@@ -118,7 +121,7 @@ def test_every_kind_of_fault_and_no_label_lost_or_invented(
     pairs, outcomes, stats = asyncio.run(run())
     assert [o.category for o in outcomes] == [expect(p.answer) for p in pairs]
     assert stats["judge/failed"] == 0
-    for kind in ("timeout", "rate_limited", "server"):
+    for kind in ("timeout", "rate_limited", "server", "refused"):
         assert stats[f"judge/error_{kind}"] > 0
     assert stats["judge/requests"] > 170
 
@@ -126,6 +129,8 @@ def test_every_kind_of_fault_and_no_label_lost_or_invented(
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
+        ("403", FailureKind.REFUSED),
+        ("404", FailureKind.REFUSED),
         ("429", FailureKind.RATE_LIMITED),
         ("500", FailureKind.SERVER),
         ("503", FailureKind.SERVER),
@@ -143,7 +148,7 @@ def test_one_poisonous_pair_fails_with_its_kind_while_others_pass(fault, kind, f
         pair = pair_of(await request.json())
         if pair.answer != "poison":
             return reply("generic")
-        if fault in ("429", "500", "503"):
+        if fault in ("403", "404", "429", "500", "503"):
             return web.json_response({}, status=int(fault))
         if fault == "garbage":
             return web.Response(body=b"\xff{", content_type="application/json")
@@ -174,6 +179,86 @@ def test_one_poisonous_pair_fails_with_its_kind_while_others_pass(fault, kind, f
     assert "'poison'" in poison.message
     assert "\n" not in poison.message
     assert stats[f"judge/failed_{kind.value}"] == 1
+
+
+def ask_with_poison(status, config, pairs):
+    """Labels `pairs` with a gateway that answers `poison` with `status`; counts its requests."""
+    counts = collections.Counter()
+
+    async def handler(request):
+        items = json.loads((await request.json())["messages"][-1]["content"].rsplit("\n", 1)[1])
+        is_batch = isinstance(items, list)
+        items = items if is_batch else [items]
+        is_poisoned = any(item["answer"] == "poison" for item in items)
+        counts["poisoned" if is_poisoned else "clean"] += 1
+        if is_poisoned:
+            return web.json_response({"error": {"message": "blocked"}}, status=status)
+        return reply(json.dumps(["generic"] * len(items)) if is_batch else "generic")
+
+    async def run():
+        async with raw_server(handler) as url, JudgeClient(config(url)) as judge:
+            judge._pool.probe_waits_s = (0.0, 0.01)
+            return await asyncio.wait_for(judge.label(pairs), 30)
+
+    return asyncio.run(run()), counts
+
+
+def check_only_the_poisoned_pair_failed(pairs, outcomes):
+    for pair, outcome in zip(pairs, outcomes, strict=True):
+        if pair.answer == "poison":
+            assert isinstance(outcome, Failure)
+            assert outcome.kind is FailureKind.REFUSED
+            assert "'poison'" in outcome.message
+        else:
+            assert outcome.category is Category.GENERIC
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_pair_that_a_gateway_refuses_for_ever_fails_alone(status, fast_config, pairs_of):
+    """The probe gets through each time, so the endpoint is well and the pair is not."""
+    pairs = [*pairs_of(40), Pair("owl", "poison"), *pairs_of(40, 40)]
+    outcomes, counts = ask_with_poison(status, lambda url: fast_config(url, max_retries=3), pairs)
+    check_only_the_poisoned_pair_failed(pairs, outcomes)
+    assert counts["poisoned"] == 4  # the first try and judge.max_retries
+
+
+def test_a_pair_that_a_gateway_refuses_spoils_no_batch(fast_config, pairs_of):
+    pairs = [*pairs_of(5), Pair("owl", "poison"), *pairs_of(6, 5)]
+    settings = {"prompt": "six_way_batch_v1", "pairs_per_request": 4, "structured": "none"}
+    outcomes, counts = ask_with_poison(
+        403, lambda url: fast_config(url, max_retries=2, **settings), pairs
+    )
+    check_only_the_poisoned_pair_failed(pairs, outcomes)
+    assert counts["poisoned"] == 3 + 3  # as part of its batch, then on its own
+
+
+def test_a_refused_key_costs_no_retry_but_not_more_than_the_pause_budget(fast_config, pairs_of):
+    """401 is the endpoint's affair; yet a pair that alone gets it is not asked for ever."""
+    pairs = [*pairs_of(20), Pair("owl", "poison")]
+    outcomes, counts = ask_with_poison(
+        401, lambda url: fast_config(url, max_retries=1, pause_budget_s=0.5), pairs
+    )
+    check_only_the_poisoned_pair_failed(pairs, outcomes)
+    assert counts["poisoned"] > 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_judge_that_refuses_everything_stops_the_run(status, fast_config, pairs_of):
+    counts = collections.Counter()
+
+    async def handler(request):
+        counts["asked"] += 1
+        return web.json_response({"error": {"message": "no"}}, status=status)
+
+    async def run():
+        async with raw_server(handler) as url:
+            config = fast_config(url, max_retries=0, pause_budget_s=0.5, concurrency=4)
+            async with JudgeClient(config) as judge:
+                await asyncio.wait_for(judge.label(pairs_of(20)), 60)
+
+    with pytest.raises(JudgeDownError, match=f"judge down for 0.5 s .*HTTP {status}"):
+        asyncio.run(run())
+    assert counts["asked"] < 40
 
 
 def test_bad_request_is_not_repeated(fast_config):

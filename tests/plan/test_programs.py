@@ -193,6 +193,29 @@ def test_what_xla_says_of_a_program_that_is_too_large(message, gib):
         measure(Program("update", Refused("INTERNAL: core halted"), (len, weights)))
 
 
+def test_a_program_that_jaxlib_cannot_read_is_one_line():
+    compiled = jax.jit(lambda x: x).lower(1.0).compile()
+    with pytest.raises(ValueError, match=r"cannot read what libtpu compiled \(INTERNAL: RET_CHECK"):
+        measure(Program("update", Unreadable(compiled), (1.0,)))
+
+
+class Unreadable:
+    """A jitted function whose HLO is of another version."""
+
+    def __init__(self, compiled):
+        self.compiled = compiled
+        self.memory_analysis = compiled.memory_analysis
+
+    def lower(self, *args):
+        return self
+
+    def compile(self):
+        return self
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+
 class Refused:
     """A jitted function that the compiler does not take."""
 

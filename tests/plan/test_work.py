@@ -8,7 +8,7 @@ import pytest
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.cli import load_recipe
-from speciarl_jax.config import Config
+from speciarl_jax.config import Config, micro_batch_prompts
 from speciarl_jax.plan.chips import CHIPS, parse_topology
 from speciarl_jax.plan.measure import count_collectives
 from speciarl_jax.plan.models import planned_arch
@@ -96,13 +96,24 @@ def test_packed_groups_are_planned_at_their_limit():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train__prompts_per_micro_batch": 3}, "prompts_per_micro_batch=3 x 1 replicas"),
+        ({"train__prompts_per_update": 7}, "prompts_per_update=7 is not a multiple of 2 replicas"),
         ({"algo__name": "sft"}, "recipes with rollouts only"),
     ],
 )
 def test_what_cannot_be_planned_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        plan_shapes(recipe(**changes), planned_arch("tiny"), ONE, 1)
+        plan_shapes(recipe(**changes), planned_arch("tiny"), ONE | {"data": 2}, 1)
+
+
+@pytest.mark.parametrize(("replicas", "micro", "count"), [(8, 8, 2), (32, 4, 1), (64, 2, 1)])
+def test_a_large_mesh_gets_the_micro_batches_that_training_takes(replicas, micro, count):
+    """The paper's 128 prompts an update, at most 8 at once: a replica's share is the limit."""
+    config = recipe(train__prompts_per_step=256, train__prompts_per_update=128)
+    config.train.prompts_per_micro_batch = 8
+    config.validate()
+    shapes = plan_shapes(config, planned_arch("tiny"), ONE | {"data": replicas}, replicas // 4)
+    assert (shapes.micro_prompts, shapes.num_micro) == (micro * replicas, count)
+    assert micro == micro_batch_prompts(config.train, replicas)
 
 
 def test_all_buckets_lists_each_size_once():

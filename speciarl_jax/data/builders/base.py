@@ -23,6 +23,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
+from speciarl_jax.files import write_whole
+
 BUILDING = ".building"
 INDEX_FILE = "speciarl_index.json"
 _LOG = logging.getLogger(__name__)
@@ -114,7 +116,7 @@ def _write_index(directory: pathlib.Path) -> None:
     for split in builder.info.splits:
         records = list(map(_name_and_label, builder.as_data_source(split=split)))
         index[split] = {"names": [r[0] for r in records], "labels": [r[1] for r in records]}
-    (directory / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+    write_whole(directory / INDEX_FILE, json.dumps(index))
 
 
 def _name_and_label(record: Any) -> tuple[str, str]:

@@ -7,13 +7,13 @@ packed the official folder inside another one.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterable
 from importlib import resources
 from typing import Any
 
 from speciarl_jax.data.builders.archives import FileTree
+from speciarl_jax.files import read_json
 from speciarl_jax.types import IMAGE_SUFFIXES
 
 
@@ -95,7 +95,8 @@ def read_food(tree: FileTree) -> Splits:
     """Food-101: ``meta/train.json``, ``meta/test.json``, ``images/CLASS/NUMBER.jpg``."""
     splits: Splits = {}
     for split in ("train", "test"):
-        meta = json.loads(tree.need(f"meta/{split}.json", "pass food-101.tar.gz").read_text())
+        file = tree.need(f"meta/{split}.json", "pass food-101.tar.gz")
+        meta = read_json(file, "fetch food-101.tar.gz again")
         splits[split] = [
             Entry(tree.find(f"images/{key}.jpg"), clean_label(key.split("/")[0]), f"{key}.jpg")
             for keys in meta.values()
