@@ -30,7 +30,6 @@ BASE = [
     "pillow>=11",
     "pyarrow>=17",
     "matplotlib>=3.9",
-    "regex>=2024.5.15",
     "safetensors>=0.5",
     "rich>=14.1",  # nested live displays
     "tensorboardX>=2.6.2",

@@ -1,6 +1,6 @@
 """Text metrics of open-world classification that need no judge: a second opinion on a run.
 
-    text inclusion        the ground truth occurs in the answer, word for word (or as a synonym)
+    text inclusion        the ground truth occurs in the answer, word for word
     semantic similarity   cosine of the embeddings of truth and answer
     concept similarity    highest cosine of the truth and any run of 1 to 3 words of the answer
 
@@ -11,7 +11,7 @@ model (`text_model.SentenceModel`). What has no embedding has cosine 0, and so h
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,15 +35,14 @@ class Embedder(Protocol):
         ...
 
 
-def text_inclusion(ground_truth: str, answer: str, synonyms: Iterable[str] = ()) -> bool:
-    """True if the truth (or a synonym) stands in the answer as whole words, case aside.
+def text_inclusion(ground_truth: str, answer: str) -> bool:
+    """True if the truth stands in the answer as whole words, case aside.
 
     Source: text inclusion of Conti et al., "On Large Multimodal Models as Open-World Image
     Classifiers" (2025); whole words instead of characters, so that "ant" is not in "plant".
     """
-    padded = f" {normalize(answer)} "
-    names = (normalize(name) for name in (ground_truth, *synonyms))
-    return any(name and f" {name} " in padded for name in names)
+    name = normalize(ground_truth)
+    return bool(name) and f" {name} " in f" {normalize(answer)} "
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,7 +93,7 @@ def test_folder_taxonomy_is_what_the_offline_judge_reads(photos, tmp_path):
     assert [node["name"] for node in tree] == ["birds", "dogs"]
     assert [node["name"] for node in tree[0]["children"]] == ["Black Crow", "Red finch"]
     (tmp_path / "tree.json").write_text(json.dumps(tree))
-    judge = TaxonomyJudge.from_json(tmp_path / "tree.json")
+    judge = TaxonomyJudge.from_path(tmp_path / "tree.json")
     assert judge.category("Black Crow", "bird") is Category.LESS_SPECIFIC
     assert judge.category("Black Crow", "Red finch") is Category.WRONG
 
