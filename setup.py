@@ -27,6 +27,7 @@ BASE = [
     "numpy>=2",
     "openai[aiohttp]>=2,<4",
     "aiohttp>=3.9",
+    "anyio>=4.4",  # the judge's thread
     "pillow>=11",
     "pyarrow>=17",
     "matplotlib>=3.9",
