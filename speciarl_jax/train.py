@@ -157,12 +157,7 @@ def open_run(
 def open_checkpoints(config: Config, run_dir: RunDir) -> Checkpoints:
     """The run's checkpoints, kept as the recipe says."""
     train = config.train
-    return Checkpoints(
-        run_dir.checkpoints,
-        train.keep_checkpoints,
-        keep_best=train.keep_best,
-        keep_every_hours=train.keep_every_hours,
-    )
+    return Checkpoints(run_dir.checkpoints, train.keep_checkpoints, keep_best=train.keep_best)
 
 
 def check_processes(config: Config) -> None:

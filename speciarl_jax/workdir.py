@@ -9,7 +9,7 @@ import pathlib
 import shutil
 from typing import Any
 
-from speciarl_jax.config import Config
+from speciarl_jax.config import Config, without_dropped
 from speciarl_jax.storage import RunDir
 
 
@@ -46,7 +46,8 @@ def prepare_workdir(
     marker = workdir / "config.json"
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     if resume and marker.is_file():
-        _check_same_recipe(json.loads(marker.read_text()), settings, marker)
+        before = without_dropped(json.loads(marker.read_text()), str(marker))
+        _check_same_recipe(before, settings, marker)
     marker.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     run_dir.push()
 
@@ -91,7 +92,6 @@ _FREE = (
     "save_every",
     "keep_checkpoints",
     "keep_best",
-    "keep_every_hours",
     "eval_every",
 )
 

@@ -152,6 +152,20 @@ def test_predictions_are_judged_scored_and_measured_as_text(tmp_path, capsys):
     assert "text inclusion" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("use_train_judge", "failed"), [(True, 1.0), (False, 0.0)])
+def test_an_evaluation_may_have_a_judge_of_its_own(tmp_path, capsys, use_train_judge, failed):
+    """The training judge's tree lacks the truth, that of the evaluation has it."""
+    write_predictions(tmp_path / "mine.jsonl", [row(1, said="finch")])
+    (tmp_path / "tree.json").write_text('{"name": "boat"}')
+    config = small_config()
+    config.judge.taxonomy = str(tmp_path / "tree.json")
+    config.eval.use_train_judge = use_train_judge
+    options = EvalOptions(predictions=str(tmp_path / "mine.jsonl"), is_json=True)
+    assert eval_command.run(config, tmp_path / "run", options, None) == 0
+    scores = json.loads(capsys.readouterr().out)["datasets"]["birds"]
+    assert scores["judge_failure_rate"]["value"] == failed
+
+
 def test_a_sentence_model_measures_similarity(tmp_path, capsys):
     model = str(write_sentence_model(tmp_path / "sentences", ("scarlet", "finch", "bird")))
     options = EvalOptions(
