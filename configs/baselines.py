@@ -60,9 +60,7 @@ def get_config(arg=None):
     config = _tiny(values) if "tiny" in parts else _full(values)
     config.seed = int(values["seed"])
     config.algo.label_noise = float(values["noise"])
-    if values["algo"] == "dapo_dynamic":
-        config.algo.dynamic_sampling = True
-        config.algo.generation_prompts = 3 * config.train.prompts_per_step  # 768 in the paper
+    presets.set_algorithm(config, values["algo"])  # after the sizes, which dapo_dynamic multiplies
     config.name = "_".join(["baselines", *(p.replace("=", "-") for p in parts if p)])
     if row == "sft":
         config.algo.name, config.algo.kl_coef = "sft", 0.0
@@ -79,11 +77,10 @@ def get_config(arg=None):
 
 
 def _base(name, values):
-    """The recipe `name` of this folder with the row's reward, optimiser and group size."""
+    """The recipe `name` of this folder with the row's reward and group size."""
     recipe = runpy.run_path(str(pathlib.Path(__file__).with_name(name)))
     reward = REWARDS.get(values["row"], "dynamic")
-    algo = values["algo"].removesuffix("_dynamic")
-    return recipe["get_config"](f"reward={reward},algo={algo},n={values['n']}")
+    return recipe["get_config"](f"reward={reward},n={values['n']}")
 
 
 def _tiny(values):

@@ -54,21 +54,13 @@ class TrainState:
 class Checkpoints:
     """The ``checkpoints/`` folder of a run."""
 
-    def __init__(
-        self,
-        directory: epath.PathLike,
-        keep: int,
-        *,
-        keep_best: int = 0,
-        keep_every_hours: float = 0.0,
-    ) -> None:
+    def __init__(self, directory: epath.PathLike, keep: int, *, keep_best: int = 0) -> None:
         """Opens the folder; creates it if needed.
 
         Args:
             directory: see `storage.RunDir`; absolute.
             keep: newest checkpoints to keep.
             keep_best: beside them, those with the highest HM at their validation.
-            keep_every_hours: beside them, one for each such time; 0 for none.
         """
         policies: list[Any] = [ocp_managers.LatestN(keep)]
         if keep_best:
@@ -79,8 +71,6 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        if keep_every_hours:
-            policies.append(ocp_managers.EveryNSeconds(round(3600 * keep_every_hours)))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp_managers.AnyPreservationPolicy(policies), create=True
         )

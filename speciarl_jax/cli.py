@@ -143,7 +143,7 @@ def _add_eval(verbs: Any) -> None:
     evaluate.add_argument(
         "--text_model",
         default="",
-        help="similarity for --text_metrics: minilm, a sentence model's directory, a GloVe file",
+        help="similarity for --text_metrics: minilm, or a sentence model's directory",
     )
     evaluate.add_argument("--json", action="store_true", help="one JSON object and nothing else")
     evaluate.set_defaults(handler=run_eval)

@@ -8,6 +8,7 @@ No postponed annotations here: ml_collections reads the field types to parse ove
 """
 
 import dataclasses
+from typing import Any
 
 from speciarl_jax.judge.config import JudgeConfig
 
@@ -19,6 +20,17 @@ AGGREGATIONS = (
     "seq-mean-token-sum-norm",
 )
 REWARDS = ("dynamic", "single", "binary", "scale1", "scale2", "scale3")
+# Fields that earlier versions had, with their defaults; a recipe that left them there is the same
+# recipe without them. `eval.judge` has those of `judge`.
+DROPPED: dict[str, object] = {
+    "data.indices": [],
+    "data.train_share": 0.0,
+    "data.class_balanced": False,
+    "judge.retry_after_max_s": 60.0,
+    "judge.prompt_price": 0.0,
+    "judge.completion_price": 0.0,
+    "train.keep_every_hours": 0.0,
+}
 
 
 def _require(is_ok: bool, message: str) -> None:
@@ -65,11 +77,8 @@ class DataConfig:
     max_prompt_tokens: int = 2048  # longer prompts are filtered out, image tokens included
     num_workers: int = 0  # Grain worker processes
     bad_image_budget_frac: float = 0.05  # stop if a larger share of images cannot be read
-    train_share: float = 0.0  # part of the split to train on, instead of num_train; 0 for all
-    indices: tuple[int, ...] = ()  # train on these positions of the split only
     include_classes: tuple[str, ...] = ()  # train on these ground truths only
     exclude_classes: tuple[str, ...] = ()  # but not on these
-    class_balanced: bool = False  # num_train or train_share evenly over classes
     select_seed: int = 42  # of the subset; a smaller subset is part of a larger one
     num_threads: int = 2  # decoding threads
     cache_mb: int = 256  # resized images kept between epochs, MiB (num_workers=0 only)
@@ -154,7 +163,6 @@ class TrainConfig:
     save_every: int = 10  # steps between checkpoints
     keep_checkpoints: int = 3  # newest ones
     keep_best: int = 0  # beside them: those with the highest eval/all/hm at their validation
-    keep_every_hours: float = 0.0  # beside them: one in each such time, h; 0 for none
     eval_every: int = 0  # steps between validations, 0 for none
     sft_target: str = "answer"  # answer, field_guide, or a dotted path (objective sft only)
     logprob_chunk_tokens: int = 1024  # tokens whose logits exist at once
@@ -229,6 +237,34 @@ class Config:
         self.judge.validate()
         if not self.eval.use_train_judge:
             self.eval.judge.validate()
+
+
+def without_dropped(settings: dict[str, Any], place: str, section: str = "") -> dict[str, Any]:
+    """The fields of a ``config.json`` of any version but those that are gone.
+
+    Args:
+        settings: sections of fields, as the file has them; not changed.
+        place: the file, for messages.
+        section: where in the file `settings` stands, ending in a dot; "" for all of it.
+
+    Raises:
+        ValueError: one of them is not at its old default, so the run needs what is gone.
+    """
+    kept = {}
+    for name, value in settings.items():
+        field = section + name
+        dropped = field.removeprefix("eval.") if field.startswith("eval.judge.") else field
+        if isinstance(value, dict):
+            kept[name] = without_dropped(value, place, f"{field}.")
+        elif dropped not in DROPPED:
+            kept[name] = value
+        else:
+            _require(
+                value == DROPPED[dropped],
+                f"{place}: {field}={value!r}, but this version has no such field; use the version "
+                f"that wrote it, or write {DROPPED[dropped]!r} there to go on without",
+            )
+    return kept
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.checkpoint import Checkpoints
-from speciarl_jax.config import Config, LoraConfig
+from speciarl_jax.config import Config, LoraConfig, without_dropped
 from speciarl_jax.convert.adapter import load_peft
 from speciarl_jax.convert.loading import load_policy
 from speciarl_jax.files import read_json
@@ -36,13 +36,15 @@ def read_config(workdir: pathlib.Path) -> Config:
     """The recipe that a run directory was trained with.
 
     Raises:
-        ValueError: no run there, or one of another version whose fields differ.
+        ValueError: no run there, or one of another version whose fields differ (see
+            `config.DROPPED` for those that may).
     """
     file = workdir / "config.json"
     if not file.is_file():
         raise ValueError(f"{workdir}: no run there (config.json is missing)")
     config = Config()
-    _fill(config, read_json(file, "put that of another run of the recipe there"), str(file))
+    settings = read_json(file, "put that of another run of the recipe there")
+    _fill(config, without_dropped(settings, str(file)), str(file))
     return config
 
 

@@ -18,13 +18,12 @@ from jaxtyping import Array
 
 from speciarl_jax import batching, hosts
 from speciarl_jax.checkpoint import TrainState
-from speciarl_jax.clock import Clock
+from speciarl_jax.clock import Clock, num_compiled
 from speciarl_jax.config import Config
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.flops import Counts, count_tokens
 from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.reward import dropped_groups
-from speciarl_jax.rollout.compilations import num_compiled
 from speciarl_jax.rollout.engine import FinishedRow
 from speciarl_jax.rollout.groups import Pending, Poll, await_verdicts, collect_groups, no_poll
 from speciarl_jax.rollout.sampling import Sampling

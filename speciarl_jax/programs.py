@@ -35,8 +35,7 @@ from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.lora import add_lora
 from speciarl_jax.policy.model import Policy, PolicyParts, split_policy
 from speciarl_jax.policy.vision import encode_images
-from speciarl_jax.rollout import layout
-from speciarl_jax.rollout import programs as rollout
+from speciarl_jax.rollout import decode, layout
 from speciarl_jax.rollout.decode import DecodeState, PromptCache, RowMap
 from speciarl_jax.rollout.placement import Placement
 from speciarl_jax.update import TrainBatch, batch_logprobs, update_step
@@ -220,7 +219,7 @@ def prefill_program(session: AbstractSession, shapes: StepShapes) -> Program:
     )
     args = (session.parts.graphdef, session.states, *arrays)
     kwargs = {"is_int8": _is_int8(session), "placement": _placement(session)}
-    return Program("prefill", rollout.prefill, args, kwargs, others=(session.optim,))
+    return Program("prefill", decode.prefill, args, kwargs, others=(session.optim,))
 
 
 def _is_int8(session: AbstractSession) -> bool:
@@ -230,7 +229,7 @@ def _is_int8(session: AbstractSession) -> bool:
 def _prompt_cache(session: AbstractSession, shapes: StepShapes) -> PromptCache:
     program = prefill_program(session, shapes)
     cache = jax.eval_shape(
-        functools.partial(rollout.prefill, *program.args[:1], **program.kwargs), *program.args[1:]
+        functools.partial(decode.prefill, *program.args[:1], **program.kwargs), *program.args[1:]
     )
     return dataclasses.replace(_on_prompts(session, cache), kv=_on_heads(session, cache.kv))
 
@@ -278,13 +277,13 @@ def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Progra
         placement,
     )
     table = image_table(session, shapes)
-    found = [Program("decode", rollout.decode_chunk, args, others=(session.optim, table))]
+    found = [Program("decode", decode.decode_chunk, args, others=(session.optim, table))]
     per_shard = rows // placement.num_shards
     smaller = layout.next_rows(per_shard, per_shard)
     if session.config.rollout.compact and smaller:
         keep = host((smaller * placement.num_shards,), jnp.int32)
         alive = (session.states, session.optim, table, prompts)
-        found.append(Program("shrink", rollout.shrink, (state, keep, placement), others=alive))
+        found.append(Program("shrink", decode.shrink, (state, keep, placement), others=alive))
     return found
 
 
@@ -292,7 +291,7 @@ def _decode_state(
     session: AbstractSession, shapes: StepShapes, arrays: tuple[Abstract, ...]
 ) -> DecodeState:
     start = functools.partial(
-        rollout.start, num_columns=shapes.completion_tokens, placement=_placement(session)
+        decode.start, num_columns=shapes.completion_tokens, placement=_placement(session)
     )
     state = jax.eval_shape(start, *arrays)
     rest = _on_prompts(session, dataclasses.replace(state, own=None, step=None))

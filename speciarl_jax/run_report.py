@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speciarl_jax.checkpoint import Checkpoints, TrainState
-from speciarl_jax.clock import format_seconds
+from speciarl_jax.clock import Goodput, format_seconds
 from speciarl_jax.config import Config
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.files import read_json
@@ -27,7 +27,7 @@ from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.scores import Groups
 from speciarl_jax.session import Session
 from speciarl_jax.storage import RunDir
-from speciarl_jax.watch import Goodput, Heartbeat, Profile
+from speciarl_jax.watch import Heartbeat, Profile
 
 
 @dataclasses.dataclass

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 
 from speciarl_jax import bootstrap
-from speciarl_jax.bootstrap import METRICS
 from speciarl_jax.predictions import Prediction
 from speciarl_jax.types import Category
 
@@ -117,11 +116,10 @@ def _canonical(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
-def _groups(
-    names: Iterable[str], in_domain: Collection[str], fine: Collection[str], very: Collection[str]
-) -> dict[str, list[str]]:
+def _groups(names: Iterable[str], in_domain: Collection[str]) -> dict[str, list[str]]:
     names = list(names)
-    fine, very = {_canonical(n) for n in fine}, {_canonical(n) for n in very}
+    fine = {_canonical(n) for n in FINE_GRAINED}
+    very = {_canonical(n) for n in VERY_FINE_GRAINED}
     groups = {
         "in_domain": [n for n in names if n in in_domain],
         "out_of_domain": [n for n in names if n not in in_domain],
@@ -142,47 +140,9 @@ def _averages(
     return result
 
 
-def averages(
-    datasets: Mapping[str, Sequence[Prediction]],
-    in_domain: Collection[str] = (),
-    fine: Collection[str] = FINE_GRAINED,
-    very_fine: Collection[str] = VERY_FINE_GRAINED,
-    format_failures: str = "wrong",
-    bootstrap_samples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Unweighted means over data sets; a group without members is left out.
-
-    Intervals resample the images of every data set independently and average per resample.
-
-    Args:
-        datasets: rows by data set name.
-        in_domain: names averaged as ``in_domain``; the others are ``out_of_domain``.
-        fine: names of the ``fine_grained`` group, compared without case and punctuation.
-        very_fine: likewise for ``very_fine_grained``.
-        format_failures: one of `bootstrap.FORMAT_RULES`.
-        bootstrap_samples: resamples behind each interval.
-        seed: of the resampling.
-
-    Returns:
-        For in_domain, out_of_domain, fine_grained, very_fine_grained and all: the metrics of
-        `score_dataset` (hm is the mean of the HMs), hm_of_means beside them, n and the names.
-
-    Raises:
-        ValueError: an unknown rule.
-    """
-    scored = {
-        name: _score_plain(name, rows, format_failures, bootstrap_samples, seed)
-        for name, rows in datasets.items()
-    }
-    return _averages(scored, _groups(datasets, in_domain, fine, very_fine))
-
-
 def metrics_json(
     predictions: Iterable[Prediction],
     in_domain: Collection[str] = (),
-    fine: Collection[str] = FINE_GRAINED,
-    very_fine: Collection[str] = VERY_FINE_GRAINED,
     format_failures: str = "wrong",
     bootstrap_samples: int = 2000,
     seed: int = 0,
@@ -190,13 +150,25 @@ def metrics_json(
     """The content of ``metrics.json``: every data set, the averages, and how it was computed.
 
     Where images have several rows, ``best_of`` holds `best_of_n` per data set and the averaged
-    curves. Holds no nan: it can be dumped with ``allow_nan=False``. Arguments as in `averages`.
+    curves. Holds no nan: it can be dumped with ``allow_nan=False``.
+
+    ``averages`` holds, for in_domain, out_of_domain, fine_grained, very_fine_grained and all,
+    unweighted means over data sets of what `score_dataset` gives (hm is the mean of the HMs),
+    hm_of_means beside them, n and the names; a group without members is left out. Intervals
+    resample the images of every data set independently and average per resample.
+
+    Args:
+        predictions: rows, of whatever data sets.
+        in_domain: names averaged as ``in_domain``; the others are ``out_of_domain``.
+        format_failures: one of `bootstrap.FORMAT_RULES`.
+        bootstrap_samples: resamples behind each interval.
+        seed: of the resampling.
 
     Raises:
         ValueError: an unknown rule.
     """
     datasets = by_dataset(predictions)
-    groups = _groups(datasets, in_domain, fine, very_fine)
+    groups = _groups(datasets, in_domain)
     settings: dict[str, Any] = {
         "format_failures": format_failures,
         "bootstrap_samples": bootstrap_samples,
@@ -383,24 +355,3 @@ def paired_differences(
         for m in a_mean.values
     }
     return result | {"n_images": sum(first.images for first, _ in pairs)}
-
-
-def paired_bootstrap(
-    preds_a: Iterable[Prediction],
-    preds_b: Iterable[Prediction],
-    metric: str,
-    format_failures: str = "wrong",
-    bootstrap_samples: int = 2000,
-    seed: int = 0,
-) -> bootstrap.Estimate:
-    """Difference of one metric, b minus a, with its 95 % interval (see `paired_differences`).
-
-    Raises:
-        ValueError: an unknown metric or rule, or no common image.
-    """
-    known = (*METRICS, "hm_of_means")
-    if metric not in known:
-        raise ValueError(f"metric {metric!r}: expected one of {', '.join(known)}")
-    settings = (format_failures, bootstrap_samples, seed)
-    difference: bootstrap.Estimate = paired_differences(preds_a, preds_b, *settings)[metric]
-    return difference

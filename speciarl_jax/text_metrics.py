@@ -1,18 +1,16 @@
 """Text metrics of open-world classification that need no judge: a second opinion on a run.
 
-    text inclusion        the ground truth occurs in the answer, word for word (or as a synonym)
+    text inclusion        the ground truth occurs in the answer, word for word
     semantic similarity   cosine of the embeddings of truth and answer
     concept similarity    highest cosine of the truth and any run of 1 to 3 words of the answer
 
-Similarities need an `Embedder`, which is not shipped: word vectors (`WordVectors`) or a sentence
-model (`text_model.SentenceModel`). What has no embedding has cosine 0, and so has a format failure.
+Similarities need an `Embedder`, which is not shipped, such as `text_model.SentenceModel`. A format
+failure has cosine 0.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +21,6 @@ from speciarl_jax.predictions import Prediction
 
 _CONCEPT_WORDS = 3
 _ANSWER_WORDS = 40  # of an answer that concepts are taken from; a label has two to five
-_FREQUENT_WORDS = 400_000  # of a word vector file, which lists the most frequent first
 METRICS = ("text_inclusion", "semantic_similarity", "concept_similarity")
 
 
@@ -35,75 +32,14 @@ class Embedder(Protocol):
         ...
 
 
-def text_inclusion(ground_truth: str, answer: str, synonyms: Iterable[str] = ()) -> bool:
-    """True if the truth (or a synonym) stands in the answer as whole words, case aside.
+def text_inclusion(ground_truth: str, answer: str) -> bool:
+    """True if the truth stands in the answer as whole words, case aside.
 
     Source: text inclusion of Conti et al., "On Large Multimodal Models as Open-World Image
     Classifiers" (2025); whole words instead of characters, so that "ant" is not in "plant".
     """
-    padded = f" {normalize(answer)} "
-    names = (normalize(name) for name in (ground_truth, *synonyms))
-    return any(name and f" {name} " in padded for name in names)
-
-
-@dataclasses.dataclass(frozen=True)
-class WordVectors:
-    """Word vectors; the embedding of a text is the mean of those of its words.
-
-    Attributes:
-        rows: row of each word.
-        vectors: [words, width] float32, of length 1 (0 where the file has zeros).
-    """
-
-    rows: dict[str, int]
-    vectors: np.ndarray
-
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """[texts, width], see `Embedder`; a text without a known word has none."""
-        out = np.zeros((len(texts), self.vectors.shape[1]), np.float32)
-        for i, text in enumerate(texts):
-            known = [self.rows[w] for w in normalize(text).split() if w in self.rows]
-            if known:
-                out[i] = self.vectors[known].mean(0)
-        return unit_rows(out)
-
-
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1; those shorter than 1e-6 become zeros."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    scaled: np.ndarray = np.where(lengths < 1e-6, 0.0, vectors / np.maximum(lengths, 1e-6))
-    return scaled
-
-
-def load_vectors(file: str | Path) -> WordVectors:
-    """Reads ``word v1 v2 ...`` lines (GloVe, word2vec text), UTF-8, at most 400,000 of them.
-
-    A header line of two numbers is skipped.
-
-    Raises:
-        ValueError: no word in it, or a line of another width or without numbers (``file:line``).
-    """
-    words: list[str] = []
-    rows: list[np.ndarray] = []
-    with Path(file).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            word, *values = line.rstrip().split(" ")
-            if number == 1 and len(values) == 1:
-                continue
-            try:
-                row = np.array(values, np.float32)
-            except ValueError:
-                raise ValueError(f"{file}:{number}: expected a word and numbers") from None
-            if len(row) == 0 or (rows and len(row) != len(rows[0])):
-                width = len(rows[0]) if rows else "some"
-                raise ValueError(f"{file}:{number}: {len(row)} numbers, expected {width}")
-            words.append(word)
-            rows.append(row)
-            if len(words) == _FREQUENT_WORDS:
-                break
-    if not words:
-        raise ValueError(f"{file}: holds no word vectors")
-    return WordVectors({word: i for i, word in enumerate(words)}, unit_rows(np.array(rows)))
+    name = normalize(ground_truth)
+    return bool(name) and f" {name} " in f" {normalize(answer)} "
 
 
 def concepts(answer: str) -> list[str]:

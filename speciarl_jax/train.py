@@ -17,6 +17,7 @@ from rich.console import Console
 
 from speciarl_jax import hosts
 from speciarl_jax.checkpoint import Checkpoints, TrainState
+from speciarl_jax.clock import Goodput
 from speciarl_jax.config import Config
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.recipe import make_loader, open_train_source
@@ -39,7 +40,7 @@ from speciarl_jax.session import Session, enable_compile_cache, initial_state, o
 from speciarl_jax.sft import resolve_target, run_sft_step
 from speciarl_jax.step import StepResult, run_step
 from speciarl_jax.storage import RunDir, open_run_dir
-from speciarl_jax.watch import Goodput, Heartbeat, Profile
+from speciarl_jax.watch import Heartbeat, Profile
 from speciarl_jax.workdir import prepare_workdir
 
 _JUDGE_STARTUP_S = 60.0
@@ -156,12 +157,7 @@ def open_run(
 def open_checkpoints(config: Config, run_dir: RunDir) -> Checkpoints:
     """The run's checkpoints, kept as the recipe says."""
     train = config.train
-    return Checkpoints(
-        run_dir.checkpoints,
-        train.keep_checkpoints,
-        keep_best=train.keep_best,
-        keep_every_hours=train.keep_every_hours,
-    )
+    return Checkpoints(run_dir.checkpoints, train.keep_checkpoints, keep_best=train.keep_best)
 
 
 def check_processes(config: Config) -> None:

@@ -1,21 +1,17 @@
-"""What watches a run from inside: a heartbeat file, an XProf trace of chosen steps, goodput."""
+"""What watches a run from inside: a heartbeat file, an XProf trace of chosen steps."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
 
 import jax
 
 from speciarl_jax.files import write_whole
 
 _BEAT_EVERY_S = 5.0
-_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_PARTS = ("rollout", "judge", "update", "data")
 
 
 class Heartbeat:
@@ -85,49 +81,3 @@ def parse_profile(text: str) -> tuple[int, int] | None:
     if not (text.startswith("steps=") and separator and is_number and 1 <= int(first) <= int(last)):
         raise ValueError(f"--profile={text!r}: expected steps=FIRST:LAST, for example steps=3:5")
     return int(first), int(last)
-
-
-class Goodput:
-    """Shares of the wall time since the start that each part of a run has taken."""
-
-    def __init__(self) -> None:
-        """Starts the clock."""
-        self._start = time.perf_counter()
-        self._compiled = compile_seconds()
-        self._seconds = dict.fromkeys((*_PARTS, "checkpoint"), 0.0)
-
-    def add_checkpoint(self, seconds: float) -> None:
-        """Counts time that saving kept the loop from its next step."""
-        self._seconds["checkpoint"] += seconds
-
-    def metrics(self, row: Mapping[str, float]) -> dict[str, float]:
-        """Counts a step and returns the shares so far.
-
-        Args:
-            row: its metrics with ``time/<part>_s``.
-
-        Returns:
-            ``goodput/<part>_frac``; ``compile`` lies within the other parts.
-        """
-        for part in _PARTS:
-            self._seconds[part] += row.get(f"time/{part}_s", 0.0)
-        wall = time.perf_counter() - self._start
-        seconds = {**self._seconds, "compile": compile_seconds() - self._compiled}
-        return {f"goodput/{name}_frac": value / wall for name, value in seconds.items()}
-
-
-@functools.cache
-def _compilations() -> list[float]:
-    durations: list[float] = []
-
-    def listen(event: str, duration_s: float, **_: str | int) -> None:
-        if event == _COMPILE_EVENT:
-            durations.append(duration_s)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return durations
-
-
-def compile_seconds() -> float:
-    """Seconds this process has spent compiling since the first call of this function."""
-    return sum(_compilations())

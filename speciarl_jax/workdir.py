@@ -9,7 +9,7 @@ import pathlib
 import shutil
 from typing import Any
 
-from speciarl_jax.config import Config
+from speciarl_jax.config import Config, without_dropped
 from speciarl_jax.files import name_when_whole, read_json, write_whole
 from speciarl_jax.storage import RunDir
 
@@ -52,7 +52,8 @@ def prepare_workdir(
     marker = workdir / "config.json"
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     if resume and marker.is_file():
-        _check_same_recipe(read_json(marker, MEND_CONFIG), settings, marker)
+        before = without_dropped(read_json(marker, MEND_CONFIG), str(marker))
+        _check_same_recipe(before, settings, marker)
     write_whole(marker, json.dumps(settings, indent=1) + "\n")
     run_dir.push()
 
@@ -97,7 +98,6 @@ _FREE = (
     "save_every",
     "keep_checkpoints",
     "keep_best",
-    "keep_every_hours",
     "eval_every",
 )
 

@@ -14,9 +14,11 @@ from speciarl_jax.eval_command import EvalOptions, open_checkpoint
 from speciarl_jax.export_run import load_run
 from speciarl_jax.predictions import Prediction, read_predictions, write_predictions
 from speciarl_jax.session import open_session
+from speciarl_jax.text_model import open_embedder
 from speciarl_jax.tiny import shipped_tiny_dir
 from speciarl_jax.types import Category
 from tests.tiny_policy import small_config as training_config
+from tests.tiny_sentence_model import write_sentence_model
 
 
 def small_config(rank=4, alpha=8.0):
@@ -124,28 +126,58 @@ def test_half_written_images_are_drawn_again(tmp_path):
 # --- files that exist, text metrics -------------------------------------------------------------
 
 
+def labelled_file(folder):
+    """Two answers to one truth: the name itself, not judged yet, and "bird"."""
+    file = folder / "mine.jsonl"
+    write_predictions(file, [row(1), row(2, said="bird", category=Category.GENERIC)])
+    return file
+
+
 def test_predictions_are_judged_scored_and_measured_as_text(tmp_path, capsys):
-    source, vectors = tmp_path / "mine.jsonl", tmp_path / "glove.txt"
-    labelled = row(2, said="bird", category=Category.GENERIC)
-    write_predictions(source, [row(1), labelled])
-    vectors.write_text("scarlet 1 0\nfinch 1 0\nbird 0 1\n")
-    options = EvalOptions(
-        predictions=str(source), has_text_metrics=True, text_model=str(vectors), is_json=True
-    )
+    source = labelled_file(tmp_path)
+    options = EvalOptions(predictions=str(source), has_text_metrics=True, is_json=True)
     assert eval_command.run(small_config(), tmp_path / "run", options, None) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["datasets"]["birds"]["specificity"]["value"] == pytest.approx((1 + 0.5) / 2)
     text = shown["text"]["datasets"]["birds"]
     assert text["text_inclusion"]["value"] == 0.5
-    assert text["semantic_similarity"]["value"] == pytest.approx(0.5)
+    assert "semantic_similarity" not in text
     folder = tmp_path / "run" / "eval" / "mine"
     assert json.loads((folder / "metrics.json").read_text()) == shown
     judged = read_predictions(folder / "predictions.jsonl")
     assert [p.category for p in judged] == [Category.SPECIFIC, Category.GENERIC]
     assert read_predictions(source)[0].category is None
-    options = dataclasses.replace(options, text_model="", is_json=False)
+    options = dataclasses.replace(options, is_json=False)
     assert eval_command.run(small_config(), tmp_path / "run", options, None) == 0
     assert "text inclusion" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("use_train_judge", "failed"), [(True, 1.0), (False, 0.0)])
+def test_an_evaluation_may_have_a_judge_of_its_own(tmp_path, capsys, use_train_judge, failed):
+    """The training judge's tree lacks the truth, that of the evaluation has it."""
+    write_predictions(tmp_path / "mine.jsonl", [row(1, said="finch")])
+    (tmp_path / "tree.json").write_text('{"name": "boat"}')
+    config = small_config()
+    config.judge.taxonomy = str(tmp_path / "tree.json")
+    config.eval.use_train_judge = use_train_judge
+    options = EvalOptions(predictions=str(tmp_path / "mine.jsonl"), is_json=True)
+    assert eval_command.run(config, tmp_path / "run", options, None) == 0
+    scores = json.loads(capsys.readouterr().out)["datasets"]["birds"]
+    assert scores["judge_failure_rate"]["value"] == failed
+
+
+def test_a_sentence_model_measures_similarity(tmp_path, capsys):
+    model = str(write_sentence_model(tmp_path / "sentences", ("scarlet", "finch", "bird")))
+    options = EvalOptions(
+        predictions=str(labelled_file(tmp_path)),
+        has_text_metrics=True,
+        text_model=model,
+        is_json=True,
+    )
+    assert eval_command.run(small_config(), tmp_path / "run", options, None) == 0
+    text = json.loads(capsys.readouterr().out)["text"]["datasets"]["birds"]
+    truth, bird = open_embedder(model).embed(["scarlet finch", "bird"])
+    assert text["semantic_similarity"]["value"] == pytest.approx((1 + truth @ bird) / 2)
 
 
 def test_contradicting_options(tmp_path):

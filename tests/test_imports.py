@@ -94,7 +94,8 @@ def test_host_side_never_imports_jax():
         f"{path.relative_to(PACKAGE)}: {name}"
         for path, here in modules()
         if here in HOST_ONLY
-        for name in imports(path)
+        # The clock's compile listener imports jax when it is first asked.
+        for name in imports(path, top_level_only=here == "clock")
         if name.split(".")[0] in ("jax", "flax", "optax", "orbax")
     ]
     assert wrong == []
@@ -134,7 +135,7 @@ def test_files_stay_readable():
     assert long == []
 
 
-@pytest.mark.parametrize("name", ["judge.client", "reward", "data.loader", "scoring"])
+@pytest.mark.parametrize("name", ["judge.client", "reward", "data.loader", "scoring", "clock"])
 def test_importing_the_host_side_starts_no_backend(name):
     code = (
         f"import speciarl_jax.{name}, sys\n"

@@ -22,12 +22,9 @@ def open_train_source(data: DataConfig) -> Source:
         ValueError: see `selection.open_selected`.
     """
     selection = Selection(
-        indices=tuple(data.indices),
         count=data.num_train,
-        share=data.train_share,
         include_classes=tuple(data.include_classes),
         exclude_classes=tuple(data.exclude_classes),
-        is_balanced=data.class_balanced,
         seed=data.select_seed,
     )
     return open_selected(data.source, data.split, data.data_dir, selection)

@@ -28,30 +28,21 @@ class Selection:
     """What to take from a source.
 
     Attributes:
-        indices: positions in the split, in this order; empty for all.
         count: number of examples, 0 for all.
-        share: part of the examples that are left, in (0, 1]; 0 for all.
         include_classes: only these ground truths (case and white space aside); empty for all.
         exclude_classes: not these.
-        is_balanced: take `count` or `share` evenly over classes, as far as they reach.
         seed: of the subset.
     """
 
-    indices: tuple[int, ...] = ()
     count: int = 0
-    share: float = 0.0
     include_classes: tuple[str, ...] = ()
     exclude_classes: tuple[str, ...] = ()
-    is_balanced: bool = False
     seed: int = 42
 
     def __post_init__(self) -> None:
-        """Refuses numbers out of range."""
-        if self.count < 0 or not 0 <= self.share <= 1 or (self.count and self.share):
-            raise ValueError(
-                f"selection with count={self.count}, share={self.share}: expected count >= 0 or "
-                "share between 0 and 1, not both"
-            )
+        """Refuses a number out of range."""
+        if self.count < 0:
+            raise ValueError(f"selection with count={self.count}: expected count >= 0")
 
 
 class Subset:
@@ -121,30 +112,23 @@ def labels_of(source: Any) -> list[str]:
 
 
 def select(source: Source, selection: Selection) -> Source:
-    """Applies a selection: indices, then classes, then count or share.
+    """Applies a selection: classes, then count.
 
     Raises:
-        ValueError: an index out of range, more examples asked for than there are, or nothing left.
+        ValueError: more examples asked for than there are, or nothing left.
     """
     if selection == Selection(seed=selection.seed):
         return source
-    places = _chosen_indices(source, selection.indices)
-    if selection.include_classes or selection.exclude_classes or selection.is_balanced:
-        labels = [_key(label) for label in labels_of(source)]
-        places = _filter_classes(places, labels, selection)
-    else:
-        labels = []
+    places = list(range(len(source)))
+    if selection.include_classes or selection.exclude_classes:
+        places = _filter_classes([_key(label) for label in labels_of(source)], selection)
     wanted = selection.count or len(places)
-    if selection.share:
-        wanted = max(1, round(selection.share * len(places)))
     if wanted > len(places):
         raise ValueError(
             f"selection of {wanted} examples: only {len(places)} are available; lower "
             "data.num_train"
         )
-    if selection.is_balanced:
-        places = _balanced(places, labels, wanted, selection.seed)
-    elif wanted < len(places):
+    if wanted < len(places):
         ranks = np.argsort([_draw(selection.seed, place) for place in places], kind="stable")
         places = sorted(places[rank] for rank in ranks[:wanted])
     if not places:
@@ -152,24 +136,17 @@ def select(source: Source, selection: Selection) -> Source:
     return Subset(source, places)
 
 
-def _chosen_indices(source: Source, indices: Sequence[int]) -> list[int]:
-    for index in indices:
-        if not 0 <= index < len(source):
-            raise ValueError(f"data.indices: {index} is not within 0 to {len(source) - 1}")
-    return list(indices) or list(range(len(source)))
-
-
 def _key(label: str) -> str:
     return " ".join(label.casefold().split())
 
 
-def _filter_classes(places: list[int], labels: list[str], selection: Selection) -> list[int]:
+def _filter_classes(labels: list[str], selection: Selection) -> list[int]:
     include = {_key(label) for label in selection.include_classes}
     exclude = {_key(label) for label in selection.exclude_classes}
     return [
         place
-        for place in places
-        if (not include or labels[place] in include) and labels[place] not in exclude
+        for place, label in enumerate(labels)
+        if (not include or label in include) and label not in exclude
     ]
 
 
@@ -189,17 +166,6 @@ def _draw(seed: int, place: int) -> int:
     """A random number for a position that depends on nothing else."""
     digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
     return int.from_bytes(digest[:8], "big")
-
-
-def _balanced(places: list[int], labels: list[str], wanted: int, seed: int) -> list[int]:
-    """Takes one of each class in turn, classes and members in seeded order."""
-    members: dict[str, list[int]] = {}
-    for place in sorted(places, key=lambda place: _draw(seed, place)):
-        members.setdefault(labels[place], []).append(place)
-    taken: list[int] = []
-    for turn in range(max(map(len, members.values()), default=0)):
-        taken += [group[turn] for group in members.values() if turn < len(group)]
-    return sorted(taken[:wanted])
 
 
 def parse_mixture(spec: str) -> list[tuple[float, str]]:
@@ -225,9 +191,8 @@ def open_selected(
 ) -> Source:
     """Opens a source or a mixture and selects from it.
 
-    In a mixture, classes and indices are chosen within each source; the total (`count`; or `share`
-    of, or all of, the largest mixture that the weights allow without repeating an example) is
-    divided by weight.
+    In a mixture, classes are chosen within each source; the total (`count`, or all of the largest
+    mixture that the weights allow without repeating an example) is divided by weight.
 
     Args:
         spec: see `sources` and `parse_mixture`.
@@ -243,36 +208,25 @@ def open_selected(
     _check_classes(sources, selection)
     if len(sources) == 1:
         return select(sources[0], selection)
-    if selection.indices:
-        raise ValueError(f"data.indices with the mixture {spec!r}: choose from a single source")
-    per_class = dataclasses.replace(selection, count=0, share=0.0, is_balanced=False)
+    per_class = dataclasses.replace(selection, count=0)
     sources = [select(source, per_class) for source in sources]
-    quotas = divide(
-        [weight for weight, _ in parts],
-        [len(source) for source in sources],
-        selection.count,
-        selection.share,
-    )
+    weights, sizes = [weight for weight, _ in parts], [len(source) for source in sources]
+    quotas = divide(weights, sizes, selection.count)
     chosen = [
-        select(
-            source, Selection(count=quota, is_balanced=selection.is_balanced, seed=selection.seed)
-        )
+        select(source, Selection(count=quota, seed=selection.seed))
         for source, quota in zip(sources, quotas, strict=True)
         if quota
     ]
     return Mixture(chosen)
 
 
-def divide(
-    weights: Sequence[float], sizes: Sequence[int], count: int = 0, share: float = 0.0
-) -> list[int]:
+def divide(weights: Sequence[float], sizes: Sequence[int], count: int = 0) -> list[int]:
     """Examples from each source of a mixture: by weight, largest remainder first.
 
     Args:
         weights: > 0.
         sizes: examples available in each source.
         count: total wanted; 0 for the most that the weights allow.
-        share: part of that most, if `count` is 0; 0 for all of it.
 
     Raises:
         ValueError: a source is too small for its part.
@@ -282,7 +236,7 @@ def divide(
         math.floor(size * total_weight / weight + 1e-9)
         for size, weight in zip(sizes, weights, strict=True)
     )
-    wanted = count or (max(1, round(most * share)) if share else most)
+    wanted = count or most
     exact = [wanted * weight / total_weight for weight in weights]
     quotas = [math.floor(part + 1e-9) for part in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (quotas[i] - exact[i], i))

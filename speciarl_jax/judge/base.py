@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from speciarl_jax.types import Failure, FailureKind, Verdict
 
@@ -44,21 +43,6 @@ class TokenError(JudgeError):
 
 class UnknownTruthError(JudgeError):
     """The offline judge was asked about a ground truth that its tree does not contain."""
-
-
-class Judge(Protocol):
-    """Anything that labels pairs."""
-
-    async def label(self, pairs: Sequence[Pair]) -> list[Outcome]:
-        """Labels every pair, in the order given.
-
-        Returns:
-            One `Verdict` or `Failure` per pair. What concerns a single pair never raises.
-
-        Raises:
-            JudgeError: the judge as a whole is unusable.
-        """
-        ...
 
 
 def failure(kind: FailureKind, message: str) -> Failure:

@@ -29,7 +29,7 @@ from speciarl_jax.judge.limiter import RateLimiter
 from speciarl_jax.judge.parse import normalize
 from speciarl_jax.judge.prompt import load_prompt
 from speciarl_jax.judge.recording import Recording
-from speciarl_jax.judge.request import AskError, Reply, read_labels
+from speciarl_jax.judge.request import RETRY_AFTER_MAX_S, AskError, Reply, read_labels
 from speciarl_jax.judge.server import LocalJudgeServer
 from speciarl_jax.judge.stats import ClientStats
 from speciarl_jax.judge.verdict_log import VerdictLog
@@ -338,7 +338,7 @@ class JudgeClient:
             self._give_up(job, error.kind, f"after {job.attempts} tries: {error.message}")
             return
         wait = 0.0
-        if error.retry_after_s <= self._config.retry_after_max_s:
+        if error.retry_after_s <= RETRY_AFTER_MAX_S:
             wait = error.retry_after_s
         self._again(job, wait)
 

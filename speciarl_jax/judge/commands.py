@@ -7,7 +7,6 @@ import asyncio
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from speciarl_jax.files import whole_file
@@ -15,8 +14,6 @@ from speciarl_jax.judge.base import JudgeError, Pair
 from speciarl_jax.judge.config import FIELD_GUIDE_TAXONOMY, JudgeConfig, apply_overrides
 from speciarl_jax.judge.pairs_file import outcome_json, read_pairs
 from speciarl_jax.types import Category, FailureKind, Verdict
-
-Handler = Callable[[argparse.Namespace], int]
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -26,7 +26,7 @@ _AT_LEAST = {
     "max_answer_chars": 1,
     "breaker_failures": 1,
 }
-_ABOVE_ZERO = ("timeout_s", "backoff_s", "backoff_max_s", "pause_budget_s", "retry_after_max_s")
+_ABOVE_ZERO = ("timeout_s", "backoff_s", "backoff_max_s", "pause_budget_s")
 
 
 @dataclasses.dataclass
@@ -64,12 +64,9 @@ class JudgeConfig:
     unparsable_retries: int = 2  # repeats after a reply that is no category
     backoff_s: float = 0.25  # first wait before a repeat, doubled each time, jittered
     backoff_max_s: float = 15.0  # longest such wait
-    retry_after_max_s: float = 60.0  # a longer Retry-After sets the endpoint aside that long
     breaker_failures: int = 3  # failures in a row (at least one each in flight) that pause
     pause_budget_s: float = 900.0  # seconds without any live endpoint before JudgeDownError
     max_answer_chars: int = 200  # longer normalised answers are a TOO_LONG failure
-    prompt_price: float = 0.0  # currency per million prompt tokens, for judge eval
-    completion_price: float = 0.0  # currency per million completion tokens, for judge eval
 
     def validate(self) -> None:
         """Checks every field that can be checked without a network.

@@ -17,6 +17,7 @@ from speciarl_jax.judge.config import JudgeConfig
 from speciarl_jax.judge.prompt import JudgePrompt
 from speciarl_jax.judge.request import (
     CONSTRAINTS,
+    RETRY_AFTER_MAX_S,
     AskError,
     Reply,
     build_body,
@@ -223,7 +224,7 @@ class EndpointPool:
             if endpoint.breaker.is_open:
                 self._rejoin(endpoint)
             return
-        is_set_aside = error.retry_after_s > self._config.retry_after_max_s
+        is_set_aside = error.retry_after_s > RETRY_AFTER_MAX_S
         if is_set_aside:
             endpoint.hold_until = time.monotonic() + error.retry_after_s
         if endpoint.breaker.record_failure(

@@ -1,4 +1,4 @@
-"""How good a judge is: agreement with hand-made labels, kappa, confusion, cost, latency."""
+"""How good a judge is: agreement with hand-made labels, kappa, confusion, tokens, latency."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class QualityReport:
         confusion: hand-made label -> judge's label -> count.
         by_group: agreement by domain and by trick, as far as the file names them.
         seconds, labels_per_s, latency_s: whole call, and the mean of a request.
-        prompt_tokens, completion_tokens, cost: as reported, priced by the configuration.
+        prompt_tokens, completion_tokens: as reported.
     """
 
     num_pairs: int
@@ -77,7 +77,6 @@ class QualityReport:
     latency_s: float
     prompt_tokens: int
     completion_tokens: int
-    cost: float
 
     def to_json(self) -> dict[str, object]:
         """All fields, JSON-ready."""
@@ -92,7 +91,7 @@ class QualityReport:
             f"kappa {self.kappa:.3f}, weighted kappa {self.weighted_kappa:.3f}, "
             f"reward agreement {self.reward_agreement:.3f}",
             f"{self.seconds:.1f} s, {self.labels_per_s:.1f} labels/s, {self.latency_s:.3f} s a "
-            f"request, {self.prompt_tokens}+{self.completion_tokens} tokens, cost {self.cost:.4f}",
+            f"request, {self.prompt_tokens}+{self.completion_tokens} tokens",
             "",
             "hand-made \\ judge".ljust(19) + "".join(name.rjust(width) for name in names),
         ]
@@ -145,7 +144,7 @@ async def evaluate_file(config: JudgeConfig, path: str = "", out: str = "") -> Q
     """Asks a judge about labelled pairs and compares.
 
     Args:
-        config: the judge; without a cache of its own, so that cost and latency are real.
+        config: the judge; without a cache of its own, so that tokens and latency are real.
         path: JSON lines with `ground_truth`, `answer`, `category`; empty for the shipped set.
         out: if given, every pair with both labels is written there.
 
@@ -168,15 +167,11 @@ async def evaluate_file(config: JudgeConfig, path: str = "", out: str = "") -> Q
         with whole_file(out) as partial, partial.open("w", encoding="utf-8") as file:
             for item, outcome in zip(items, outcomes, strict=True):
                 file.write(json.dumps({**item, "judged": outcome_json(outcome)}) + "\n")
-    prompt_tokens = int(stats["judge/prompt_tokens"])
-    completion_tokens = int(stats["judge/completion_tokens"])
-    price = prompt_tokens * config.prompt_price + completion_tokens * config.completion_price
     return QualityReport(
         **measure(items, outcomes),  # type: ignore[arg-type]
         seconds=seconds,
         labels_per_s=len(items) / max(seconds, 1e-9),
         latency_s=stats["judge/latency_s"],
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        cost=price / 1e6,
+        prompt_tokens=int(stats["judge/prompt_tokens"]),
+        completion_tokens=int(stats["judge/completion_tokens"]),
     )

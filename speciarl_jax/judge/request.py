@@ -20,6 +20,7 @@ from speciarl_jax.judge.prompt import JudgePrompt
 from speciarl_jax.types import Category, FailureKind
 
 CONSTRAINTS = ("choice", "json_schema", "grammar", "none")
+RETRY_AFTER_MAX_S = 60.0  # a longer Retry-After sets the endpoint aside that long
 _NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
 _REFUSED_KEY_STATUS = 401

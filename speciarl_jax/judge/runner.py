@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import threading
 import types
-from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+
+from anyio.from_thread import start_blocking_portal
 
 from speciarl_jax.judge.base import JudgeError, Outcome, Pair
 from speciarl_jax.judge.config import JudgeConfig
 from speciarl_jax.judge.vote import open_judge
-
-_T = TypeVar("_T")
 
 
 class JudgeThread:
@@ -36,25 +34,12 @@ class JudgeThread:
             JudgeError: a file cannot be opened, or the embedded server does not start.
         """
         self._client = open_judge(config)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="judge", daemon=True)
+        with contextlib.ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal(name="judge"))
+            self._loop = portal.call(asyncio.get_running_loop)
+            stack.enter_context(portal.wrap_async_context_manager(self._client))
+            self._stack = stack.pop_all()
         self._is_open = True
-        self._thread.start()
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._stop_loop)
-            self._call(self._client.__aenter__())
-            undo.pop_all()
-
-    def _run(self) -> None:
-        """Thread body."""
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.close()
-
-    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        """Runs a coroutine on the judge's loop and waits for it."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def submit(
         self, pairs: Sequence[Pair], step: int = 0
@@ -74,6 +59,7 @@ class JudgeThread:
         """
         if not self._is_open:
             raise JudgeError("judge is closed: submit before close()")
+        # Not by the portal, which waits until the loop has started the task: 10 ms if it is busy.
         return asyncio.run_coroutine_threadsafe(self._client.label(list(pairs), step), self._loop)
 
     def label(self, pairs: Sequence[Pair], step: int = 0) -> list[Outcome]:
@@ -86,7 +72,8 @@ class JudgeThread:
         Raises:
             JudgeError: none does within `deadline_s`; at once for a refused key or model.
         """
-        self._call(self._client.check_health(deadline_s))
+        health = self._client.check_health(deadline_s)
+        asyncio.run_coroutine_threadsafe(health, self._loop).result()
 
     def stats(self) -> dict[str, float]:
         """Metrics since the start, under `judge/`."""
@@ -94,19 +81,8 @@ class JudgeThread:
 
     def close(self) -> None:
         """Ends everything that was started; safe to call twice."""
-        if not self._is_open:
-            return
         self._is_open = False
-        try:
-            self._call(self._client.__aexit__(None, None, None))
-        finally:
-            self._stop_loop()
-
-    def _stop_loop(self) -> None:
-        """Ends loop and thread."""
-        self._is_open = False
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._stack.close()
 
     def __enter__(self) -> JudgeThread:
         """Already running; returns itself."""

@@ -108,17 +108,6 @@ class TaxonomyJudge:
                 self._by_name.setdefault(name, []).append(index)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> TaxonomyJudge:
-        """Reads a nested tree of `{"name", "synonyms", "level", "children"}` objects.
-
-        Raises:
-            JudgeError: the file is missing or is no such tree.
-        """
-        from speciarl_jax.judge.taxonomy_files import read_json
-
-        return cls(read_json(Path(path)), str(path))
-
-    @classmethod
     def from_path(cls, path: str | Path) -> TaxonomyJudge:
         """Reads a `.json` tree, a `.csv` table, or a folder with WordNet's noun files.
 
@@ -132,10 +121,6 @@ class TaxonomyJudge:
     def __len__(self) -> int:
         """Number of nodes."""
         return len(self._nodes)
-
-    def knows(self, name: str) -> bool:
-        """True if the tree has a node of that name or synonym."""
-        return canonical(name) in self._by_name
 
     def category(self, ground_truth: str, answer: str) -> Category:
         """Places the answer on the ladder.

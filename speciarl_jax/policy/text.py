@@ -19,11 +19,31 @@ from jaxtyping import Array, Float, Int
 from speciarl_jax.arch import TextArch
 from speciarl_jax.policy.attention import attend, causal_mask
 from speciarl_jax.policy.layers import Dtypes, GatedMLP, Linear, RMSNorm
-from speciarl_jax.policy.remat import checkpointed
 from speciarl_jax.policy.rope import rotate, text_angles
 
 # (q, k, v, layer index, carry) -> (output, carry, per-layer result)
 AttendFn = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any, Any]]
+
+
+def checkpointed(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """Wraps a scan body: what the backward pass keeps and what it computes again.
+
+    Args:
+        body: the scan's function.
+        remat: ``none`` keeps every intermediate; ``dots`` keeps the outputs of matmuls with
+            weights; ``full`` keeps only the layer's input.
+
+    Raises:
+        ValueError: another name.
+    """
+    if remat == "none":
+        return body
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(body, policy=policy, prevent_cse=False)
+    if remat == "full":
+        return jax.checkpoint(body, prevent_cse=False)
+    raise ValueError(f"model.remat={remat!r}: expected one of none, dots, full")
 
 
 class TextBlock(nnx.Module):

@@ -20,8 +20,8 @@ from speciarl_jax.arch import VisionArch
 from speciarl_jax.policy.attention import attend
 from speciarl_jax.policy.flash import attend_image
 from speciarl_jax.policy.layers import Dtypes, GatedMLP, Linear, RMSNorm
-from speciarl_jax.policy.remat import checkpointed
 from speciarl_jax.policy.rope import rotate, vision_angles
+from speciarl_jax.policy.text import checkpointed
 
 _NORM_EPS = 1e-6
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from speciarl_jax.report.published import PUBLISHED
+from speciarl_jax.report.sections import PUBLISHED
 from speciarl_jax.report.style import LIGHT, RUNGS, line_color, readable
 
 

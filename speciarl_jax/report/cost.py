@@ -9,8 +9,7 @@ import numpy as np
 
 from speciarl_jax.report import sections
 from speciarl_jax.report.html import Markup, el
-from speciarl_jax.report.load import Run
-from speciarl_jax.report.series import Series
+from speciarl_jax.report.load import Run, Series
 
 _FACTS = {
     "throughput/tokens_per_s_per_chip": "tokens per second and chip",

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from speciarl_jax.report.series import Series
+from speciarl_jax.report.load import Series
 from speciarl_jax.report.style import LIGHT, RUNGS, line_color, readable
 
 AVERAGES = ("out_of_domain", "in_domain", "fine_grained", "very_fine_grained", "all")

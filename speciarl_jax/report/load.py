@@ -1,6 +1,6 @@
 """Reads run directories for the report.
 
-    metrics.jsonl                one object per step
+    metrics.jsonl                one object per step; several objects of one step are merged
     config.json                  the recipe, nested
     eval/<stage>/predictions.jsonl, metrics.json     stage: base, trained, best_of, ...
     rollouts/step_000010.jsonl   sampled while training
@@ -14,13 +14,16 @@ Everything is optional, but there must be a metrics.jsonl or one predictions.jso
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 from speciarl_jax import scoring
 from speciarl_jax.files import read_json
 from speciarl_jax.predictions import Prediction, read_predictions
-from speciarl_jax.report.series import Series, read_series
+
+Series = dict[str, list[tuple[int, float]]]
 
 _FIRST, _LAST = ("base",), ("best_of", "trained")
 
@@ -78,6 +81,52 @@ def _read_object(path: Path, remedy: str) -> dict[str, Any]:
         return {}
     content: dict[str, Any] = read_json(path, remedy)
     return content
+
+
+def read_series(path: str | Path) -> Series:
+    """Points (step, value) of every numeric metric of a ``metrics.jsonl``, in order of steps.
+
+    Values that are not finite numbers are skipped. A last line cut short by a kill is ignored; the
+    trainer removes it on resume. A later row of the same step and metric replaces the earlier.
+
+    Raises:
+        ValueError: no such file, or a bad line (named as ``file:line``).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such metrics file; is this a run directory?")
+    merged: dict[int, dict[str, float]] = {}
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            step, values = _parse_row(line)
+        except ValueError as error:
+            if number == len(lines):
+                continue
+            raise ValueError(f"{path}:{number}: {error}") from None
+        merged.setdefault(step, {}).update(values)
+    series: Series = {}
+    for step in sorted(merged):
+        for name, value in merged[step].items():
+            series.setdefault(name, []).append((step, value))
+    return series
+
+
+def _parse_row(line: bytes) -> tuple[int, dict[str, float]]:
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError("expected a JSON object with an integer 'step'")
+    values = {
+        name: float(value)
+        for name, value in row.items()
+        if name != "step"
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    }
+    return row["step"], values
 
 
 def load_run(path: str | Path, name: str = "") -> Run:

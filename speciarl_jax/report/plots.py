@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from speciarl_jax.report import curves
-from speciarl_jax.report.series import Series, read_series
+from speciarl_jax.report.load import Series, read_series
 from speciarl_jax.report.style import chart, save_png
 
 _METRICS = {"specificity": "Specificity", "correctness": "Correctness", "hm": "HM"}

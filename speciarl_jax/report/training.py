@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 
 from speciarl_jax.report import curves
 from speciarl_jax.report.html import Markup, el
-from speciarl_jax.report.load import Run
-from speciarl_jax.report.series import Series
+from speciarl_jax.report.load import Run, Series
 from speciarl_jax.report.style import chart, to_svg
 
 METRICS = {"specificity": "Specificity", "correctness": "Correctness", "hm": "HM"}

@@ -9,8 +9,7 @@ from pathlib import Path
 from speciarl_jax.judge.verdict_log import LoggedVerdict, VerdictLog
 from speciarl_jax.report import sections
 from speciarl_jax.report.html import Markup, el, join
-from speciarl_jax.report.load import Run
-from speciarl_jax.report.series import Series
+from speciarl_jax.report.load import Run, Series
 from speciarl_jax.report.style import readable
 from speciarl_jax.types import Category
 

@@ -8,18 +8,21 @@ read once per step, not once per row:
     queries [R, H, A] -------------------------------- x own KV    [R, K, C, A]  (peak, sum, output)
                                                        joined in float32 by their softmax statistics
 
-On a mesh, prompts and rows are blocks, one per shard; see `speciarl_jax.rollout.placement`.
+On a mesh, prompts and rows are blocks, one per shard; see `speciarl_jax.rollout.placement`. Engine
+and warm-up call the jitted functions here and nothing else, so what the warm-up has compiled is
+what a run uses.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from speciarl_jax.policy.flash import attend_causal
 from speciarl_jax.policy.rope import text_angles
@@ -27,7 +30,7 @@ from speciarl_jax.policy.text import TextModel
 from speciarl_jax.rollout import cache
 from speciarl_jax.rollout.cache import KeyValues, Part
 from speciarl_jax.rollout.placement import Placement
-from speciarl_jax.rollout.sampling import Sampling, allowed_logits, sample_tokens
+from speciarl_jax.rollout.sampling import Sampling, allowed_logits, row_keys, sample_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -99,27 +102,31 @@ class DecodeState:
         return self.tokens.shape[1]
 
 
+@functools.partial(jax.jit, static_argnames=("graphdef", "is_int8", "placement"))
 def prefill(
-    text: TextModel,
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
     tokens: Int[Array, "P S"],
     positions: Int[Array, "P 3 S"],
     lengths: Int[Array, " P"],
     position_deltas: Int[Array, " P"],
     image_rows: Int[Array, "P S"],
     image_embeds: Float[Array, "IM D"],
+    *,
     is_int8: bool,
     placement: Placement,
 ) -> PromptCache:
     """Runs each prompt once and keeps its keys and values.
 
     Args:
-        text: the language model.
+        graphdef, states: the policy taken apart.
         tokens, positions, lengths, position_deltas: see `types.PromptBatch`.
         image_rows: as there, but counted from the start of the shard's block of the table.
         image_embeds: the encoder's table of merged tokens.
         is_int8: store the cache in int8; the prompt itself attends exactly.
         placement: where prompts live.
     """
+    text = merge_text(graphdef, *states)
 
     def attend_fn(q: Array, k: Array, v: Array, layer: Array, carry: None) -> Any:
         out = attend_causal(q, k, v, lengths, placement.mesh)
@@ -139,7 +146,8 @@ def prefill(
     )
 
 
-def start_decoding(
+@functools.partial(jax.jit, static_argnames=("num_columns", "placement"))
+def start(
     prompts: PromptCache,
     rows: RowMap,
     keys: Array,
@@ -171,8 +179,12 @@ def _pin(state: DecodeState, placement: Placement) -> DecodeState:
     return dataclasses.replace(pinned, own=cache.pin(state.own, placement), step=state.step)
 
 
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "sampling", "placement"), donate_argnames=("state",)
+)
 def decode_chunk(
-    text: TextModel,
+    graphdef: nnx.GraphDef,
+    states: tuple[nnx.State, ...],
     prompts: PromptCache,
     rows: RowMap,
     state: DecodeState,
@@ -189,7 +201,7 @@ def decode_chunk(
     Without `Placement.has_early_exit` always until `until`.
 
     Args:
-        text: the language model.
+        graphdef, states: the policy taken apart, static and not.
         prompts: the prompts' part.
         rows: row to prompt maps.
         state: donated; comes back advanced.
@@ -201,6 +213,7 @@ def decode_chunk(
         sampling: options, static.
         placement: where rows live, static.
     """
+    text = merge_text(graphdef, *states)
     next_position = placement.take(prompts.next_position, rows.row_prompt)
     layers = text.unstacked() if placement.is_unrolled else None
 
@@ -302,6 +315,7 @@ def _prompt_part(
     return scatter(out), scatter(peak), scatter(total)
 
 
+@functools.partial(jax.jit, static_argnames="placement")
 def shrink(state: DecodeState, keep: Int[Array, " R2"], placement: Placement) -> DecodeState:
     """Keeps the rows `keep` (live ones and fillers), counted within each shard's block."""
     small = dataclasses.replace(state, own=None, step=None)
@@ -310,6 +324,7 @@ def shrink(state: DecodeState, keep: Int[Array, " R2"], placement: Placement) ->
     return _pin(dataclasses.replace(small, own=own, step=state.step), placement)
 
 
+@functools.partial(jax.jit, static_argnames=("num_columns", "placement"))
 def widen(state: DecodeState, num_columns: int, placement: Placement) -> DecodeState:
     """The same rows with room for `num_columns` tokens."""
     extra = ((0, 0), (0, num_columns - state.num_columns))
@@ -320,6 +335,19 @@ def widen(state: DecodeState, num_columns: int, placement: Placement) -> DecodeS
         logprobs=jnp.pad(state.logprobs, extra),
     )
     return _pin(wide, placement)
+
+
+@functools.partial(jax.jit, static_argnames=("seed", "placement"))
+def keys_of_rows(
+    seed: int,
+    step: Int[Array, ""],
+    prompt_index: Int[Array, " R"],
+    sample_index: Int[Array, " R"],
+    placement: Placement,
+) -> UInt32[Array, "R 2"]:
+    """Data of one random key per rollout, see `sampling.row_keys`."""
+    keys = row_keys(seed, step, prompt_index, sample_index)
+    return placement.rows(jax.random.key_data(keys))
 
 
 def merge_text(graphdef: nnx.GraphDef, *states: nnx.State) -> TextModel:

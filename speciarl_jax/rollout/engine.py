@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from speciarl_jax.arch import TextArch
+from speciarl_jax.clock import num_compiled
 from speciarl_jax.config import RolloutConfig
-from speciarl_jax.rollout import layout, memory, programs
-from speciarl_jax.rollout.compilations import num_compiled
+from speciarl_jax.rollout import decode, layout, memory
 from speciarl_jax.rollout.decode import DecodeState, PromptCache, merge_text
 from speciarl_jax.rollout.finished import FinishedRow, Vocabulary, stop_string_length
 from speciarl_jax.rollout.placement import Placement
@@ -174,7 +174,7 @@ class RolloutEngine:
         step: int,
     ) -> Wave:
         """Prefills a wave and forks its rows."""
-        cache = programs.prefill(
+        cache = decode.prefill(
             self.graphdef,
             states,
             prompts.tokens,
@@ -188,12 +188,12 @@ class RolloutEngine:
         )
         rows = layout.Rows.of_prompts(prompts, self.placement.num_shards, group_size)
         index = prompts.global_index[rows.flat_prompt(prompts.num_prompts)]
-        keys = programs.keys_of_rows(
+        keys = decode.keys_of_rows(
             seed, np.int32(step), index, rows.sample.reshape(-1), self.placement
         )
         row_map = rows.row_map(prompts.num_prompts, group_size)
         is_padding = rows.is_free.reshape(-1)
-        state = programs.start(cache, row_map, keys, is_padding, self.columns[0], self.placement)
+        state = decode.start(cache, row_map, keys, is_padding, self.columns[0], self.placement)
         return Wave(prompts, cache, rows, state)
 
     def _decode_all(
@@ -218,7 +218,7 @@ class RolloutEngine:
                 row_map = wave.rows.row_map(wave.prompts.num_prompts, slots)
             if wave.step == columns:
                 wider = self.columns[self.columns.index(columns) + 1]
-                wave.state = programs.widen(wave.state, wider, self.placement)
+                wave.state = decode.widen(wave.state, wider, self.placement)
 
     def advance(
         self,
@@ -230,7 +230,7 @@ class RolloutEngine:
         sampling: Sampling,
     ) -> None:
         """Decodes to step `until`, or until `enough` rows of a shard are left; counts the work."""
-        wave.state = programs.decode_chunk(
+        wave.state = decode.decode_chunk(
             self.graphdef,
             states,
             wave.cache,
@@ -253,7 +253,7 @@ class RolloutEngine:
         live, has_shrunk = wave.rows.most_live(), False
         while live <= (smaller := layout.next_rows(wave.rows.per_shard, full)):
             wave.rows, keep = wave.rows.shrunk(smaller)
-            wave.state = programs.shrink(wave.state, keep, self.placement)
+            wave.state = decode.shrink(wave.state, keep, self.placement)
             has_shrunk = True
         return has_shrunk
 

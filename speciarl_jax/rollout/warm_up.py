@@ -19,9 +19,9 @@ from flax import nnx
 from jaxtyping import Array
 
 from speciarl_jax.arch import VisionArch
+from speciarl_jax.clock import num_compiled
 from speciarl_jax.data.images import VisionArrays
-from speciarl_jax.rollout import layout, programs
-from speciarl_jax.rollout.compilations import num_compiled
+from speciarl_jax.rollout import decode, layout
 from speciarl_jax.rollout.engine import RolloutEngine, Wave
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.types import PromptBatch
@@ -131,12 +131,12 @@ def _run_sizes(
         for size in sizes:
             if size != full:
                 corner.rows, keep = corner.rows.shrunk(size)
-                corner.state = programs.shrink(corner.state, keep, engine.placement)
+                corner.state = decode.shrink(corner.state, keep, engine.placement)
             row_map = corner.rows.row_map(num_prompts, slots)
             engine.advance(states, corner, row_map, 0, 0, sampling)
             if size == full:
                 wave.state = corner.state  # decoding has consumed the one before
             elif wider:
-                programs.widen(corner.state, wider, engine.placement)
+                decode.widen(corner.state, wider, engine.placement)
         if wider:
-            wave.state = programs.widen(wave.state, wider, engine.placement)
+            wave.state = decode.widen(wave.state, wider, engine.placement)

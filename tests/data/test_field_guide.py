@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from speciarl_jax.data.field_guide import answers, specimens, taxonomy
-from speciarl_jax.data.field_guide.contact_sheet import contact_sheet
 
 DOMAINS = ("bird", "flower", "aircraft", "dog")
 SHARES = {"generic": 0.6, "genus": 0.25, "species": 0.15}
@@ -183,8 +182,3 @@ def test_full_honesty_never_passes_the_honest_level():
         assert level == one.honest_level
     with pytest.raises(ValueError, match="shares="):
         answers.sample_level(one, rng, {"order": 1.0})
-
-
-def test_contact_sheet_is_written(tmp_path):
-    contact_sheet(tmp_path / "sheet.png", columns=12)
-    assert (tmp_path / "sheet.png").stat().st_size > 50_000

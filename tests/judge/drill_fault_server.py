@@ -102,7 +102,7 @@ async def ask(config: JudgeConfig, pairs: list[Pair]) -> dict[str, object]:
 def drill(num_requests: int, form: str, concurrency: int, timeout_s: float) -> dict[str, object]:
     """Runs the drill and returns its report."""
     pairs = make_pairs(num_requests, seed=0)
-    truth = TaxonomyJudge.from_json(FIELD_GUIDE_TAXONOMY)
+    truth = TaxonomyJudge.from_path(FIELD_GUIDE_TAXONOMY)
     expected = [truth.category(pair.ground_truth, pair.answer) for pair in pairs]
     with tempfile.TemporaryDirectory() as folder:
         server = LocalJudgeServer(FIELD_GUIDE_TAXONOMY, faults=faults_text(form))

@@ -94,7 +94,7 @@ def test_binary_prompt(tree_path, fast_config):
 
     async def run():
         async with (
-            serve(TaxonomyJudge.from_json(tree_path)) as url,
+            serve(TaxonomyJudge.from_path(tree_path)) as url,
             JudgeClient(fast_config(url, prompt="binary_v1")) as judge,
         ):
             pairs = [

@@ -72,13 +72,13 @@ def test_eval_of_a_judge_that_knows_the_answers(fast_config, tmp_path):
 
     async def run():
         async with serve(Oracle()) as url:
-            config = fast_config(url, prompt_price=1000.0)
+            config = fast_config(url)
             return await evaluate_file(config, out=str(tmp_path / "out.jsonl"))
 
     report = asyncio.run(run())
     assert report.num_pairs == len(items)
     assert report.kappa == report.agreement == report.weighted_kappa == 1.0
-    assert report.cost == pytest.approx(report.prompt_tokens / 1000)
+    assert report.prompt_tokens > report.completion_tokens > 0
     assert report.latency_s > 0
     assert "kappa 1.000" in report.to_text()
     assert (tmp_path / "out.jsonl").read_text().count("judged") == len(items)

@@ -1,10 +1,12 @@
 import asyncio
+import concurrent.futures
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -64,6 +66,10 @@ def test_the_server_speaks_openai(tree_path):
     assert is_gone(pid)
 
 
+def judge_threads():
+    return [thread.name for thread in threading.enumerate() if thread.name == "judge"]
+
+
 def test_judge_thread_with_the_embedded_judge(tree_path):
     with JudgeThread(JudgeConfig(taxonomy=str(tree_path))) as judge:
         judge.check_health(20.0)
@@ -84,6 +90,7 @@ def test_judge_thread_with_the_embedded_judge(tree_path):
     judge.close()
     with pytest.raises(JudgeError, match="judge is closed"):
         judge.submit([])
+    assert judge_threads() == []
 
 
 def test_default_configuration_judges_by_the_field_guide():
@@ -101,6 +108,7 @@ def test_server_that_cannot_start_says_why(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(JudgeError, match=f"local judge did not start: .*{message}"):
         JudgeThread(JudgeConfig(taxonomy=str(path)))
+    assert judge_threads() == []
 
 
 def test_port_that_is_taken(tree_path):
@@ -168,14 +176,47 @@ def test_killed_and_restarted_server_pauses_the_client(tree_path, fast_config):
         assert judge.stats()["judge/pause_s"] > 0.3
 
 
-def test_close_while_pairs_wait(tree_path, fast_config):
+@pytest.mark.parametrize("voters", [(), ("model=a", "model=b")])
+def test_close_while_pairs_wait(tree_path, fast_config, voters):
     with LocalJudgeServer(tree_path, faults="hang=1") as server:
-        judge = JudgeThread(fast_config(server.url))
+        judge = JudgeThread(fast_config(server.url, voters=voters))
         future = judge.submit([Pair("scarlet finch", "finch")])
         time.sleep(0.2)
         judge.close()
         with pytest.raises(JudgeError, match="closed while pairs were waiting"):
             future.result(timeout=5)
+
+
+def test_close_waits_for_no_check_under_way(fast_config):
+    """As when Ctrl-C ends the caller's wait: the check itself would go on for an hour."""
+    judge = JudgeThread(fast_config("http://127.0.0.1:9/v1", model="m", backoff_max_s=3600.0))
+    ended = []
+
+    def check():
+        with pytest.raises((JudgeError, concurrent.futures.CancelledError)):
+            judge.check_health(3600.0)
+        ended.append(True)
+
+    threads = [threading.Thread(target=f, daemon=True) for f in (check, judge.close)]
+    threads[0].start()
+    time.sleep(0.3)
+    threads[1].start()
+    for thread in reversed(threads):
+        thread.join(timeout=30)
+    assert ended == [True]
+    assert judge_threads() == []
+
+
+def test_submit_does_not_wait_for_the_loop(tree_path):
+    """The caller goes on decoding while the loop is at work."""
+    with JudgeThread(JudgeConfig(taxonomy=str(tree_path))) as judge:
+        held, release, waited = threading.Event(), threading.Event(), []
+        judge._loop.call_soon_threadsafe(lambda: (held.set(), waited.append(release.wait(30))))
+        held.wait()
+        future = judge.submit([Pair("scarlet finch", "finch")])
+        release.set()
+        assert future.result(timeout=60)[0].category is Category.LESS_SPECIFIC
+        assert waited == [True]  # submit had returned before the loop was free
 
 
 def test_importing_the_room_has_no_effect_and_needs_no_jax():

@@ -9,7 +9,7 @@ from speciarl_jax.types import Category
 
 @pytest.fixture
 def judge(tree_path):
-    return TaxonomyJudge.from_json(tree_path)
+    return TaxonomyJudge.from_path(tree_path)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_bad_trees(tmp_path, name, text, message):
 
 
 def test_field_guide_species_climb_the_whole_ladder():
-    judge = TaxonomyJudge.from_json(FIELD_GUIDE_TAXONOMY)
+    judge = TaxonomyJudge.from_path(FIELD_GUIDE_TAXONOMY)
     assert len(judge) > 100
     assert judge.category("scarlet finch", "crimson finch") is Category.SPECIFIC
     assert judge.category("scarlet finch", "finch") is Category.LESS_SPECIFIC

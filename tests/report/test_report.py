@@ -26,10 +26,9 @@ from speciarl_jax.report import commands, html, sections, thumbnails
 from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
 from speciarl_jax.report.gallery import build_gallery
 from speciarl_jax.report.levels import NameTree
-from speciarl_jax.report.load import load_run, load_runs
+from speciarl_jax.report.load import load_run, load_runs, read_series
 from speciarl_jax.report.page import ReportOptions, build_page
 from speciarl_jax.report.plots import plot_training
-from speciarl_jax.report.series import read_series
 from speciarl_jax.report.tables import comparison_table, format_value, metrics_table
 from speciarl_jax.text_metrics import score_text
 from speciarl_jax.types import Category

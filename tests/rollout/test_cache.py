@@ -55,7 +55,6 @@ def decode_jaxpr(session, is_int8):
     heads, width = arch.text.num_kv_heads, arch.text.head_dim
 
     def run(state):
-        text = decode.merge_text(graphdef, state)
         empty = [
             cache.empty((arch.text.num_layers, x, heads, t, width), dtype, Placement())
             for x, t in ((prompts, length), (rows, columns))
@@ -66,11 +65,14 @@ def decode_jaxpr(session, is_int8):
         row = np.arange(rows, dtype=np.int32)
         maps = decode.RowMap(row // 3, row, row.reshape(2, 3))
         keys, free = np.zeros((rows, 2), np.uint32), np.zeros(rows, bool)
-        start = decode.start_decoding(prompt_cache, maps, keys, free, columns, Placement())
+        start = decode.start(prompt_cache, maps, keys, free, columns, Placement())
         banned, stops = np.zeros(arch.text.vocab_size, bool), np.array([1], np.int32)
         limits = (np.int32(4), np.int32(0))
         return decode.decode_chunk(
-            text, prompt_cache, maps, start, free, stops, banned, *limits, Sampling(), Placement()
+            graphdef,
+            (state,),
+            prompt_cache,
+            *(maps, start, free, stops, banned, *limits, Sampling(), Placement()),
         )
 
     return jax.make_jaxpr(run)(state), prompts * length * heads * width

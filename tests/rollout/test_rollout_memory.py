@@ -10,7 +10,7 @@ from flax import nnx
 from speciarl_jax.arch import Arch, TextArch
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import abstract_policy
-from speciarl_jax.rollout import layout, programs
+from speciarl_jax.rollout import decode, layout
 from speciarl_jax.rollout.decode import RowMap
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.memory import RolloutShape, prompts_per_wave, rollout_bytes
@@ -122,10 +122,10 @@ def program_temps(
         jax.ShapeDtypeStruct((prompts, arch.text.hidden_size), np.float32),
     )
     options = {"is_int8": False, "placement": placement}
-    prefill = programs.prefill.lower(graphdef, (state,), *arrays, **options)
+    prefill = decode.prefill.lower(graphdef, (state,), *arrays, **options)
     row_map = RowMap(ints(rows), ints(rows), ints(prompts, group))
     is_free = jax.ShapeDtypeStruct((rows,), bool)
-    start = programs.start.lower(
+    start = decode.start.lower(
         prefill.out_info,
         row_map,
         jax.ShapeDtypeStruct((rows, 2), np.uint32),
@@ -134,7 +134,7 @@ def program_temps(
         placement,
     )
     banned = jax.ShapeDtypeStruct((arch.text.vocab_size,), bool)
-    decode = programs.decode_chunk.lower(
+    chunk = decode.decode_chunk.lower(
         graphdef,
         (state,),
         prefill.out_info,
@@ -145,7 +145,7 @@ def program_temps(
     )
     kv = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(prefill.out_info.kv))
     own = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(start.out_info.own))
-    temps = [x.compile().memory_analysis().temp_size_in_bytes for x in (prefill, decode)]
+    temps = [x.compile().memory_analysis().temp_size_in_bytes for x in (prefill, chunk)]
     return kv, own, *temps
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
+from speciarl_jax.clock import num_compiled
 from speciarl_jax.policy.vision import encode_images
-from speciarl_jax.rollout.compilations import num_compiled
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.sharding import image_sharding, param_shardings

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from speciarl_jax.clock import num_compiled
 from speciarl_jax.config import Config
-from speciarl_jax.rollout.compilations import num_compiled
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.rollout.warm_up import BatchShapes, warm_up
