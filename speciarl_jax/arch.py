@@ -11,7 +11,10 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
+
+# Somebody else's config.json: what it holds is checked where it is read.
+HfConfig: TypeAlias = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Arch:
                 raise ValueError(f"architecture: {message}")
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Arch:
+    def from_hf(cls, config: HfConfig) -> Arch:
         """Builds from the contents of a Hugging Face ``config.json``.
 
         Raises:
@@ -166,7 +169,7 @@ class Arch:
             raise ValueError(f"{file}: not valid JSON ({error})") from error
 
 
-def _vision_from_hf(config: Mapping[str, Any]) -> VisionArch:
+def _vision_from_hf(config: HfConfig) -> VisionArch:
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"vision hidden_act {config['hidden_act']!r}: only 'silu' is implemented")
     rope = config.get("rope_parameters") or {}
@@ -186,12 +189,12 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionArch:
     )
 
 
-def _text_from_hf(text: Mapping[str, Any], root: Mapping[str, Any]) -> TextArch:
+def _text_from_hf(text: HfConfig, root: HfConfig) -> TextArch:
     if text.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {text['hidden_act']!r}: only 'silu' is implemented")
     if text.get("use_sliding_window"):
         raise ValueError("use_sliding_window=true is not implemented; Qwen2.5-VL ships with false")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope: HfConfig = text.get("rope_parameters") or text.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope"):
         raise ValueError(f"rope type {rope_type!r}: only 'default' and 'mrope' are implemented")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
 
 import optax
 from rich.console import Console
 from rich.table import Table
 
+from speciarl_jax.bootstrap import MAIN_METRICS
 from speciarl_jax.checkpoint import Checkpoints, TrainState
 from speciarl_jax.config import Config
 from speciarl_jax.data.loader import PromptLoader
@@ -26,6 +26,7 @@ from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.scores import Groups
 from speciarl_jax.session import Session
 from speciarl_jax.storage import RunDir
+from speciarl_jax.types import Metrics
 from speciarl_jax.watch import Goodput, Heartbeat, Profile
 
 
@@ -110,13 +111,14 @@ def report_step(
         write_predictions(folder / f"step_{step:06d}.jsonl", rows)
 
 
-def finish(run: Run, base: dict[str, Any] | None, trained: dict[str, Any] | None) -> None:
+def finish(run: Run, base: Metrics | None, trained: Metrics | None) -> None:
     """Plots and the closing table."""
     plots = plot_training(run.workdir / "metrics.jsonl", run.workdir / "plots")
+    scored = trained or base
     if base and trained:
         run.console.print(change_table(run))
-    elif trained or base:
-        run.console.print(metrics_table(trained or base, "scores"))
+    elif scored:
+        run.console.print(metrics_table(scored, "scores"))
     best_of = run.workdir / "eval" / "best_of" / "metrics.json"
     if best_of.is_file():
         metrics = json.loads(best_of.read_text())
@@ -143,9 +145,9 @@ def change_table(run: Run) -> Table:
     return comparison_table(found["a"], found["b"], title, differences=found["differences"])
 
 
-def report_best_of(console: Console, metrics: dict[str, Any]) -> None:
+def report_best_of(console: Console, metrics: Metrics) -> None:
     """Upper bound: the base's best answer of N per image."""
     for name, scores in metrics["best_of"]["datasets"].items():
-        names = ("correctness", "specificity", "hm")
-        values = "  ".join(f"{m} {format_estimate(scores['best'][m])}" for m in names)
+        best = scores["best"]
+        values = "  ".join(f"{m} {format_estimate(best[m])}" for m in MAIN_METRICS)
         console.print(f"base, best of {scores['n']} on {name}: {values}", markup=False)

@@ -119,9 +119,9 @@ class Goodput:
 def _compilations() -> list[float]:
     durations: list[float] = []
 
-    def listen(event: str, duration_s: float, **_: str | int) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILE_EVENT:
-            durations.append(duration_s)
+            durations.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return durations

@@ -7,10 +7,10 @@ import fnmatch
 import json
 import pathlib
 import shutil
-from typing import Any
 
 from speciarl_jax.config import Config
 from speciarl_jax.storage import RunDir
+from speciarl_jax.types import JsonObject
 
 
 def prepare_workdir(
@@ -96,7 +96,7 @@ _FREE = (
 )
 
 
-def _check_same_recipe(old: dict[str, Any], new: dict[str, Any], marker: pathlib.Path) -> None:
+def _check_same_recipe(old: JsonObject, new: JsonObject, marker: pathlib.Path) -> None:
     for section, values in new.items():
         if section in ("judge", "eval", "mesh", "logging", "compile_cache_dir"):
             continue

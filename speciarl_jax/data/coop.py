@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 from speciarl_jax.data.records import RecordSource
 from speciarl_jax.types import Example
@@ -83,7 +82,7 @@ def _read_split(file: pathlib.Path, split: str) -> list[str]:
     if not file.is_file():
         raise ValueError(f"split file {file}: not found; pass the benchmark's split_zhou_*.json")
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, list[list[str]]] = json.loads(file.read_text(encoding="utf-8"))
         listed = [str(row[0]) for row in content[_SPLITS[split]]]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(

@@ -16,13 +16,13 @@ import functools
 import json
 import math
 import pathlib
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from speciarl_jax.arch import VisionArch
 from speciarl_jax.data.decode import BadImageError, decode_image
+from speciarl_jax.types import JsonObject
 
 __all__ = [
     "BadImageError",
@@ -114,10 +114,8 @@ class ImageLimits:
         )
 
 
-def _check_preprocessor(
-    config: dict[str, Any], arch: VisionArch | None, file: pathlib.Path
-) -> None:
-    expected: dict[str, Any] = {
+def _check_preprocessor(config: JsonObject, arch: VisionArch | None, file: pathlib.Path) -> None:
+    expected: dict[str, int] = {
         "resample": int(Image.Resampling.BICUBIC),
         "do_resize": True,
         "do_rescale": True,
@@ -130,8 +128,9 @@ def _check_preprocessor(
     for field, value in expected.items():
         if config.get(field, value) != value:
             raise ValueError(f"{file}: {field}={config[field]!r}, only {value!r} is supported here")
-    if not math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{file}: rescale_factor={config['rescale_factor']}, expected 1/255")
+    factor = config.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{file}: rescale_factor={factor}, expected 1/255")
 
 
 def smart_resize(

@@ -17,7 +17,7 @@ import pathlib
 import threading
 import uuid
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,7 @@ _PROGRESS_EVERY = 5000
 _LOG = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to examples. May have ``fingerprint() -> str``, its identity on disk."""
 
@@ -240,8 +241,7 @@ def _load_rows(file: pathlib.Path | None, expected: int) -> list[_Row] | None:
     if file is None or not file.is_file():
         return None
     try:
-        content: Any = json.loads(file.read_text())
-        rows = [_Row(*row) for row in content]
+        rows = [_Row(*row) for row in json.loads(file.read_text())]
     except (ValueError, TypeError):
         return None
     return rows if len(rows) == expected else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from speciarl_jax.types import Failure, FailureKind, Verdict
 
@@ -46,6 +46,7 @@ class UnknownTruthError(JudgeError):
     """The offline judge was asked about a ground truth that its tree does not contain."""
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Anything that labels pairs."""
 

@@ -8,7 +8,7 @@ import contextlib
 import threading
 import types
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from speciarl_jax.judge.base import JudgeError, Outcome, Pair
 from speciarl_jax.judge.config import JudgeConfig
@@ -52,7 +52,7 @@ class JudgeThread:
         self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
 
-    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+    def _call(self, coroutine: Coroutine[object, None, _T]) -> _T:
         """Runs a coroutine on the judge's loop and waits for it."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from speciarl_jax import scoring
 from speciarl_jax.predictions import Prediction, read_predictions
 from speciarl_jax.report.series import Series, read_series
+from speciarl_jax.types import JsonObject, Metrics
 
 _FIRST, _LAST = ("base",), ("best_of", "trained")
 
@@ -31,7 +32,7 @@ class Stage:
 
     name: str
     predictions: list[Prediction]
-    metrics: dict[str, Any]
+    metrics: Metrics
 
 
 @dataclasses.dataclass
@@ -50,7 +51,7 @@ class Run:
     name: str
     path: Path
     series: Series
-    config: dict[str, Any]
+    config: JsonObject
     stages: list[Stage]
     rollouts: list[Prediction]
 
@@ -65,7 +66,7 @@ class Run:
         return self.stage("trained") or (plain[-1] if plain else None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """Content of a JSON object file; empty if there is none.
 
     Raises:
@@ -129,7 +130,7 @@ def load_runs(paths: list[str]) -> list[Run]:
     return runs
 
 
-def _in_domain(config: dict[str, Any]) -> list[str]:
+def _in_domain(config: JsonObject) -> list[str]:
     data = config.get("data")
     names = data.get("in_domain", []) if isinstance(data, dict) else []
     return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
@@ -146,7 +147,7 @@ def _stage_dirs(path: Path) -> list[Path]:
 
 def _read_stage(path: Path, name: str, in_domain: list[str]) -> Stage:
     predictions = read_predictions(path / "predictions.jsonl")
-    metrics = read_json(path / "metrics.json")
+    metrics = cast(Metrics, read_json(path / "metrics.json"))
     if "datasets" not in metrics or "averages" not in metrics:
         metrics = scoring.metrics_json(predictions, in_domain=in_domain)
     return Stage(name, predictions, metrics)
