@@ -10,7 +10,10 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
+
+# Somebody else's config.json: what it holds is checked where it is read.
+HfConfig: TypeAlias = Mapping[str, Any]
 
 from speciarl_jax.files import FETCH_MODEL, read_json
 
@@ -120,7 +123,7 @@ class Arch:
                 raise ValueError(f"architecture: {message}")
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Arch:
+    def from_hf(cls, config: HfConfig) -> Arch:
         """Builds from the contents of a Hugging Face ``config.json``.
 
         Raises:
@@ -164,7 +167,7 @@ class Arch:
         return cls.from_hf(read_json(file, FETCH_MODEL))
 
 
-def _vision_from_hf(config: Mapping[str, Any]) -> VisionArch:
+def _vision_from_hf(config: HfConfig) -> VisionArch:
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"vision hidden_act {config['hidden_act']!r}: only 'silu' is implemented")
     rope = config.get("rope_parameters") or {}
@@ -184,12 +187,12 @@ def _vision_from_hf(config: Mapping[str, Any]) -> VisionArch:
     )
 
 
-def _text_from_hf(text: Mapping[str, Any], root: Mapping[str, Any]) -> TextArch:
+def _text_from_hf(text: HfConfig, root: HfConfig) -> TextArch:
     if text.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {text['hidden_act']!r}: only 'silu' is implemented")
     if text.get("use_sliding_window"):
         raise ValueError("use_sliding_window=true is not implemented; Qwen2.5-VL ships with false")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope: HfConfig = text.get("rope_parameters") or text.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope"):
         raise ValueError(f"rope type {rope_type!r}: only 'default' and 'mrope' are implemented")

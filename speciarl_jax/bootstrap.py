@@ -9,24 +9,25 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 
 from speciarl_jax.predictions import Prediction
+from speciarl_jax.types import Estimate, MainMetric, Metric
 
 CONFIDENCE = 0.95
 _CHUNK_CELLS = 4_000_000  # weights held at once, 32 MB of int64
 
 FORMAT_RULES = ("wrong", "separate", "drop")
-METRICS = ("correctness", "specificity", "hm", "format_failure_rate", "judge_failure_rate")
+MAIN_METRICS: tuple[MainMetric, ...] = ("correctness", "specificity", "hm")
+METRICS: tuple[Metric, ...] = (*MAIN_METRICS, "format_failure_rate", "judge_failure_rate")
 
 _FORMAT_RUNG = 0  # rungs of this module: format failure, then the six categories
 _WRONG_RUNG = 1
 _RUNG_SCORES = np.array([0, 0, 1, 2, 3, 4, 4]) / 4
+Numbers: TypeAlias = np.ndarray | np.float64  # one number, or one for each resample
 _ROWS = 3  # column of the row count among the six moments, see `moments_of`
-
-Estimate = dict[str, float | None]
 
 
 def stratum_rng(seed: int, name: str) -> np.random.Generator:
@@ -100,7 +101,7 @@ class Scored:
     images: int
     rows: int
 
-    def estimates(self) -> dict[str, Any]:
+    def estimates(self) -> dict[str, Estimate]:
         """Each metric with its interval, as in ``metrics.json``."""
         return {
             name: estimate(value, self.replicates[name], self.images)
@@ -108,7 +109,7 @@ class Scored:
         }
 
 
-def _hm(c: np.ndarray, s: np.ndarray) -> np.ndarray:
+def _hm(c: Numbers, s: Numbers) -> np.ndarray:
     """Harmonic mean; 0 where c is 0 (s is undefined there) or both are 0."""
     total = c + s
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -116,7 +117,7 @@ def _hm(c: np.ndarray, s: np.ndarray) -> np.ndarray:
     return np.where(c == 0, 0.0, hm)
 
 
-def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+def _ratio(top: Numbers, bottom: Numbers) -> np.ndarray:
     """Quotient, nan where bottom is 0 (or a rounding error away from it)."""
     is_defined = bottom > 1e-9
     return np.where(is_defined, top / np.where(is_defined, bottom, 1.0), np.nan)
@@ -198,8 +199,10 @@ def resample(moments: np.ndarray, samples: int, rng: np.random.Generator) -> lis
 
 def average(members: Sequence[Scored]) -> Scored:
     """Unweighted mean over data sets, resample by resample; HM both ways."""
-    values = {m: float(np.mean([s.values[m] for s in members])) for m in METRICS}
-    reps = {m: np.mean([s.replicates[m] for s in members], axis=0) for m in METRICS}
+    values: dict[str, float] = {m: float(np.mean([s.values[m] for s in members])) for m in METRICS}
+    reps: dict[str, np.ndarray] = {
+        m: np.mean([s.replicates[m] for s in members], axis=0) for m in METRICS
+    }
     c, s = np.array(values["correctness"]), np.array(values["specificity"])
     values["hm_of_means"] = float(_hm(c, s))
     reps["hm_of_means"] = _hm(reps["correctness"], reps["specificity"])

@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TypedDict
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
+from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers as ocp_managers
 
 from speciarl_jax.optim import OptimState
+from speciarl_jax.types import JsonObject
 
 _UNREADABLE = (ValueError, KeyError, TypeError, OSError)
 
@@ -29,7 +31,14 @@ class SavedRollouts:
     """Answers that wait for their step: `arrays` of numpy, `record` of JSON."""
 
     arrays: dict[str, np.ndarray]
-    record: dict[str, Any]
+    record: JsonObject
+
+
+class _Pending(TypedDict):
+    """`SavedRollouts` in a checkpoint: of the arrays, shape and dtype."""
+
+    record: JsonObject
+    arrays: dict[str, tuple[list[int], str]]
 
 
 @dataclasses.dataclass
@@ -44,10 +53,10 @@ class TrainState:
         rollouts: sampled for the next step already (`train.async_steps`); only in a checkpoint.
     """
 
-    trainable: nnx.State
+    trainable: nnx.State[str, object]
     optim: OptimState
     step: int
-    data: dict[str, Any]
+    data: JsonObject
     rollouts: SavedRollouts | None = None
 
 
@@ -62,7 +71,7 @@ class Checkpoints:
             keep: newest checkpoints to keep.
             keep_best: beside them, those with the highest HM at their validation.
         """
-        policies: list[Any] = [ocp_managers.LatestN(keep)]
+        policies: list[ocp_managers.PreservationPolicy] = [ocp_managers.LatestN(keep)]
         if keep_best:
             policies.append(
                 ocp_managers.BestN(
@@ -100,7 +109,7 @@ class Checkpoints:
             return
         if state.step in self.steps():
             self._manager.delete(state.step)
-        position: dict[str, Any] = {"step": state.step, "data": state.data}
+        position = {"step": state.step, "data": state.data}
         pending = {}
         if state.rollouts is not None:
             shapes = {k: [list(v.shape), v.dtype.str] for k, v in state.rollouts.arrays.items()}
@@ -154,7 +163,7 @@ class Checkpoints:
             ValueError: none there, or none that can be read; the message lists what was tried.
         """
         steps = self.steps() if step is None else [step]
-        skipped = []
+        skipped: list[str] = []
         for candidate in reversed(steps):
             try:
                 return self._read(like, candidate), skipped
@@ -183,7 +192,7 @@ class Checkpoints:
         rollouts = self._read_rollouts(step, position.get("rollouts"))
         return TrainState(trainable, optim, int(position["step"]), position["data"], rollouts)
 
-    def _read_rollouts(self, step: int, saved: dict[str, Any] | None) -> SavedRollouts | None:
+    def _read_rollouts(self, step: int, saved: _Pending | None) -> SavedRollouts | None:
         if saved is None:
             return None
         target = {k: np.zeros(shape, dtype) for k, (shape, dtype) in saved["arrays"].items()}
@@ -196,7 +205,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _pure(trainable: nnx.State, optim: OptimState) -> dict[str, Any]:
+def _pure(trainable: nnx.State[str, object], optim: OptimState) -> dict[str, PyTree[jax.Array]]:
     """Plain dictionaries of arrays: readable without this package's classes."""
     leaves = jax.tree.leaves(optim)
     return {
@@ -205,6 +214,6 @@ def _pure(trainable: nnx.State, optim: OptimState) -> dict[str, Any]:
     }
 
 
-def num_bytes(tree: Any) -> int:
+def num_bytes(tree: PyTree) -> int:
     """Bytes of all arrays in a tree."""
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -10,10 +10,11 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from speciarl_jax import presets
 from speciarl_jax.config import Config
+from speciarl_jax.convert.commands import LoadedRun
+from speciarl_jax.types import Verbs
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 
@@ -102,7 +103,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, type=_workdir, help="run directory")
 
 
-def _add_train(verbs: Any) -> None:
+def _add_train(verbs: Verbs) -> None:
     train = verbs.add_parser("train", help="train a recipe")
     _add_config(train)
     train.add_argument("--resume", action="store_true", help="go on with the run in --workdir")
@@ -126,7 +127,7 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_eval(verbs: Any) -> None:
+def _add_eval(verbs: Verbs) -> None:
     evaluate = verbs.add_parser("eval", help="score a checkpoint, or predictions that exist")
     _add_config(evaluate)
     _add_processes(evaluate)
@@ -149,7 +150,7 @@ def _add_eval(verbs: Any) -> None:
     evaluate.set_defaults(handler=run_eval)
 
 
-def _add_sample(verbs: Any) -> None:
+def _add_sample(verbs: Verbs) -> None:
     sample = verbs.add_parser("sample", help="try a policy by hand on one image")
     sample.add_argument("--model", default="tiny", help="HF directory or hub id")
     sample.add_argument("--image", required=True, type=pathlib.Path, help="image file")
@@ -161,7 +162,7 @@ def _add_sample(verbs: Any) -> None:
     sample.set_defaults(handler=run_sample)
 
 
-def _add_tiny(verbs: Any) -> None:
+def _add_tiny(verbs: Verbs) -> None:
     tiny = verbs.add_parser("tiny", help="make the shipped small policy (see `make tiny`)")
     steps = tiny.add_subparsers(dest="tiny_verb", required=True)
     init = steps.add_parser("init", help="tokenizer, config and random weights")
@@ -311,7 +312,7 @@ def run_tiny_init(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load_run(workdir: pathlib.Path) -> Any:
+def _load_run(workdir: pathlib.Path) -> LoadedRun:
     from speciarl_jax.export_run import load_run
 
     return load_run(workdir)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-from typing import Any
 
 import jax
 from etils import epath
@@ -18,6 +17,7 @@ from speciarl_jax.convert import adapter
 from speciarl_jax.evaluate import STEP_PREFIX, evaluate, retry_failed, write_scores
 from speciarl_jax.export_run import open_adapter, restore_parts
 from speciarl_jax.files import write_whole
+from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.metrics import make_console
 from speciarl_jax.predictions import read_predictions
 from speciarl_jax.report.tables import metrics_table, text_table
@@ -27,6 +27,7 @@ from speciarl_jax.storage import RunDir, open_run_dir
 from speciarl_jax.text_metrics import score_text
 from speciarl_jax.text_model import open_embedder
 from speciarl_jax.train import open_judge
+from speciarl_jax.types import Metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def run(
     return 0
 
 
-def _show(metrics: dict[str, Any], options: EvalOptions) -> None:
+def _show(metrics: Metrics, options: EvalOptions) -> None:
     if options.is_json:
         print(json.dumps(metrics, allow_nan=False))
         return
@@ -112,8 +113,8 @@ def _show(metrics: dict[str, Any], options: EvalOptions) -> None:
 
 
 def _score_file(
-    config: Config, judge: Any, source: pathlib.Path, workdir: pathlib.Path
-) -> tuple[dict[str, Any], pathlib.Path]:
+    config: Config, judge: JudgeThread, source: pathlib.Path, workdir: pathlib.Path
+) -> tuple[Metrics, pathlib.Path]:
     """Judges rows without a category in a copy of the file, then scores it."""
     read_predictions(source)  # a bad line is reported before anything is written
     out_dir = workdir / "eval" / source.stem
@@ -127,11 +128,11 @@ def _score_file(
 
 def _score_checkpoint(
     config: Config,
-    judge: Any,
+    judge: JudgeThread,
     run_dir: RunDir,
     options: EvalOptions,
     recipe_dir: pathlib.Path | None,
-) -> tuple[dict[str, Any], pathlib.Path]:
+) -> tuple[Metrics, pathlib.Path]:
     session, name, weights, step = open_checkpoint(
         config, run_dir.checkpoints, options.checkpoint, recipe_dir
     )

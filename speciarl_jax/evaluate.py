@@ -8,7 +8,6 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from flax import nnx
@@ -37,7 +36,7 @@ from speciarl_jax.rollout.groups import await_verdicts, collect_groups
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.session import Session
 from speciarl_jax.sharding import num_replicas
-from speciarl_jax.types import PromptBatch, Rollout, Verdict
+from speciarl_jax.types import JsonObject, Metrics, PromptBatch, Rollout, TextMetrics, Verdict
 
 STEP_PREFIX = "step_"
 _EVAL_STEP = 2**30  # folded into the seed: evaluation never shares randomness with training
@@ -45,7 +44,7 @@ _EVAL_STEP = 2**30  # folded into the seed: evaluation never shares randomness w
 
 def evaluate(
     session: Session,
-    states: tuple[nnx.State, ...],
+    states: tuple[nnx.State[str, object], ...],
     judge: JudgeThread,
     out_dir: pathlib.Path,
     *,
@@ -55,7 +54,7 @@ def evaluate(
     console: Console,
     prompt_step: int = 0,
     weights: str = "",
-) -> dict[str, Any]:
+) -> Metrics:
     """Samples answers on every evaluation source, has them judged, scores them.
 
     Batches are appended to ``predictions.jsonl`` as they are judged; a second call goes on where
@@ -110,7 +109,8 @@ def evaluate(
                 seen += sum(hosts.gather_json(len(keys)))
                 at(seen)
     scores = write_scores(config, path, out_dir) if hosts.is_first() else None
-    return hosts.from_first(scores)
+    everywhere: Metrics = hosts.from_first(scores)
+    return everywhere
 
 
 def _finished_images(path: pathlib.Path, samples: int, judge: JudgeThread) -> list[tuple[str, str]]:
@@ -132,9 +132,7 @@ def _append(path: pathlib.Path, rows: list[Prediction]) -> None:
         append_predictions(path, rows)
 
 
-def answer_settings(
-    session: Session, samples: int, sampling: Sampling, weights: str
-) -> dict[str, Any]:
+def answer_settings(session: Session, samples: int, sampling: Sampling, weights: str) -> JsonObject:
     """Everything that the answers and labels of an evaluation depend on, as plain JSON values."""
     config = session.config
     judge = config.judge if config.eval.use_train_judge else config.eval.judge
@@ -154,7 +152,7 @@ def answer_settings(
     }
 
 
-def claim_folder(out_dir: pathlib.Path, settings: dict[str, Any]) -> None:
+def claim_folder(out_dir: pathlib.Path, settings: JsonObject) -> None:
     """Makes an evaluation's folder, or checks that what it holds was made with these settings.
 
     A run that was resumed with more steps finds its earlier final score there: that folder is
@@ -216,7 +214,7 @@ def _image_keys(batch: PromptBatch) -> list[tuple[str, str]]:
 def _sample(
     session: Session,
     engine: RolloutEngine,
-    states: tuple[nnx.State, ...],
+    states: tuple[nnx.State[str, object], ...],
     judge: JudgeThread,
     batch: PromptBatch,
     samples: int,
@@ -295,8 +293,8 @@ def retry_failed(path: pathlib.Path, judge: JudgeThread) -> int:
 
 
 def write_scores(
-    config: Config, path: pathlib.Path, out_dir: pathlib.Path, text: dict[str, Any] | None = None
-) -> dict[str, Any]:
+    config: Config, path: pathlib.Path, out_dir: pathlib.Path, text: TextMetrics | None = None
+) -> Metrics:
     """Scores a predictions file and writes ``metrics.json`` beside it.
 
     Args:

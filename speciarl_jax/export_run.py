@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-from typing import Any
 
 from etils import epath
 from flax import nnx
@@ -30,6 +29,7 @@ from speciarl_jax.session import (
 )
 from speciarl_jax.sharding import param_shardings
 from speciarl_jax.storage import open_run_dir
+from speciarl_jax.types import JsonObject
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -48,15 +48,21 @@ def read_config(workdir: pathlib.Path) -> Config:
     return config
 
 
-def _fill(target: Any, values: dict[str, Any], place: str) -> None:
+def _fill(target: object, values: JsonObject, place: str) -> None:
     for name, value in values.items():
         if not hasattr(target, name):
             raise ValueError(f"{place}: unknown field {name!r}; written by another version?")
         old = getattr(target, name)
         if dataclasses.is_dataclass(old):
+            if not isinstance(value, dict):
+                raise ValueError(f"{place}: {name}={value!r}, expected an object")
             _fill(old, value, f"{place}: {name}")
         else:
-            setattr(target, name, tuple(value) if isinstance(old, tuple) else value)
+            setattr(
+                target,
+                name,
+                tuple(value) if isinstance(old, tuple) and isinstance(value, list) else value,
+            )
 
 
 def restore_parts(

@@ -96,7 +96,7 @@ class LiveView:
         self._live.update(self._content())
 
     def _content(self) -> Group:
-        return Group(*filter(None, (self._table, self._progress)))
+        return Group(self._progress) if self._table is None else Group(self._table, self._progress)
 
 
 @contextlib.contextmanager

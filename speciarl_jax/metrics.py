@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -41,13 +41,26 @@ def deterministic(row: Mapping[str, float]) -> dict[str, float]:
     return {k: v for k, v in row.items() if not k.startswith(NONDETERMINISTIC)}
 
 
+@runtime_checkable
+class WandbRun(Protocol):
+    """What is used of a W&B run."""
+
+    def log(self, data: Mapping[str, object], *, step: int) -> None:
+        """Sends what belongs to a step."""
+
+    def finish(self) -> None:
+        """Sends the rest."""
+
+
 class MetricsWriter:
     """Appends rows to ``metrics.jsonl``, TensorBoard and, if asked for, Weights & Biases.
 
     On resume, rows after a step are cut from the first two; W&B keeps what it was sent.
     """
 
-    def __init__(self, workdir: pathlib.Path, resume_step: int, wandb_run: Any = None) -> None:
+    def __init__(
+        self, workdir: pathlib.Path, resume_step: int, wandb_run: WandbRun | None = None
+    ) -> None:
         """Opens the files.
 
         Args:
@@ -104,7 +117,7 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-def open_wandb(config: Config, workdir: pathlib.Path) -> Any:
+def open_wandb(config: Config, workdir: pathlib.Path) -> WandbRun | None:
     """The W&B run of a work directory; a resumed run goes on with the same one.
 
     W&B reads its own environment: WANDB_MODE=offline keeps everything below ``workdir/wandb``.
@@ -130,7 +143,7 @@ def open_wandb(config: Config, workdir: pathlib.Path) -> Any:
     import wandb
 
     place = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:12]
-    return wandb.init(
+    run: WandbRun = wandb.init(
         project=project,
         name=f"{config.name} {workdir.name}",
         id=place,
@@ -138,6 +151,7 @@ def open_wandb(config: Config, workdir: pathlib.Path) -> Any:
         dir=str(workdir),
         config=dataclasses.asdict(config),
     )
+    return run
 
 
 def _pixels(image: bytes) -> np.ndarray:
@@ -170,7 +184,7 @@ def answers_markdown(group: Sequence[Rollout]) -> str:
     return "\n".join(lines)
 
 
-def _wandb_table(groups: Sequence[Sequence[Rollout]], images: Mapping[str, bytes]) -> Any:
+def _wandb_table(groups: Sequence[Sequence[Rollout]], images: Mapping[str, bytes]) -> object:
     import wandb
 
     columns = ["image", "ground truth", "answer", "category", "reward", "advantage", "completion"]

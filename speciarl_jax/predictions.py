@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from speciarl_jax.files import write_whole
-from speciarl_jax.types import Category, Failure, Rollout
+from speciarl_jax.types import Category, Failure, JsonObject, JsonValue, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Prediction:
         """What makes a row unique in a file."""
         return (self.dataset, self.prompt_id, self.sample_index, self.step)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         """The row as plain JSON values; `advantage`, `step`, `failure` only where they are set."""
-        row: dict[str, object] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        row: JsonObject = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         row["category"] = None if self.category is None else self.category.label
         for name in ("advantage", "step", "failure"):
             if row[name] is None:
@@ -110,7 +110,7 @@ def from_rollout(rollout: Rollout, image: str = "", step: int | None = None) -> 
     )
 
 
-def parse_prediction(row: object) -> Prediction:
+def parse_prediction(row: JsonValue) -> Prediction:
     """Checks one decoded JSON object and turns it into a row; unknown keys are ignored.
 
     A blank prediction is a format failure. `image`, `reward`, `advantage`, `step` and `failure`
@@ -150,7 +150,7 @@ _REQUIRED = object()
 
 
 def _text(
-    row: dict[str, object], name: str, *, is_nullable: bool = False, default: object = _REQUIRED
+    row: JsonObject, name: str, *, is_nullable: bool = False, default: object = _REQUIRED
 ) -> str | None:
     value = row.get(name, default)
     if value is _REQUIRED:
@@ -161,7 +161,7 @@ def _text(
     raise ValueError(f"field {name!r} is {value!r}: expected {expected}")
 
 
-def _number(row: dict[str, object], name: str) -> float | None:
+def _number(row: JsonObject, name: str) -> float | None:
     value = row.get(name)
     if value is None:
         return None
@@ -170,7 +170,7 @@ def _number(row: dict[str, object], name: str) -> float | None:
     return float(value)
 
 
-def _integer(row: dict[str, object], name: str, *, is_required: bool = False) -> int | None:
+def _integer(row: JsonObject, name: str, *, is_required: bool = False) -> int | None:
     value = row.get(name)
     if value is None and not is_required:
         return None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
 
 import optax
 from rich.console import Console
 from rich.table import Table
 
+from speciarl_jax.bootstrap import MAIN_METRICS
 from speciarl_jax.checkpoint import Checkpoints, TrainState
 from speciarl_jax.clock import Goodput, format_seconds
 from speciarl_jax.config import Config
@@ -27,6 +27,7 @@ from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.scores import Groups
 from speciarl_jax.session import Session
 from speciarl_jax.storage import RunDir
+from speciarl_jax.types import Metrics
 from speciarl_jax.watch import Heartbeat, Profile
 
 
@@ -111,13 +112,14 @@ def report_step(
         write_predictions(folder / f"step_{step:06d}.jsonl", rows)
 
 
-def finish(run: Run, base: dict[str, Any] | None, trained: dict[str, Any] | None) -> None:
+def finish(run: Run, base: Metrics | None, trained: Metrics | None) -> None:
     """Plots and the closing table."""
     plots = plot_training(run.workdir / "metrics.jsonl", run.workdir / "plots")
+    scored = trained or base
     if base and trained:
         run.console.print(change_table(run))
-    elif trained or base:
-        run.console.print(metrics_table(trained or base, "scores"))
+    elif scored:
+        run.console.print(metrics_table(scored, "scores"))
     best_of = run.workdir / "eval" / "best_of" / "metrics.json"
     if best_of.is_file():
         metrics = read_json(best_of, "delete eval/best_of and --resume: it is scored again")
@@ -144,9 +146,9 @@ def change_table(run: Run) -> Table:
     return comparison_table(found["a"], found["b"], title, differences=found["differences"])
 
 
-def report_best_of(console: Console, metrics: dict[str, Any]) -> None:
+def report_best_of(console: Console, metrics: Metrics) -> None:
     """Upper bound: the base's best answer of N per image."""
     for name, scores in metrics["best_of"]["datasets"].items():
-        names = ("correctness", "specificity", "hm")
-        values = "  ".join(f"{m} {format_estimate(scores['best'][m])}" for m in names)
+        best = scores["best"]
+        values = "  ".join(f"{m} {format_estimate(best[m])}" for m in MAIN_METRICS)
         console.print(f"base, best of {scores['n']} on {name}: {values}", markup=False)

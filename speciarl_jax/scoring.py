@@ -23,13 +23,23 @@ import functools
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from speciarl_jax import bootstrap
 from speciarl_jax.predictions import Prediction
-from speciarl_jax.types import Category
+from speciarl_jax.types import (
+    BestOf,
+    BestOfs,
+    Category,
+    CurvePoint,
+    Difference,
+    JsonObject,
+    Metrics,
+    Scores,
+    ScoringSettings,
+)
 
 FINE_GRAINED = frozenset(
     {"flowers", "flowers102", "oxfordflowers102", "food", "food101", "pets", "oxfordpets",
@@ -61,7 +71,12 @@ def _score_plain(
     return bootstrap.resample(moments[:, None], samples, bootstrap.stratum_rng(seed, name))[0]
 
 
-def _describe(predictions: Sequence[Prediction]) -> dict[str, Any]:
+def _scores(scored: bootstrap.Scored, others: JsonObject) -> Scores:
+    """The estimates by name and what else is known, in one object."""
+    return cast(Scores, {**scored.estimates(), **others})
+
+
+def _describe(predictions: Sequence[Prediction]) -> JsonObject:
     """Shares that sum to 1 over all rows, failures included, and the mean answer length."""
     totals = bootstrap.rung_counts([predictions])[0]
     names = ["format_failure", *(c.label for c in Category), "judge_failure"]
@@ -87,7 +102,7 @@ def score_dataset(
     format_failures: str = "wrong",
     bootstrap_samples: int = 2000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Scores:
     """Scores the rows of one data set.
 
     Args:
@@ -109,7 +124,7 @@ def score_dataset(
     """
     name = _one_dataset(predictions)
     scored = _score_plain(name, predictions, format_failures, bootstrap_samples, seed)
-    return scored.estimates() | _describe(predictions)
+    return _scores(scored, _describe(predictions))
 
 
 def _canonical(name: str) -> str:
@@ -132,11 +147,11 @@ def _groups(names: Iterable[str], in_domain: Collection[str]) -> dict[str, list[
 
 def _averages(
     scored: Mapping[str, bootstrap.Scored], groups: Mapping[str, list[str]]
-) -> dict[str, Any]:
+) -> dict[str, Scores]:
     result = {}
     for group, names in groups.items():
         average = bootstrap.average([scored[n] for n in names])
-        result[group] = average.estimates() | {"n": average.rows, "datasets": names}
+        result[group] = _scores(average, {"n": average.rows, "datasets": names})
     return result
 
 
@@ -146,7 +161,7 @@ def metrics_json(
     format_failures: str = "wrong",
     bootstrap_samples: int = 2000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Metrics:
     """The content of ``metrics.json``: every data set, the averages, and how it was computed.
 
     Where images have several rows, ``best_of`` holds `best_of_n` per data set and the averaged
@@ -169,28 +184,28 @@ def metrics_json(
     """
     datasets = by_dataset(predictions)
     groups = _groups(datasets, in_domain)
-    settings: dict[str, Any] = {
+    settings: ScoringSettings = {
         "format_failures": format_failures,
         "bootstrap_samples": bootstrap_samples,
         "seed": seed,
     }
-    scored = {name: _score_plain(name, rows, **_short(settings)) for name, rows in datasets.items()}
-    result: dict[str, Any] = {
-        "datasets": {n: scored[n].estimates() | _describe(rows) for n, rows in datasets.items()},
+    scored = {name: _score_plain(name, rows, *_short(settings)) for name, rows in datasets.items()}
+    result: Metrics = {
+        "datasets": {n: _scores(scored[n], _describe(rows)) for n, rows in datasets.items()},
         "averages": _averages(scored, groups),
-        "settings": settings | {"confidence": bootstrap.CONFIDENCE, "in_domain": sorted(in_domain)},
+        "settings": {
+            **settings,
+            "confidence": bootstrap.CONFIDENCE,
+            "in_domain": sorted(in_domain),
+        },
     }
     if any(len(rows) > len(_by_image(rows)) for rows in datasets.values()):
         result["best_of"] = _best_of_json(datasets, groups, settings)
     return result
 
 
-def _short(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "rule": settings["format_failures"],
-        "samples": settings["bootstrap_samples"],
-        "seed": settings["seed"],
-    }
+def _short(settings: ScoringSettings) -> tuple[str, int, int]:
+    return settings["format_failures"], settings["bootstrap_samples"], settings["seed"]
 
 
 def best_predictions(predictions: Iterable[Prediction]) -> list[Prediction]:
@@ -260,7 +275,7 @@ def best_of_n(
     format_failures: str = "wrong",
     bootstrap_samples: int = 2000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> BestOf:
     """What an oracle that picks the best of k answers would score, for k = 1, 2, 4, ... N.
 
     Returns:
@@ -282,30 +297,30 @@ def best_of_n(
         "n": ks[-1] if ks else 0,
         "best": score_dataset(best_predictions(predictions), *settings),
         "curve": [
-            {"k": k} | _curve_point(point) | {"images_short": int((samples < k).sum())}
+            _curve_point(k, point) | {"images_short": int((samples < k).sum())}
             for k, point in zip(ks, curve, strict=True)
         ],
     }
 
 
-def _curve_point(point: bootstrap.Scored) -> dict[str, Any]:
+def _curve_point(k: int, point: bootstrap.Scored) -> CurvePoint:
     point.values.pop("judge_failure_rate", None)
-    return point.estimates()
+    return cast(CurvePoint, {"k": k, **point.estimates()})
 
 
 def _best_of_json(
     datasets: Mapping[str, list[Prediction]],
     groups: Mapping[str, list[str]],
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
+    settings: ScoringSettings,
+) -> BestOfs:
     counts = {n: bootstrap.rung_counts(_by_image(rows).values()) for n, rows in datasets.items()}
     sizes = {n: int(c.sum(1).max()) for n, c in counts.items()}
-    average: dict[str, Any] = {}
+    average: dict[str, list[CurvePoint]] = {}
     for group, names in groups.items():
         ks = curve_sizes(min(sizes[n] for n in names))
-        curves = [_curve(n, counts[n], ks, **_short(settings)) for n in names]
+        curves = [_curve(n, counts[n], ks, *_short(settings)) for n in names]
         points = [bootstrap.average(list(members)) for members in zip(*curves, strict=True)]
-        average[group] = [{"k": k} | _curve_point(p) for k, p in zip(ks, points, strict=True)]
+        average[group] = [_curve_point(k, p) for k, p in zip(ks, points, strict=True)]
     return {
         "datasets": {n: best_of_n(rows, **settings) for n, rows in datasets.items()},
         "averages": average,
@@ -318,7 +333,7 @@ def paired_differences(
     format_failures: str = "wrong",
     bootstrap_samples: int = 2000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Difference:
     """Metrics of b minus those of a, on the images both have, resampled together.
 
     Several data sets are averaged without weights, as in `averages`.
@@ -346,7 +361,7 @@ def paired_differences(
     if not pairs:
         raise ValueError("the two runs have no image in common: evaluate them on the same data")
     a_mean, b_mean = (bootstrap.average([pair[side] for pair in pairs]) for side in (0, 1))
-    result: dict[str, Any] = {
+    result = {
         m: bootstrap.estimate(
             b_mean.values[m] - a_mean.values[m],
             b_mean.replicates[m] - a_mean.replicates[m],
@@ -354,4 +369,4 @@ def paired_differences(
         )
         for m in a_mean.values
     }
-    return result | {"n_images": sum(first.images for first, _ in pairs)}
+    return cast(Difference, {**result, "n_images": sum(first.images for first, _ in pairs)})

@@ -10,20 +10,22 @@ failure has cosine 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
 from speciarl_jax import bootstrap
 from speciarl_jax.judge.parse import normalize
 from speciarl_jax.predictions import Prediction
+from speciarl_jax.types import TextMetric, TextMetrics, TextScores
 
 _CONCEPT_WORDS = 3
 _ANSWER_WORDS = 40  # of an answer that concepts are taken from; a label has two to five
-METRICS = ("text_inclusion", "semantic_similarity", "concept_similarity")
+METRICS: tuple[TextMetric, ...] = ("text_inclusion", "semantic_similarity", "concept_similarity")
 
 
+@runtime_checkable
 class Embedder(Protocol):
     """Texts to unit vectors."""
 
@@ -79,7 +81,7 @@ def score_text(
     embedder: Embedder | None = None,
     bootstrap_samples: int = 2000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> TextMetrics:
     """Mean text metrics with 95 % intervals over images, per data set and over data sets.
 
     Args:
@@ -111,7 +113,7 @@ def score_text(
     }
     members = list(scored.values())
     return {
-        "datasets": {name: s.estimates() | {"n": s.rows} for name, s in scored.items()},
+        "datasets": {name: _scores(s) for name, s in scored.items()},
         "averages": {"all": _average(members, metrics)} if members else {},
     }
 
@@ -130,11 +132,15 @@ def _resampled(
     )
 
 
-def _average(members: Sequence[bootstrap.Scored], metrics: Sequence[str]) -> Mapping[str, Any]:
+def _average(members: Sequence[bootstrap.Scored], metrics: Sequence[str]) -> TextScores:
     average = bootstrap.Scored(
         {m: float(np.mean([s.values[m] for s in members])) for m in metrics},
         {m: np.mean([s.replicates[m] for s in members], axis=0) for m in metrics},
         min(s.images for s in members),
         sum(s.rows for s in members),
     )
-    return average.estimates() | {"n": average.rows}
+    return _scores(average)
+
+
+def _scores(scored: bootstrap.Scored) -> TextScores:
+    return cast(TextScores, {**scored.estimates(), "n": scored.rows})

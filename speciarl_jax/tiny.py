@@ -12,12 +12,14 @@ import pathlib
 
 import numpy as np
 from flax import nnx
+from tokenizers import Tokenizer
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.data.field_guide.answers import answer_text
 from speciarl_jax.data.field_guide.specimens import draw_specimens
 from speciarl_jax.data.field_guide.taxonomy import load_taxonomy
 from speciarl_jax.files import write_whole
+from speciarl_jax.types import JsonObject, JsonValue
 
 PROMPTS = ("field_guide", "field_guide_exact")  # wordings that the warm-up teaches
 MAX_VOCAB_SIZE = 1024  # the field guide's texts need fewer
@@ -44,7 +46,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_config(tokenizer: object) -> dict[str, object]:
+def tiny_config(tokenizer: Tokenizer) -> JsonObject:
     """``config.json`` of the small policy, in the hub's flat style.
 
     Like the released models, the embedding table is padded beyond the tokenizer.
@@ -93,14 +95,14 @@ def tiny_config(tokenizer: object) -> dict[str, object]:
     }
 
 
-def train_tokenizer(prompts: list[str], vocab_size: int = MAX_VOCAB_SIZE) -> object:
+def train_tokenizer(prompts: list[str], vocab_size: int = MAX_VOCAB_SIZE) -> Tokenizer:
     """A byte-level BPE tokenizer of the field guide's texts, Qwen's special tokens at the end.
 
     Args:
         prompts: prompt wordings it should encode well.
         vocab_size: upper bound, special tokens included.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     # Digits stay single, words keep their leading space, tags split off from words.
@@ -169,7 +171,7 @@ def make_tiny_dir(out: pathlib.Path, prompts: list[str], seed: int = 0) -> None:
     save_hf(policy, out, out, dtype="bfloat16")
 
 
-def _preprocessor_config() -> dict[str, object]:
+def _preprocessor_config() -> JsonObject:
     """Image settings: the released mean and std; areas of 56 x 56 to 112 x 112 px."""
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
@@ -193,7 +195,7 @@ def _scale_init(policy: nnx.Module) -> None:
             kernel[...] = kernel[...] * np.float32(1 / (0.02 * np.sqrt(fan_in)))
 
 
-def _write_json(path: pathlib.Path, value: object) -> None:
+def _write_json(path: pathlib.Path, value: JsonValue) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -10,12 +10,12 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 from rich.console import Console
 
 from speciarl_jax import hosts
+from speciarl_jax.bootstrap import MAIN_METRICS
 from speciarl_jax.checkpoint import Checkpoints, TrainState
 from speciarl_jax.clock import Goodput
 from speciarl_jax.config import Config
@@ -40,6 +40,7 @@ from speciarl_jax.session import Session, enable_compile_cache, initial_state, o
 from speciarl_jax.sft import resolve_target, run_sft_step
 from speciarl_jax.step import StepResult, run_step
 from speciarl_jax.storage import RunDir, open_run_dir
+from speciarl_jax.types import Metrics
 from speciarl_jax.watch import Heartbeat, Profile
 from speciarl_jax.workdir import prepare_workdir
 
@@ -356,15 +357,14 @@ def open_judge(judge: JudgeConfig, workdir: pathlib.Path, step: int) -> JudgeThr
     Raises:
         JudgeError: nobody answers; one line with the place.
     """
-    defaults = {"cache_path": "judge_cache.sqlite", "log_path": "verdicts.sqlite"}
     number = jax.process_index()
-    if number:  # each process has its own files
-        defaults = {k: v.replace(".", f".{number}.") for k, v in defaults.items()}
-    settings: dict[str, Any] = {
-        k: str(workdir / v) for k, v in defaults.items() if not getattr(judge, k)
-    }
-    settings["num_hosts"] = max(judge.num_hosts, jax.process_count())
-    judge = dataclasses.replace(judge, **settings)
+    own = f".{number}" if number else ""  # each process has its own files
+    judge = dataclasses.replace(
+        judge,
+        cache_path=judge.cache_path or str(workdir / f"judge_cache{own}.sqlite"),
+        log_path=judge.log_path or str(workdir / f"verdicts{own}.sqlite"),
+        num_hosts=max(judge.num_hosts, jax.process_count()),
+    )
     if pathlib.Path(judge.log_path).is_file():
         log = VerdictLog(judge.log_path)
         log.cut_back(step)
@@ -376,7 +376,7 @@ def open_judge(judge: JudgeConfig, workdir: pathlib.Path, step: int) -> JudgeThr
     return thread
 
 
-def score(run: Run, state: TrainState, name: str, samples: int = 0) -> dict[str, Any]:
+def score(run: Run, state: TrainState, name: str, samples: int = 0) -> Metrics:
     """Evaluates a state into ``eval/<name>/``; finished work is not repeated."""
     settings = run.config.eval
     sampling = Sampling(settings.temperature, settings.top_p)
@@ -408,11 +408,11 @@ def validation_metrics(run: Run, state: TrainState, *, is_last: bool) -> dict[st
     return eval_row(score(run, state, "trained" if is_final else f"step_{state.step:06d}"))
 
 
-def eval_row(metrics: dict[str, Any]) -> dict[str, float]:
+def eval_row(metrics: Metrics) -> dict[str, float]:
     """``eval/<data set or average>/<metric>`` of a ``metrics.json``."""
     row = {}
     for group, values in {**metrics["datasets"], **metrics["averages"]}.items():
-        for metric in ("correctness", "specificity", "hm"):
+        for metric in MAIN_METRICS:
             value = values[metric]["value"]
             if value is not None:
                 row[f"eval/{group}/{metric}"] = value

@@ -16,10 +16,145 @@ This module imports nothing of the package and never touches jax.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import enum
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NotRequired, TypeAlias, TypedDict
 
 import numpy as np
+
+JsonScalar: TypeAlias = str | int | float | bool | None
+if TYPE_CHECKING:
+    from speciarl_jax.data.images import VisionArrays  # stands above: for the type checker only
+
+    JsonValue: TypeAlias = JsonScalar | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
+    Verbs: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+else:  # checked one level deep when it runs: an alias of itself has no name in other modules
+    JsonValue = JsonScalar | Sequence | Mapping
+    Verbs = argparse._SubParsersAction  # takes no parameter when it runs
+    VisionArrays = object
+JsonObject: TypeAlias = dict[str, JsonValue]
+
+
+MainMetric: TypeAlias = Literal["correctness", "specificity", "hm"]
+Metric: TypeAlias = Literal[
+    "correctness", "specificity", "hm", "format_failure_rate", "judge_failure_rate"
+]
+TextMetric: TypeAlias = Literal["text_inclusion", "semantic_similarity", "concept_similarity"]
+Estimate: TypeAlias = dict[str, float | None]  # value, low, high; None where undefined
+
+
+class MainScores(TypedDict):
+    """The metrics of an evaluation on one data set, or on an average of several."""
+
+    correctness: Estimate
+    specificity: Estimate
+    hm: Estimate
+    n: int
+
+
+class Scores(MainScores):
+    """An entry of ``datasets`` or ``averages`` in ``metrics.json``."""
+
+    format_failure_rate: Estimate
+    judge_failure_rate: Estimate
+    hm_of_means: NotRequired[Estimate]  # averages
+    datasets: NotRequired[list[str]]  # averages
+    n_images: NotRequired[int]
+    category_fracs: NotRequired[dict[str, float]]
+    completion_words: NotRequired[float | None]
+
+
+class CurvePoint(TypedDict):
+    """What the best of k answers would score."""
+
+    k: int
+    correctness: Estimate
+    specificity: Estimate
+    hm: Estimate
+    format_failure_rate: Estimate
+    hm_of_means: NotRequired[Estimate]
+    images_short: NotRequired[int]
+
+
+class BestOf(TypedDict):
+    """Best of k on one data set: the most samples of an image, their best, the curve."""
+
+    n: int
+    best: Scores
+    curve: list[CurvePoint]
+
+
+class BestOfs(TypedDict):
+    """``best_of`` in ``metrics.json``."""
+
+    datasets: dict[str, BestOf]
+    averages: dict[str, list[CurvePoint]]
+
+
+class ScoringSettings(TypedDict):
+    """How rows become metrics; `scoring.score_dataset` says what they mean."""
+
+    format_failures: str
+    bootstrap_samples: int
+    seed: int
+
+
+class MetricsSettings(ScoringSettings):
+    """``settings`` in ``metrics.json``."""
+
+    confidence: float
+    in_domain: list[str]
+
+
+class TextScores(TypedDict):
+    """Text metrics of one data set or average."""
+
+    text_inclusion: Estimate
+    semantic_similarity: NotRequired[Estimate]
+    concept_similarity: NotRequired[Estimate]
+    n: int
+
+
+class TextMetrics(TypedDict):
+    """``text`` in ``metrics.json``."""
+
+    datasets: dict[str, TextScores]
+    averages: dict[str, TextScores]
+
+
+class Metrics(TypedDict):
+    """The content of ``metrics.json``."""
+
+    datasets: dict[str, Scores]
+    averages: dict[str, Scores]
+    settings: MetricsSettings
+    best_of: NotRequired[BestOfs]
+    text: NotRequired[TextMetrics]
+
+
+class Difference(TypedDict):
+    """Metrics of one evaluation minus those of another on the same images."""
+
+    correctness: Estimate
+    specificity: Estimate
+    hm: Estimate
+    format_failure_rate: Estimate
+    judge_failure_rate: Estimate
+    hm_of_means: Estimate
+    n_images: int
+
+
+class Taxon(TypedDict, total=False):
+    """A taxon and what is below it, as taxonomy files hold them; `name` is always there."""
+
+    name: str
+    synonyms: list[str]
+    level: str
+    children: list[Taxon]
+    parts: dict[str, str]  # of a species of the field guide: what it is drawn of
+
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -145,7 +280,7 @@ class PromptBatch:
     positions: np.ndarray
     position_deltas: np.ndarray
     image_rows: np.ndarray
-    vision: object
+    vision: VisionArrays
     global_index: np.ndarray
     is_real: np.ndarray
 

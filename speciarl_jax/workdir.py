@@ -7,11 +7,11 @@ import fnmatch
 import json
 import pathlib
 import shutil
-from typing import Any
 
 from speciarl_jax.config import Config, without_dropped
 from speciarl_jax.files import name_when_whole, read_json, write_whole
 from speciarl_jax.storage import RunDir
+from speciarl_jax.types import JsonObject
 
 MEND_CONFIG = (
     "put the config.json of another run of the recipe there, or start again with --overwrite"
@@ -102,7 +102,7 @@ _FREE = (
 )
 
 
-def _check_same_recipe(old: dict[str, Any], new: dict[str, Any], marker: pathlib.Path) -> None:
+def _check_same_recipe(old: JsonObject, new: JsonObject, marker: pathlib.Path) -> None:
     for section, values in new.items():
         if section in ("judge", "eval", "mesh", "logging", "compile_cache_dir"):
             continue

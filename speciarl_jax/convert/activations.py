@@ -6,7 +6,6 @@ One scan over the layers whose body also returns its output: compile time does n
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +42,12 @@ def vision_activations(
     graphdef, states = nnx.split(tower.blocks)
     is_full = np.isin(np.arange(tower.arch.depth), tower.arch.full_attention_blocks)
 
-    def body(hidden: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, Array]:
+    def body(hidden: Array, layer: tuple[nnx.State[str, object], Array]) -> tuple[Array, Array]:
         hidden = nnx.merge(graphdef, layer[0])(hidden, angles, mask, layer[1])
         return hidden, hidden
 
     embedded = tower.patch_embed(patches)
-    hidden, blocks = jax.lax.scan(body, embedded, (states, is_full))
+    hidden, blocks = jax.lax.scan(body, embedded, (states, jnp.asarray(is_full)))
     return {PATCH_EMBED: embedded, VISION_BLOCKS: blocks, MERGER: tower.merger(hidden)}
 
 
@@ -63,15 +62,17 @@ def text_activations(
     mask = causal_mask(lengths, hidden.shape[1])
     graphdef, states = nnx.split(text.blocks)
 
-    def attend_fn(q: Array, k: Array, v: Array, layer: Array, carry: None) -> Any:
+    def attend_fn(
+        q: Array, k: Array, v: Array, layer: Array, carry: None
+    ) -> tuple[Array, None, None]:
         return attend(q, k, v, mask), carry, None
 
-    def body(hidden: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, Array]:
+    def body(hidden: Array, layer: tuple[nnx.State[str, object], Array]) -> tuple[Array, Array]:
         block = nnx.merge(graphdef, layer[0])
         hidden = block(hidden, angles, attend_fn, layer[1], None)[0]
         return hidden, hidden
 
-    last, layers = jax.lax.scan(body, hidden, (states, np.arange(text.arch.num_layers)))
+    last, layers = jax.lax.scan(body, hidden, (states, jnp.arange(text.arch.num_layers)))
     normed = text.norm(last)
     return {
         EMBEDDING: hidden,
@@ -83,7 +84,7 @@ def text_activations(
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def policy_activations(
-    graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]
+    graphdef: nnx.GraphDef[Policy], state: nnx.State[str, object], batch: dict[str, Array]
 ) -> dict[str, Array]:
     """All activations of one batch.
 
@@ -104,7 +105,7 @@ def policy_activations(
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def next_logits(
-    graphdef: nnx.GraphDef, state: nnx.State, batch: dict[str, Array]
+    graphdef: nnx.GraphDef[Policy], state: nnx.State[str, object], batch: dict[str, Array]
 ) -> Float[Array, "B V"]:
     """Scores after the last real token of each sequence, by the policy's own forward pass.
 

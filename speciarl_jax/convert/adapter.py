@@ -6,7 +6,7 @@ import collections
 import json
 import pathlib
 import re
-from typing import Any
+from typing import TypedDict, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,13 +25,22 @@ from speciarl_jax.files import read_json, whole_file, write_whole
 from speciarl_jax.policy.layers import Linear, LoRAParam
 from speciarl_jax.policy.lora import adapted_paths
 from speciarl_jax.policy.model import Policy, PolicyParts
+from speciarl_jax.types import JsonObject, JsonValue
+
+
+class _AdapterConfig(TypedDict):
+    """What is used of an adapter's configuration."""
+
+    r: int
+    lora_alpha: float
+
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"^base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight$")
 # field of adapter_config.json -> values that mean "not used"
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED: dict[str, tuple[JsonValue, ...]] = {
     "use_dora": (None, False),
     "use_rslora": (None, False),
     "fan_in_fan_out": (None, False),
@@ -48,7 +57,8 @@ def whole_policy(policy_or_parts: Policy | PolicyParts) -> Policy:
     if isinstance(policy_or_parts, Policy):
         return policy_or_parts
     parts = policy_or_parts
-    return nnx.merge(parts.graphdef, parts.trainable, parts.frozen)
+    policy: Policy = nnx.merge(parts.graphdef, parts.trainable, parts.frozen)
+    return policy
 
 
 def adapted_layers(policy: Policy) -> list[tuple[str, Linear]]:
@@ -170,7 +180,7 @@ def load_peft(path: str | pathlib.Path, policy: Policy) -> LoraConfig:
             d_out, d_in = entries[0].hf_shape[0], int(np.prod(entries[0].hf_shape[1:]))
             expected = (rank, d_in) if letter == "A" else (d_out, rank)
             problems += _stack_problems(entries, letter, found, expected)
-            stacks.setdefault(name, []).append(found)
+            stacks.setdefault(name, []).append([one for one in found if one is not None])
     problems += [f"unknown: {module}.lora_{letter}" for module, letter in tensors]
     problems += [f"A or B missing: {name}" for name, pair in stacks.items() if len(pair) != 2]
     if problems or not stacks:
@@ -180,18 +190,18 @@ def load_peft(path: str | pathlib.Path, policy: Policy) -> LoraConfig:
     return LoraConfig(rank=rank, alpha=alpha, targets=f"^({'|'.join(sorted(stacks))})$")
 
 
-def _read_config(directory: pathlib.Path) -> dict[str, Any]:
+def _read_config(directory: pathlib.Path) -> _AdapterConfig:
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"{file}: not found; expected a PEFT adapter directory")
-    config: dict[str, Any] = read_json(file, "fetch or export the adapter again")
+    config: JsonObject = read_json(file, "fetch or export the adapter again")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type {config.get('peft_type')!r}, expected 'LORA'")
     used = [name for name, off in _UNSUPPORTED.items() if config.get(name) not in off]
     missing = [name for name in ("r", "lora_alpha") if name not in config]
     if used or missing:
         raise ValueError(f"{file}: not implemented: {used}; missing: {missing}")
-    return config
+    return cast(_AdapterConfig, config)
 
 
 def _by_module(

@@ -12,16 +12,22 @@ import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from speciarl_jax.types import Verbs
+
 if TYPE_CHECKING:
     from speciarl_jax.config import LoraConfig
     from speciarl_jax.policy.model import Policy
 
     # run directory -> (policy with its adapter, the adapter's rank and alpha or None, base model)
-    LoadRun = Callable[[pathlib.Path], tuple[Policy, LoraConfig | None, pathlib.Path]]
+    LoadedRun = tuple[Policy, LoraConfig | None, pathlib.Path]
+    LoadRun = Callable[[pathlib.Path], LoadedRun]
+else:  # loading these would take the seconds saved above
+    LoadedRun = tuple
+    LoadRun = Callable
 
 
 def register(
-    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    subparsers: Verbs,
     load_run: LoadRun | None = None,
 ) -> None:
     """Adds the verbs; each sets `handler`, a function args -> exit code.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -25,6 +24,7 @@ from speciarl_jax.convert.names import (
 )
 from speciarl_jax.files import FETCH_MODEL, read_json, whole_file, write_whole
 from speciarl_jax.policy.model import Policy, PolicyParts
+from speciarl_jax.types import JsonValue
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _SIDE_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
@@ -110,7 +110,7 @@ def copy_side_files(source: pathlib.Path, out: pathlib.Path, dtype: str | None =
             write_whole(out / "config.json", json.dumps(renamed, indent=2) + "\n")
 
 
-def _with_dtype(config: Any, dtype: str) -> Any:
+def _with_dtype(config: JsonValue, dtype: str) -> JsonValue:
     if not isinstance(config, dict):
         return config
     return {

@@ -11,8 +11,8 @@ import collections
 import functools
 import math
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
 
 import huggingface_hub
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from flax.typing import PathParts
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
@@ -29,7 +30,6 @@ from speciarl_jax.arch import Arch
 from speciarl_jax.convert.names import (
     SAME,
     Entry,
-    Path,
     canonical_key,
     checkpoint_entries,
     to_ours,
@@ -90,7 +90,18 @@ def checkpoint_files(path: pathlib.Path) -> list[pathlib.Path]:
     raise ValueError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
 
 
-def open_shard(file: pathlib.Path) -> Any:
+@runtime_checkable
+class _Slice(Protocol):
+    """safetensors' reader of one tensor."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
+
+def open_shard(file: pathlib.Path) -> safe_open:
     """A memory-mapped safetensors file, to be used in a `with` statement.
 
     Raises:
@@ -120,7 +131,7 @@ def checkpoint_dtype(path: str | pathlib.Path) -> str:
 
 
 def load_policy(
-    path: str | pathlib.Path, dtypes: Dtypes, shardings: nnx.State | None = None
+    path: str | pathlib.Path, dtypes: Dtypes, shardings: nnx.State[str, object] | None = None
 ) -> Policy:
     """Loads a checkpoint.
 
@@ -183,7 +194,7 @@ def _check_headers(files: list[pathlib.Path], entries: dict[str, Entry], arch: A
 
 
 def _header_problems(
-    key: str, canonical: str, header: Any, entries: dict[str, Entry], arch: Arch
+    key: str, canonical: str, header: _Slice, entries: dict[str, Entry], arch: Arch
 ) -> list[str]:
     entry = entries.get(canonical)
     shape = tuple(header.get_shape())
@@ -229,15 +240,17 @@ class _Targets:
     and take each piece by a donated in-place update.
     """
 
-    def __init__(self, state: nnx.State, shardings: nnx.State | None) -> None:
-        self._variables: dict[Path, Any] = dict(nnx.to_flat_state(state))
-        self._shardings: dict[Path, Sharding | None] = dict.fromkeys(self._variables)
+    def __init__(
+        self, state: nnx.State[str, object], shardings: nnx.State[str, object] | None
+    ) -> None:
+        self._variables: dict[PathParts, nnx.Variable[jax.Array]] = dict(nnx.to_flat_state(state))
+        self._shardings: dict[PathParts, Sharding | None] = dict.fromkeys(self._variables)
         if shardings is not None:
             for path, leaf in nnx.to_flat_state(shardings):
                 self._shardings[path] = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-        self._arrays: dict[Path, Any] = {}
+        self._arrays: dict[PathParts, np.ndarray | jax.Array] = {}
 
-    def fill(self, entry: Entry, tensor: Any) -> None:
+    def fill(self, entry: Entry, tensor: _Slice) -> None:
         """Reads one tensor, `tensor` being safetensors' slice reader, into its place."""
         spec = self._variables[entry.path].get_value()
         if math.prod(spec.shape) * spec.dtype.itemsize <= _STAGE_BYTES:
@@ -246,8 +259,9 @@ class _Targets:
             target[...] = to_ours(tensor[:], entry.transform)
             return
         sharding = self._shardings[entry.path]
-        if entry.path not in self._arrays:
-            self._arrays[entry.path] = _zeros(spec.shape, spec.dtype, sharding)
+        array = self._arrays.get(entry.path)
+        if not isinstance(array, jax.Array):
+            array = _zeros(spec.shape, spec.dtype, sharding)
         row_axis = int(entry.layer is not None) if entry.transform == SAME else len(spec.shape) - 1
         ranges = [(0, entry.hf_shape[0])]
         if not _is_split(sharding, row_axis):
@@ -260,10 +274,10 @@ class _Targets:
             piece = np.ascontiguousarray(to_ours(tensor[start:stop], entry.transform), spec.dtype)
             piece = piece.reshape((1,) * (len(spec.shape) - piece.ndim) + piece.shape)
             write = _writer(sharding)
-            self._arrays[entry.path] = write(self._arrays[entry.path], piece, offsets)
-            self._arrays[entry.path].block_until_ready()  # or pieces pile up on the host
+            array = self._arrays[entry.path] = write(array, piece, offsets)
+            array.block_until_ready()  # or pieces pile up on the host
 
-    def finish(self) -> nnx.State:
+    def finish(self) -> nnx.State[str, object]:
         """The filled state; staged parameters move to their place."""
         for path, array in self._arrays.items():
             if isinstance(array, np.ndarray):
@@ -283,11 +297,12 @@ def _is_split(sharding: Sharding | None, axis: int) -> bool:
 
 def _zeros(shape: tuple[int, ...], dtype: DTypeLike, sharding: Sharding | None) -> jax.Array:
     make = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
-    return make()
+    zeros: jax.Array = make()
+    return zeros
 
 
 @functools.lru_cache(maxsize=64)
-def _writer(sharding: Sharding | None) -> Any:
+def _writer(sharding: Sharding | None) -> Callable[[jax.Array, np.ndarray, np.ndarray], jax.Array]:
     """In-place write of a piece at an offset, for parameters placed by `sharding`."""
 
     def write(buffer: jax.Array, piece: jax.Array, offsets: jax.Array) -> jax.Array:

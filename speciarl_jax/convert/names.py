@@ -130,8 +130,8 @@ def _text_entries(arch: Arch) -> Iterator[Entry]:
             )
     yield Entry("model.norm.weight", (size,), ("text", "norm", "weight"))
     if not text.tie_word_embeddings:
-        path = ("text", "lm_head", "kernel")
-        yield Entry("lm_head.weight", table, path, None, TRANSPOSE)
+        head = ("text", "lm_head", "kernel")
+        yield Entry("lm_head.weight", table, head, None, TRANSPOSE)
 
 
 def canonical_key(key: str) -> str:

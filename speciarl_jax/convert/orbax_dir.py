@@ -7,12 +7,12 @@ Face files do not give. Tensors are stored transposed already, and stacked over 
 from __future__ import annotations
 
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jaxtyping import PyTree
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.policy.layers import Dtypes
@@ -46,7 +46,7 @@ def save_params(policy: Policy, directory: str | pathlib.Path) -> None:
 
 
 def load_params(
-    directory: str | pathlib.Path, dtypes: Dtypes, shardings: nnx.State | None = None
+    directory: str | pathlib.Path, dtypes: Dtypes, shardings: nnx.State[str, object] | None = None
 ) -> Policy:
     """Reads what `save_params` wrote; ``directory/config.json`` gives the architecture.
 
@@ -89,7 +89,7 @@ def _placed(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.Sha
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
-def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         "/".join(str(getattr(key, "key", key)) for key in path): tuple(leaf.shape)
@@ -97,6 +97,6 @@ def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _stored_tree(path: pathlib.Path) -> Any:
+def _stored_tree(path: pathlib.Path) -> PyTree:
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.metadata(path).item_metadata.tree

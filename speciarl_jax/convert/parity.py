@@ -11,7 +11,6 @@ import io
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -221,7 +220,7 @@ def _in_window_order(rows: np.ndarray, encoded: EncodedPrompt, policy: Policy) -
     return np.concatenate(ordered)
 
 
-def batch_arrays(batch: PromptBatch) -> dict[str, Any]:
+def batch_arrays(batch: PromptBatch) -> dict[str, np.ndarray]:
     """What `policy_activations` takes, from a collated batch."""
     return {
         "tokens": batch.tokens,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
+
+from speciarl_jax.types import JsonObject
 
 PIXEL_TOLERANCE = 1e-6  # processors work in float32 on values of about +-2.7
 
@@ -38,7 +39,8 @@ def kl_per_token(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         [T] float64.
     """
     log_ours, log_theirs = _log_softmax(ours), _log_softmax(theirs)
-    return np.sum(np.exp(log_theirs) * (log_theirs - log_ours), axis=-1)
+    kl: np.ndarray = np.sum(np.exp(log_theirs) * (log_theirs - log_ours), axis=-1)
+    return kl
 
 
 def top1_agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -49,7 +51,8 @@ def top1_agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     logits = logits.astype(np.float64)
     logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    found: np.ndarray = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +140,7 @@ class ParityReport:
                 found[component] = max(error, found.get(component, 0.0))
         return found
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain data for `--json`."""
         return {
             "checkpoint": self.checkpoint,

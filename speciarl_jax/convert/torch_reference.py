@@ -9,7 +9,7 @@ import contextlib
 import io
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -23,11 +23,23 @@ from speciarl_jax.convert.activations import (
     PATCH_EMBED,
     VISION_BLOCKS,
 )
+from speciarl_jax.data.prompts import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from torch.utils.hooks import RemovableHandle
+    from transformers import Qwen2_5_VLForConditionalGeneration as TorchModel
+
+    Inputs: TypeAlias = dict[str, Tensor]
+else:  # torch is optional
+    Module = RemovableHandle = Tensor = TorchModel = object
+    Inputs = dict
 
 IMAGE_EMBEDS = "vision/image_embeds"
 
 
-def capture_activations(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+def capture_activations(model: TorchModel, inputs: Inputs) -> dict[str, np.ndarray]:
     """Runs the torch model once and returns every component's output.
 
     Args:
@@ -43,8 +55,8 @@ def capture_activations(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndar
 
     found: dict[str, list[np.ndarray]] = {}
 
-    def record(name: str, module: Any) -> Any:
-        def hook(_module: Any, _args: Any, output: Any) -> None:
+    def record(name: str, module: Module) -> RemovableHandle:
+        def hook(_module: Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
             found.setdefault(name, []).append(tensor.detach().float().numpy().copy())
 
@@ -77,7 +89,7 @@ def capture_activations(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndar
     return {name: _joined(name, arrays, model) for name, arrays in found.items()}
 
 
-def _joined(name: str, arrays: list[np.ndarray], model: Any) -> np.ndarray:
+def _joined(name: str, arrays: list[np.ndarray], model: TorchModel) -> np.ndarray:
     if name == VISION_BLOCKS:
         return np.stack(arrays[: len(model.model.visual.blocks)])
     if name == DECODER_LAYERS:
@@ -85,8 +97,14 @@ def _joined(name: str, arrays: list[np.ndarray], model: Any) -> np.ndarray:
     return arrays[0]
 
 
-def greedy_tokens(model: Any, inputs: dict[str, Any], count: int) -> np.ndarray:
-    """`count` tokens by transformers' greedy `generate`, stop tokens not heeded."""
+def greedy_tokens(model: Any, inputs: Inputs, count: int) -> np.ndarray:
+    """`count` tokens by transformers' greedy `generate`, stop tokens not heeded.
+
+    Args:
+        model: a Qwen2_5_VLForConditionalGeneration, which `generate`'s own annotation refuses.
+        inputs: its keyword arguments.
+        count: tokens.
+    """
     import torch
     from transformers import GenerationConfig
 
@@ -96,7 +114,8 @@ def greedy_tokens(model: Any, inputs: dict[str, Any], count: int) -> np.ndarray:
     config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0)
     with torch.no_grad():
         tokens = model.generate(**inputs, generation_config=config)
-    return tokens[0, inputs["input_ids"].shape[1] :].numpy()
+    found: np.ndarray = tokens[0, inputs["input_ids"].shape[1] :].numpy()
+    return found
 
 
 class TorchReference:
@@ -122,7 +141,7 @@ class TorchReference:
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
 
-    def inputs(self, images: Sequence[bytes], text: str) -> dict[str, Any]:
+    def inputs(self, images: Sequence[bytes], text: str) -> Inputs:
         """Keyword arguments of the model for one prompt, images first.
 
         Source: transformers Qwen2_5_VLProcessor (which needs torchvision as a whole).
@@ -130,10 +149,13 @@ class TorchReference:
         import torch
 
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        tokenizer: Tokenizer = self.tokenizer
+        rendered = str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
         )
-        inputs: dict[str, Any] = {}
+        inputs: Inputs = {}
         if images:
             decoded = [Image.open(io.BytesIO(data)).convert("RGB") for data in images]
             processed = self.image_processor(decoded, return_tensors="np")
@@ -151,12 +173,13 @@ class TorchReference:
         inputs["mm_token_type_ids"] = is_image.int()
         return inputs
 
-    def positions(self, inputs: dict[str, Any]) -> np.ndarray:
+    def positions(self, inputs: Inputs) -> np.ndarray:
         """M-RoPE ids [3, T] of one prompt."""
         positions, _ = self.model.model.get_rope_index(
             inputs["input_ids"], inputs["mm_token_type_ids"], inputs.get("image_grid_thw")
         )
-        return positions[:, 0].numpy()
+        found: np.ndarray = positions[:, 0].numpy()
+        return found
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ import json
 import pathlib
 import re
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import TypedDict
 
 from speciarl_jax.data.selection import Selection, labels_of, open_selected
 from speciarl_jax.data.sources import (
@@ -19,11 +20,12 @@ from speciarl_jax.data.sources import (
     open_source,
     resolve_data_dir,
 )
+from speciarl_jax.types import Example, Verbs
 
 _SPLITS = ("train", "validation", "test")
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(subparsers: Verbs) -> None:
     """Adds the verb `data` and its own verbs; each sets `handler`, a function args -> exit code.
 
     Handlers raise ValueError for everything the user can repair; the command line turns it into
@@ -66,7 +68,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         verb.add_argument("--json", action="store_true", help="one JSON object and nothing else")
 
 
-def _print(args: argparse.Namespace, content: dict[str, Any], text: str) -> int:
+def _print(args: argparse.Namespace, content: Mapping[str, object], text: str) -> int:
     sys.stdout.write((json.dumps(content) if args.json else text) + "\n")
     return 0
 
@@ -161,7 +163,7 @@ def run_show(args: argparse.Namespace) -> int:
     return _print(args, {"sheet": str(out), "examples": rows}, text)
 
 
-def _some(spec: str, split: str, args: argparse.Namespace, count: int) -> list[Any]:
+def _some(spec: str, split: str, args: argparse.Namespace, count: int) -> list[Example]:
     source = open_selected(spec, split, args.data_dir, Selection())
     selection = Selection(count=min(count, len(source)), seed=args.seed)
     chosen = open_selected(spec, split, args.data_dir, selection)
@@ -189,7 +191,19 @@ def run_stats(args: argparse.Namespace) -> int:
     return _print(args, {"source": args.name, "splits": stats}, "\n".join(lines))
 
 
-def _split_stats(args: argparse.Namespace, split: str) -> dict[str, Any]:
+class _SplitStats(TypedDict):
+    images: int
+    classes: int
+    smallest_class: int
+    largest_class: int
+    median_width_px: int
+    median_height_px: int
+    measured: int
+    unreadable: int
+    class_counts: dict[str, int]
+
+
+def _split_stats(args: argparse.Namespace, split: str) -> _SplitStats:
     import numpy as np
 
     from speciarl_jax.data.decode import BadImageError, decode_image

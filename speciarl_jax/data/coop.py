@@ -82,7 +82,7 @@ def _read_split(file: pathlib.Path, split: str) -> list[str]:
     if not file.is_file():
         raise ValueError(f"split file {file}: not found; pass the benchmark's split_zhou_*.json")
     try:
-        content = read_json(file, "fetch it again")
+        content: dict[str, list[list[str]]] = read_json(file, "fetch it again")
         listed = [str(row[0]) for row in content[_SPLITS[split]]]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(

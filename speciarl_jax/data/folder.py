@@ -15,10 +15,9 @@ import math
 import os
 import pathlib
 import re
-from typing import Any
 
 from speciarl_jax.data.builders.layouts import clean_label
-from speciarl_jax.types import IMAGE_SUFFIXES, Example
+from speciarl_jax.types import IMAGE_SUFFIXES, Example, Taxon
 
 SPLIT_NAMES = {
     "train": "train",
@@ -167,7 +166,7 @@ def _read_manifest(file: pathlib.Path) -> list[ImageFile]:
     return files
 
 
-def _rows(file: pathlib.Path) -> list[dict[str, Any]]:
+def _rows(file: pathlib.Path) -> list[dict[str, object]]:
     try:
         if file.suffix == ".csv":
             with file.open(newline="", encoding="utf-8-sig") as stream:
@@ -186,13 +185,15 @@ def _rows(file: pathlib.Path) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        table: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
+        table: list[dict[str, object]] = pyarrow.parquet.read_table(file).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"manifest {file}: cannot be read ({error})") from error
     return table
 
 
-def _column(file: pathlib.Path, row: dict[str, Any], candidates: tuple[str, ...], what: str) -> str:
+def _column(
+    file: pathlib.Path, row: dict[str, object], candidates: tuple[str, ...], what: str
+) -> str:
     for name in candidates:
         if name in row:
             return name
@@ -218,7 +219,7 @@ def _divide(files: list[ImageFile], test_frac: float) -> list[ImageFile]:
     ]
 
 
-def folder_taxonomy(path: str | pathlib.Path) -> list[dict[str, Any]]:
+def folder_taxonomy(path: str | pathlib.Path) -> list[Taxon]:
     """Nested class folders as a tree of names, for the offline judge (``judge.taxonomy``).
 
     Returns:
@@ -230,7 +231,7 @@ def folder_taxonomy(path: str | pathlib.Path) -> list[dict[str, Any]]:
     files = _read_folders(pathlib.Path(path))
     if not files:
         raise ValueError(f"folder source {path}: no images below class folders")
-    roots: list[dict[str, Any]] = []
+    roots: list[Taxon] = []
     for labels in sorted({file.labels for file in files}):
         level = roots
         for depth, name in enumerate(labels):

@@ -12,7 +12,7 @@ import hashlib
 import json
 import pathlib
 import re
-from typing import Any
+from typing import TypeAlias
 
 import pyarrow
 import pyarrow.ipc
@@ -36,10 +36,15 @@ _LABEL_COLUMNS = (
 )
 
 
+_State: TypeAlias = tuple[str, str, list[pathlib.Path], list[str] | None]
+
+
 class HfSource:
     """Examples of one split, memory-mapped."""
 
-    def __init__(self, dataset: str, split: str, files: list[pathlib.Path], names: Any) -> None:
+    def __init__(
+        self, dataset: str, split: str, files: list[pathlib.Path], names: list[str] | None
+    ) -> None:
         """Opens Arrow files.
 
         Args:
@@ -61,11 +66,11 @@ class HfSource:
         self._image = _image_column(self._table.schema, self._files[0])
         self._label = _label_column(self._table.schema, self._files[0])
 
-    def __getstate__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> _State:
         """Files, not their contents."""
         return self.dataset, self.split, self._files, self._names
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
+    def __setstate__(self, state: _State) -> None:
         """Maps the files again."""
         self.dataset, self.split, self._files, self._names = state
         self._open()
@@ -89,7 +94,7 @@ class HfSource:
             image_name=pathlib.PurePosixPath(name).name or key,
         )
 
-    def _to_text(self, value: Any) -> str:
+    def _to_text(self, value: object) -> str:
         if self._names is not None and isinstance(value, int) and 0 <= value < len(self._names):
             value = self._names[value]
         return clean_label(str(value))
@@ -199,9 +204,9 @@ def _label_column(schema: pyarrow.Schema, file: pathlib.Path) -> str:
     )
 
 
-def _class_names_of(root: pathlib.Path, parquet: pathlib.Path | None) -> Any:
+def _class_names_of(root: pathlib.Path, parquet: pathlib.Path | None) -> list[str] | None:
     """Class names from ``dataset_info.json`` or from the metadata of a Parquet file."""
-    features: dict[str, Any] = {}
+    features: dict[str, dict[str, list[str]] | None] = {}
     if parquet is not None:
         raw = (pyarrow.parquet.read_schema(parquet).metadata or {}).get(b"huggingface", b"{}")
         features = json.loads(raw).get("info", {}).get("features") or {}

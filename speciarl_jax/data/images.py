@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,6 +22,7 @@ from PIL import Image
 from speciarl_jax.arch import VisionArch
 from speciarl_jax.data.decode import BadImageError, decode_image
 from speciarl_jax.files import FETCH_MODEL, read_json
+from speciarl_jax.types import JsonObject
 
 __all__ = [
     "BadImageError",
@@ -111,10 +111,8 @@ class ImageLimits:
         )
 
 
-def _check_preprocessor(
-    config: dict[str, Any], arch: VisionArch | None, file: pathlib.Path
-) -> None:
-    expected: dict[str, Any] = {
+def _check_preprocessor(config: JsonObject, arch: VisionArch | None, file: pathlib.Path) -> None:
+    expected: dict[str, int] = {
         "resample": int(Image.Resampling.BICUBIC),
         "do_resize": True,
         "do_rescale": True,
@@ -127,8 +125,9 @@ def _check_preprocessor(
     for field, value in expected.items():
         if config.get(field, value) != value:
             raise ValueError(f"{file}: {field}={config[field]!r}, only {value!r} is supported here")
-    if not math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{file}: rescale_factor={config['rescale_factor']}, expected 1/255")
+    factor = config.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{file}: rescale_factor={factor}, expected 1/255")
 
 
 def smart_resize(

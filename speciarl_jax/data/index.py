@@ -15,7 +15,7 @@ import logging
 import pathlib
 import threading
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ _PROGRESS_EVERY = 5000
 _LOG = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to examples. May have ``fingerprint() -> str``, its identity on disk."""
 

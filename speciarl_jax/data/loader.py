@@ -15,7 +15,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypedDict
 
 import grain
 import numpy as np
@@ -25,7 +25,7 @@ from grain import experimental as grain_experimental
 from speciarl_jax.data.collate import collate, prompt_bucket, window_bucket
 from speciarl_jax.data.index import PixelCache, PromptIndex, Source, build_index
 from speciarl_jax.data.prompts import EncodedPrompt, PromptBuilder
-from speciarl_jax.types import PromptBatch
+from speciarl_jax.types import JsonObject, PromptBatch
 
 STATE_FORMAT = 1
 _ENDLESS_EPOCHS = 1_000_000
@@ -155,6 +155,28 @@ class _Encode:
         return _Item(position, self._builder.encode(example, pixels, epoch))
 
 
+class LoaderOptions(TypedDict, total=False):
+    """The keyword arguments of `PromptLoader`, which says what they mean."""
+
+    seed: int
+    shuffle: bool
+    drop_last: bool | None
+    num_epochs: int | None
+    max_prompt_tokens: int
+    bad_image_budget_frac: float
+    pad_id: int
+    num_workers: int
+    num_threads: int
+    prefetch_batches: int
+    process_index: int
+    process_count: int
+    num_blocks: int
+    prompt_buckets: Sequence[int]
+    window_buckets: Sequence[int]
+    cache_bytes: int
+    index_dir: str | pathlib.Path | None
+
+
 class PromptLoader:
     """Iterator over `PromptBatch`; `get_state` and `set_state` are exact.
 
@@ -263,7 +285,7 @@ class PromptLoader:
         """Prompts consumed so far over all hosts and epochs, padding included."""
         return self._next_batch * self.plan.batch_size
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> JsonObject:
         """What a checkpoint needs, as JSON: the consumed position and what it refers to."""
         return {
             "format": STATE_FORMAT,
@@ -275,7 +297,7 @@ class PromptLoader:
             "data": self.index.fingerprint,
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: JsonObject) -> None:
         """Moves to a saved position; workers and hosts may differ from those that saved it.
 
         Raises:
@@ -288,8 +310,8 @@ class PromptLoader:
                     f"saved data position has {field}={state.get(field)!r}, this run has {value!r}:"
                     " the order of prompts would change; resume with the same data and settings"
                 )
-        position = int(state["position"])
-        if position < 0 or position % self.plan.batch_size:
+        position = state["position"]
+        if not isinstance(position, int) or position < 0 or position % self.plan.batch_size:
             raise ValueError(
                 f"saved data position {position}: expected a multiple of {self.plan.batch_size}"
             )

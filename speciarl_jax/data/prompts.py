@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -27,16 +27,19 @@ _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 SHIPPED_PROMPTS = (_PACKAGE.parent / "configs" / "prompts", _PACKAGE / "prompts")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that prompts need."""
 
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """Renders messages to text."""
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool
+    ) -> object:
+        """Renders messages to text; transformers' own type leaves out messages with images."""
 
-    def encode(self, text: str, **kwargs: Any) -> Any:
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Text to token ids."""
 
-    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+    def convert_tokens_to_ids(self, tokens: str) -> object:
         """Token to its id."""
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from typing import Unpack
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.config import DataConfig
 from speciarl_jax.data.images import ImageLimits
 from speciarl_jax.data.index import Source
-from speciarl_jax.data.loader import PromptLoader
+from speciarl_jax.data.loader import LoaderOptions, PromptLoader
 from speciarl_jax.data.prompts import PromptBuilder, PromptTemplate, Tokenizer
 from speciarl_jax.data.selection import Selection, open_selected
 from speciarl_jax.data.sources import resolve_data_dir
@@ -67,7 +67,11 @@ def make_builder(
 
 
 def make_loader(
-    data: DataConfig, source: Source, builder: PromptBuilder, batch_size: int, **options: Any
+    data: DataConfig,
+    source: Source,
+    builder: PromptBuilder,
+    batch_size: int,
+    **options: Unpack[LoaderOptions],
 ) -> PromptLoader:
     """A loader with the recipe's limits and workers.
 
@@ -81,7 +85,7 @@ def make_loader(
     Raises:
         ValueError: see `PromptLoader`.
     """
-    settings: dict[str, Any] = {
+    settings: LoaderOptions = {
         "max_prompt_tokens": data.max_prompt_tokens,
         "bad_image_budget_frac": data.bad_image_budget_frac,
         "num_workers": data.num_workers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from typing import Any
+from collections.abc import Sequence
 
 from speciarl_jax.files import read_json
 from speciarl_jax.types import Example
@@ -37,7 +37,7 @@ class RecordSource:
         try:
             index = read_json(directory / INDEX_FILE, "half an index")[split]
             self._names, self._labels = list(index["names"]), list(index["labels"])
-            self._records: Any = builder.as_data_source(split=split)
+            self._records: Sequence[dict[str, bytes]] = builder.as_data_source(split=split)
             is_whole = len(self._records) == len(self._names) == len(self._labels)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(

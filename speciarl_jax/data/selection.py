@@ -12,7 +12,6 @@ import math
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -97,14 +96,14 @@ class Mixture:
         return "+".join(_fingerprint(source) for source in self._sources)
 
 
-def _fingerprint(source: Any) -> str:
+def _fingerprint(source: Source) -> str:
     if hasattr(source, "fingerprint"):
         return str(source.fingerprint())
     ids = "\n".join(source[i].prompt_id for i in range(len(source)))
     return hashlib.sha256(ids.encode()).hexdigest()
 
 
-def labels_of(source: Any) -> list[str]:
+def labels_of(source: Source) -> list[str]:
     """Ground truths of a source, without reading images where it knows them."""
     if hasattr(source, "labels"):
         return list(source.labels())

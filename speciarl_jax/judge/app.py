@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 from aiohttp import web
 
@@ -20,11 +20,12 @@ from speciarl_jax.judge.base import JudgeError, Pair
 from speciarl_jax.judge.faults import FaultPlan
 from speciarl_jax.judge.parse import BINARY_NAMES
 from speciarl_jax.judge.prompt import read_payload
-from speciarl_jax.types import Category
+from speciarl_jax.types import Category, JsonObject, JsonValue
 
 MODEL_NAME = "taxonomy"
 
 
+@runtime_checkable
 class PairJudge(Protocol):
     """A pure function from a pair to a category, such as `TaxonomyJudge`."""
 
@@ -93,7 +94,7 @@ class JudgeApp:
             return _error(422, str(error))
         return web.json_response(_completion(text, body))
 
-    def _reply(self, body: dict[str, Any]) -> str:
+    def _reply(self, body: JsonObject) -> str:
         """The text a judge model would write, in the form the request constrains it to."""
         found = read_payload(body.get("messages"))
         choices = _choices(body)
@@ -109,7 +110,7 @@ class JudgeApp:
             return json.dumps({"categories": names} if is_batch else {"category": names[0]})
         return json.dumps(names) if is_batch else names[0]
 
-    def _enum_fault(self, body: dict[str, Any]) -> str:
+    def _enum_fault(self, body: JsonObject) -> str:
         """A reply that is well-formed and is no category."""
         wrong = ["very specific", "maybe", "specific or generic", "", "WRONG!!", "species"]
         return self._rng.choice(wrong)
@@ -157,30 +158,31 @@ def _spell(category: Category, is_binary: bool) -> str:
     return "correct" if category >= Category.SPECIFIC else "incorrect"
 
 
-def _choices(body: dict[str, Any]) -> list[str]:
+def _choices(body: JsonObject) -> list[str]:
     """The names the request allows, whichever way it says so."""
     constraint = body.get("structured_outputs")
     choices = constraint.get("choice") if isinstance(constraint, dict) else None
     if not choices and _wants_json(body):
-        schema = body["response_format"].get("json_schema")
-        choices = _first_enum(schema)
-        return [json.dumps({"category": name}) for name in choices]
+        form = body["response_format"]
+        schema = form.get("json_schema") if isinstance(form, dict) else None
+        return [json.dumps({"category": name}) for name in _first_enum(schema)]
     choices = choices or body.get("guided_choice")
     return [str(choice) for choice in choices] if isinstance(choices, list) else []
 
 
-def _first_enum(schema: object) -> list[str]:
+def _first_enum(schema: JsonValue) -> list[str]:
     """The first `enum` found in a JSON schema, outermost first."""
     queue = [schema]
     for item in queue:
         if isinstance(item, dict):
-            if isinstance(item.get("enum"), list):
-                return [str(name) for name in item["enum"]]
+            names = item.get("enum")
+            if isinstance(names, list):
+                return [str(name) for name in names]
             queue.extend(item.values())
     return []
 
 
-def _asks_binary(body: dict[str, Any]) -> bool:
+def _asks_binary(body: JsonObject) -> bool:
     """True if the instructions know the binary vocabulary only."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not isinstance(messages[0], dict):
@@ -189,15 +191,16 @@ def _asks_binary(body: dict[str, Any]) -> bool:
     return "incorrect" in text and "less_specific" not in text
 
 
-def _wants_json(body: dict[str, Any]) -> bool:
+def _wants_json(body: JsonObject) -> bool:
     """True if the request constrains the reply by a JSON schema."""
     form = body.get("response_format")
     return isinstance(form, dict) and form.get("type") == "json_schema"
 
 
-def _completion(text: str, body: dict[str, Any]) -> dict[str, Any]:
+def _completion(text: str, body: JsonObject) -> JsonObject:
     """A chat completion object with a rough token count."""
-    prompt_tokens = sum(len(str(m)) for m in body.get("messages", ())) // 4
+    messages = body.get("messages")
+    prompt_tokens = sum(len(str(m)) for m in messages) // 4 if isinstance(messages, list) else 0
     usage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": max(1, len(text) // 4),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from speciarl_jax.files import whole_file
 from speciarl_jax.judge.base import JudgeError, Pair
-from speciarl_jax.types import Category, Verdict
+from speciarl_jax.types import Category, JsonObject, JsonValue, Verdict
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS verdicts (
@@ -120,7 +120,7 @@ class VerdictCache(abc.ABC):
         """Number of labels."""
 
     @abc.abstractmethod
-    def stats(self) -> dict[str, object]:
+    def stats(self) -> JsonObject:
         """Number of labels in all, by category, by judge and by scope."""
 
     @abc.abstractmethod
@@ -159,11 +159,11 @@ class VerdictCache(abc.ABC):
         verdict = self._memory[key] = Verdict(Category(category), judge, is_cached=True)
         return verdict
 
-    def rows(self) -> Iterator[dict[str, object]]:
+    def rows(self) -> Iterator[JsonObject]:
         """Every label as one JSON-ready object, ordered by ground truth and answer."""
         for row in self._scan():
-            values = dict(zip(_FIELDS, row, strict=True))
-            yield {**values, "key": row[0].hex(), "category": Category(row[1]).label}
+            values: tuple[JsonValue, ...] = (row[0].hex(), Category(row[1]).label, *row[2:])
+            yield dict(zip(_FIELDS, values, strict=True))
 
     def export(self, path: str | Path) -> int:
         """Writes every label as a line of JSON; returns how many."""
@@ -248,7 +248,7 @@ class SqliteCache(VerdictCache):
         """Number of labels."""
         return int(self._db.execute("SELECT count(*) FROM verdicts").fetchone()[0])
 
-    def stats(self) -> dict[str, object]:
+    def stats(self) -> JsonObject:
         """Number of labels in all, by category, by judge and by scope."""
         by_category = self._db.execute("SELECT category, count(*) FROM verdicts GROUP BY 1")
         by_judge = self._db.execute("SELECT judge, count(*) FROM verdicts GROUP BY 1")

@@ -13,10 +13,10 @@ from speciarl_jax.files import whole_file
 from speciarl_jax.judge.base import JudgeError, Pair
 from speciarl_jax.judge.config import FIELD_GUIDE_TAXONOMY, JudgeConfig, apply_overrides
 from speciarl_jax.judge.pairs_file import outcome_json, read_pairs
-from speciarl_jax.types import Category, FailureKind, Verdict
+from speciarl_jax.types import Category, FailureKind, Verbs, Verdict
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(subparsers: Verbs) -> None:
     """Adds the verb `judge` and its own verbs; each sets `handler`, a function args -> exit code.
 
     Handlers raise ValueError for bad settings and JudgeError for everything that went wrong at
@@ -48,7 +48,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_files(verbs)
 
 
-def _add_serve(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_serve(verbs: Verbs) -> None:
     """`serve`: the offline judge for other machines or for tests."""
     serve = verbs.add_parser("serve", help="serve the offline judge, OpenAI-compatible")
     serve.add_argument("--taxonomy", default=str(FIELD_GUIDE_TAXONOMY), help="name tree")
@@ -58,7 +58,7 @@ def _add_serve(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     serve.set_defaults(handler=run_serve)
 
 
-def _add_files(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_files(verbs: Verbs) -> None:
     """`cache` and `log`: what is on disk."""
     cache = verbs.add_parser("cache", help="look after a verdict cache")
     cache.add_argument("action", choices=("stats", "export", "import", "purge"))

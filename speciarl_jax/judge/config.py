@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import TypeAlias
 
 from speciarl_jax.judge.redis_cache import check_url
 
@@ -27,6 +28,9 @@ _AT_LEAST = {
     "breaker_failures": 1,
 }
 _ABOVE_ZERO = ("timeout_s", "backoff_s", "backoff_max_s", "pause_budget_s")
+
+
+Setting: TypeAlias = str | int | float | bool | tuple[str, ...]
 
 
 @dataclasses.dataclass
@@ -148,7 +152,7 @@ def apply_overrides(config: JudgeConfig, assignments: list[str]) -> JudgeConfig:
     return config
 
 
-def _parse_like(old: object, text: str) -> object:
+def _parse_like(old: Setting, text: str) -> Setting:
     """`text` as the type of `old`."""
     if isinstance(old, bool):
         if text.lower() not in ("true", "false"):
@@ -156,4 +160,4 @@ def _parse_like(old: object, text: str) -> object:
         return text.lower() == "true"
     if isinstance(old, tuple):
         return tuple(part for part in text.split(";") if part)
-    return type(old)(text)  # type: ignore[call-arg]
+    return type(old)(text)

@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import openai
 
@@ -326,7 +325,7 @@ class EndpointPool:
 
 def open_endpoints(
     urls: tuple[str, ...], config: JudgeConfig, prompt: JudgePrompt, api_key: KeySource
-) -> tuple[list[Endpoint], Any]:
+) -> tuple[list[Endpoint], openai.DefaultAioHttpClient]:
     """Endpoints that share one HTTP client (openai's aiohttp transport), and that client.
 
     The client must be closed with `aclose` when the endpoints are no longer used.

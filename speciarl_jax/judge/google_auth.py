@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from speciarl_jax.judge.base import JudgeError, TokenError
 
 _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+
+
+@runtime_checkable
+class _Credentials(Protocol):
+    """What is used of google.auth's credentials."""
+
+    @property
+    def valid(self) -> bool: ...
+
+    @property
+    def token(self) -> str: ...
+
+    def refresh(self, request: object) -> None: ...
 
 
 class GoogleToken:
@@ -25,15 +38,15 @@ class GoogleToken:
             ValueError: google-auth (with requests) is not installed.
         """
         try:
-            self._auth: Any = importlib.import_module("google.auth")
-            transport: Any = importlib.import_module("google.auth.transport.requests")
+            self._auth = importlib.import_module("google.auth")
+            transport = importlib.import_module("google.auth.transport.requests")
         except ImportError as error:
             raise ValueError(
                 f"judge.auth=google needs google-auth and requests ({error}): "
                 "pip install 'speciarl-jax[gcp]'"
             ) from error
         self._new_request = transport.Request
-        self._credentials: Any = None
+        self._credentials: _Credentials | None = None
         self._lock = asyncio.Lock()
 
     async def __call__(self) -> str:
@@ -46,16 +59,18 @@ class GoogleToken:
         if self._credentials is None or not self._credentials.valid:
             async with self._lock:
                 if self._credentials is None or not self._credentials.valid:
-                    await asyncio.to_thread(self._refresh)
+                    self._credentials = await asyncio.to_thread(self._refresh)
         return str(self._credentials.token)
 
-    def _refresh(self) -> None:
+    def _refresh(self) -> _Credentials:
         """Fetches a token; runs in a thread."""
         exceptions = self._auth.exceptions
         try:
-            if self._credentials is None:
-                self._credentials, _ = self._auth.default(scopes=[_SCOPE])
-            self._credentials.refresh(self._new_request())
+            credentials: _Credentials | None = self._credentials
+            if credentials is None:
+                credentials, _ = self._auth.default(scopes=[_SCOPE])
+                self._credentials = credentials  # found once, even if the token fails just now
+            credentials.refresh(self._new_request())
         except exceptions.GoogleAuthError as error:
             if error.retryable or isinstance(error, exceptions.TransportError):
                 raise TokenError(f"judge.auth=google: no token just now: {error}") from error
@@ -63,3 +78,4 @@ class GoogleToken:
                 f"judge.auth=google: {error}; run `gcloud auth application-default login` or set "
                 "GOOGLE_APPLICATION_CREDENTIALS"
             ) from error
+        return credentials

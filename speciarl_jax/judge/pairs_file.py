@@ -34,7 +34,7 @@ def read_pairs(path: str) -> list[dict[str, str]]:
     return items
 
 
-def outcome_json(outcome: Outcome) -> dict[str, object]:
+def outcome_json(outcome: Outcome) -> dict[str, str | None]:
     """An outcome as the fields `category`, `judge` and `failure`."""
     if isinstance(outcome, Verdict):
         return {"category": outcome.category.label, "judge": outcome.judge, "failure": None}

@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 
-from speciarl_jax.types import Category
+from speciarl_jax.types import Category, JsonValue
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # Python's \w is letters, numbers and the underscore; the rest of the class is Unicode's Pd.
@@ -64,7 +64,7 @@ def extract_answer(completion: str) -> str | None:
     return answer if normalize(answer) else None
 
 
-def _lookup(text: object, names: dict[str, Category]) -> Category | None:
+def _lookup(text: JsonValue, names: dict[str, Category]) -> Category | None:
     """One name, bare: quotes, emphasis and one full stop around it are forgiven."""
     if not isinstance(text, str):
         return None
@@ -72,12 +72,13 @@ def _lookup(text: object, names: dict[str, Category]) -> Category | None:
     return names.get(" ".join(bare.lower().split()))
 
 
-def _json_or_none(text: str) -> object:
+def _json_or_none(text: str) -> JsonValue:
     """`text` parsed as JSON, or None."""
     try:
-        return json.loads(text)
+        value: JsonValue = json.loads(text)
     except (ValueError, RecursionError):
         return None
+    return value
 
 
 def _names(is_binary: bool) -> dict[str, Category]:

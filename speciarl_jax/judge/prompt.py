@@ -15,15 +15,28 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, cast
 
 from speciarl_jax.judge.base import Pair
 from speciarl_jax.judge.parse import BINARY_NAMES
-from speciarl_jax.types import Category
+from speciarl_jax.types import Category, JsonValue
 
 PROMPT_DIR = Path(__file__).parent / "prompts"
-_FIELDS = {"name", "labels", "form", "system", "user", "examples"}
 _PAYLOAD = "{payload}"
+
+
+class _PromptFile(TypedDict):
+    """A prompt file, parsed."""
+
+    name: str
+    labels: str
+    form: str
+    system: str
+    user: str
+    examples: list[dict[str, str]]
+
+
+_FIELDS = set(_PromptFile.__annotations__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +80,13 @@ class JudgePrompt:
 
 def encode_payload(pairs: Sequence[Pair], is_batch: bool) -> str:
     """One line of ASCII JSON: an object for a single pair, a list of objects for a batch."""
-    items: list[dict[str, Any]] = [
-        {"ground_truth": pair.ground_truth, "answer": pair.answer} for pair in pairs
-    ]
+    items = [{"ground_truth": pair.ground_truth, "answer": pair.answer} for pair in pairs]
     if not is_batch:
         return json.dumps(items[0])
     return json.dumps([{"id": number, **item} for number, item in enumerate(items, start=1)])
 
 
-def read_payload(messages: object) -> tuple[list[Pair], bool] | None:
+def read_payload(messages: JsonValue) -> tuple[list[Pair], bool] | None:
     """The pairs in a chat request made by `JudgePrompt.messages`, and whether it is a batch.
 
     Only the last line of the last message counts: JSON text never holds a newline, so untrusted
@@ -125,18 +136,21 @@ def load_prompt(name: str) -> JudgePrompt:
             f"judge.prompt={name!r}: no such prompt; expected one of {known} or a .toml file"
         )
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = cast(_PromptFile, tomllib.loads(path.read_text(encoding="utf-8")))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"judge prompt {path}: not valid TOML: {error}") from error
     return _build(path, raw)
 
 
-def _build(path: Path, raw: dict[str, Any]) -> JudgePrompt:
+def _build(path: Path, raw: _PromptFile) -> JudgePrompt:
     """Checks a parsed file and renders its examples into the system message."""
     if set(raw) != _FIELDS:
         odd = ", ".join(sorted(set(raw) ^ _FIELDS))
         raise ValueError(f"judge prompt {path}: fields missing or unknown: {odd}")
-    choices = {"labels": ("six_way", "binary"), "form": ("single", "batch")}
+    choices: dict[Literal["labels", "form"], tuple[str, str]] = {
+        "labels": ("six_way", "binary"),
+        "form": ("single", "batch"),
+    }
     for field, allowed in choices.items():
         if raw[field] not in allowed:
             raise ValueError(f"judge prompt {path}: {field}={raw[field]!r}; expected {allowed}")

@@ -7,13 +7,14 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from speciarl_jax.files import whole_file
 from speciarl_jax.judge.base import Outcome, Pair
 from speciarl_jax.judge.config import JudgeConfig
 from speciarl_jax.judge.pairs_file import outcome_json, read_pairs
 from speciarl_jax.judge.vote import open_judge
-from speciarl_jax.types import Category, Verdict
+from speciarl_jax.types import Category, JsonObject, Verdict
 
 SHIPPED_PAIRS = Path(__file__).parent / "data" / "labelled_pairs.jsonl"
 
@@ -78,7 +79,7 @@ class QualityReport:
     prompt_tokens: int
     completion_tokens: int
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> JsonObject:
         """All fields, JSON-ready."""
         return dataclasses.asdict(self)
 
@@ -103,9 +104,20 @@ class QualityReport:
         return "\n".join(lines)
 
 
-def measure(
-    items: Sequence[dict[str, str]], outcomes: Sequence[Outcome]
-) -> dict[str, float | int | dict[str, float] | dict[str, dict[str, int]]]:
+class Agreement(TypedDict):
+    """The fields of a `QualityReport` that depend on labels only."""
+
+    num_pairs: int
+    num_failed: int
+    agreement: float
+    kappa: float
+    weighted_kappa: float
+    reward_agreement: float
+    confusion: dict[str, dict[str, int]]
+    by_group: dict[str, float]
+
+
+def measure(items: Sequence[dict[str, str]], outcomes: Sequence[Outcome]) -> Agreement:
     """The part of a report that depends on labels only.
 
     Args:
@@ -168,7 +180,7 @@ async def evaluate_file(config: JudgeConfig, path: str = "", out: str = "") -> Q
             for item, outcome in zip(items, outcomes, strict=True):
                 file.write(json.dumps({**item, "judged": outcome_json(outcome)}) + "\n")
     return QualityReport(
-        **measure(items, outcomes),  # type: ignore[arg-type]
+        **measure(items, outcomes),
         seconds=seconds,
         labels_per_s=len(items) / max(seconds, 1e-9),
         latency_s=stats["judge/latency_s"],

@@ -19,16 +19,44 @@ import os
 import time
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 from speciarl_jax.judge.base import JudgeError
 from speciarl_jax.judge.cache import REDIS_SCHEMES, Row, VerdictCache
-from speciarl_jax.types import Category
+from speciarl_jax.types import Category, JsonObject
 
 _PREFIX = b"speciarl:verdict:"
 _CHUNK = 5_000  # keys in one round trip
 _SOCKET_TIMEOUT_S = 5.0
 _RETRIES = 5  # of a command while the server restarts; waits .1 to 2 s, about 5 s in all
+
+
+@runtime_checkable
+class _Pipeline(contextlib.AbstractContextManager["_Pipeline"], Protocol):
+    """What is used of redis' transactions."""
+
+    def set(self, name: bytes, value: str, *, nx: bool) -> object: ...
+
+    def execute(self) -> list[bool | None]: ...
+
+
+@runtime_checkable
+class _Client(Protocol):
+    """What is used of redis' client."""
+
+    def ping(self) -> object: ...
+
+    def set_retry(self, retry: object) -> None: ...
+
+    def mget(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
+
+    def scan_iter(self, *, match: bytes, count: int) -> Iterator[bytes]: ...
+
+    def pipeline(self, *, transaction: bool) -> _Pipeline: ...
+
+    def unlink(self, *names: bytes) -> int: ...
+
+    def close(self) -> None: ...
 
 
 class RedisCache(VerdictCache):
@@ -108,7 +136,7 @@ class RedisCache(VerdictCache):
         with self._guarded():
             return len(set(self._redis.scan_iter(match=_PREFIX + b"*", count=_CHUNK)))
 
-    def stats(self) -> dict[str, object]:
+    def stats(self) -> JsonObject:
         """Number of labels in all, by category, by judge and by scope; bytes of keys and values."""
         counts: dict[str, collections.Counter[str]] = {
             name: collections.Counter() for name in ("by_category", "by_judge", "by_scope")
@@ -165,16 +193,16 @@ def check_url(url: str) -> None:
         )
 
 
-def _connect(url: str) -> tuple[Any, tuple[type[Exception], ...], Any]:
+def _connect(url: str) -> tuple[_Client, tuple[type[Exception], ...], object]:
     """A client, what it may raise, and how it is to repeat commands over a short outage.
 
     Raises:
         ValueError: the package redis is not installed.
     """
     try:
-        redis: Any = importlib.import_module("redis")
-        backoff: Any = importlib.import_module("redis.backoff")
-        retry: Any = importlib.import_module("redis.retry")
+        redis = importlib.import_module("redis")
+        backoff = importlib.import_module("redis.backoff")
+        retry = importlib.import_module("redis.retry")
     except ImportError as error:
         raise ValueError(
             f"judge.cache_path={url} needs the package redis ({error}): "

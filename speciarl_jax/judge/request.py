@@ -8,7 +8,6 @@ import email.utils
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import aiohttp
 import openai
@@ -17,7 +16,7 @@ from speciarl_jax.judge.base import Pair, TokenError
 from speciarl_jax.judge.config import JudgeConfig
 from speciarl_jax.judge.parse import parse_batch, parse_category
 from speciarl_jax.judge.prompt import JudgePrompt
-from speciarl_jax.types import Category, FailureKind
+from speciarl_jax.types import Category, FailureKind, JsonObject
 
 CONSTRAINTS = ("choice", "json_schema", "grammar", "none")
 RETRY_AFTER_MAX_S = 60.0  # a longer Retry-After sets the endpoint aside that long
@@ -61,9 +60,9 @@ class AskError:
 
 def build_body(
     config: JudgeConfig, prompt: JudgePrompt, pairs: Sequence[Pair], constraint: str, thinking: str
-) -> dict[str, Any]:
+) -> JsonObject:
     """The JSON body of a chat completion request that asks about `pairs`."""
-    body: dict[str, Any] = {
+    body: JsonObject = {
         "model": config.model,
         "messages": prompt.messages(pairs),
         "temperature": config.temperature,
@@ -74,7 +73,7 @@ def build_body(
     return body
 
 
-def _constrain(constraint: str, prompt: JudgePrompt, count: int) -> dict[str, Any]:
+def _constrain(constraint: str, prompt: JudgePrompt, count: int) -> JsonObject:
     """The fields that hold the model to the label names."""
     if constraint == "choice":
         # vLLM since 0.11 and before; either ignores the other's spelling.
@@ -82,14 +81,14 @@ def _constrain(constraint: str, prompt: JudgePrompt, count: int) -> dict[str, An
     if constraint == "grammar":
         return {"grammar": _grammar(prompt, count)}
     if constraint == "json_schema":
-        schema = {"name": "verdict", "strict": True, "schema": _schema(prompt, count)}
+        schema: JsonObject = {"name": "verdict", "strict": True, "schema": _schema(prompt, count)}
         return {"response_format": {"type": "json_schema", "json_schema": schema}}
     return {}
 
 
-def _schema(prompt: JudgePrompt, count: int) -> dict[str, Any]:
+def _schema(prompt: JudgePrompt, count: int) -> JsonObject:
     """JSON schema of the reply: one name, or a list of exactly `count` names."""
-    label: dict[str, Any] = {"type": "string", "enum": prompt.labels}
+    label: JsonObject = {"type": "string", "enum": prompt.labels}
     field, value = "category", label
     if prompt.is_batch:
         field = "categories"
@@ -119,9 +118,7 @@ def read_labels(prompt: JudgePrompt, reply: Reply, count: int) -> list[Category]
     return None if category is None else [category]
 
 
-async def send(
-    client: openai.AsyncOpenAI, body: dict[str, Any], timeout_s: float
-) -> Reply | AskError:
+async def send(client: openai.AsyncOpenAI, body: JsonObject, timeout_s: float) -> Reply | AskError:
     """Sends one request and reads the reply; every failure comes back as a value.
 
     `client.post` instead of `chat.completions.create`: the latter walks the messages through

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 from speciarl_jax.judge.base import JudgeError
 from speciarl_jax.judge.taxonomy import Node
+from speciarl_jax.types import Taxon
 
 
 def read_any(path: Path) -> list[Node]:
@@ -47,7 +47,7 @@ def read_json(path: Path) -> list[Node]:
     except ValueError as error:
         raise JudgeError(f"taxonomy {path}: not valid JSON ({error})") from error
     nodes: list[Node] = []
-    stack: list[tuple[Any, tuple[int, ...]]] = [
+    stack: list[tuple[Taxon, tuple[int, ...]]] = [
         (root, ()) for root in (value if isinstance(value, list) else [value])
     ]
     while stack:

@@ -8,7 +8,6 @@ import importlib.util
 import math
 import os
 import re
-from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -106,9 +105,9 @@ class Topology:
 
     name: str
     chip: Chip
-    devices: tuple[Any, ...]
-    local_devices: tuple[Any, ...]
-    host_devices: tuple[Any, ...] = ()
+    devices: tuple[jax.Device, ...]
+    local_devices: tuple[jax.Device, ...]
+    host_devices: tuple[jax.Device, ...] = ()
     caveat: str = ""
 
     @property
@@ -174,10 +173,10 @@ def open_topology(name: str) -> Topology:
     chip_name, shape, count = parse_topology(name)
     chip = CHIPS[chip_name]
     if chip_name in _GPUS:
-        devices = jax.devices("cpu")
-        if len(devices) < count:
-            raise ValueError(f"--topology={name}: {len(devices)} fake devices, expected {count}")
-        chosen = tuple(devices[:count])
+        fakes = jax.devices("cpu")
+        if len(fakes) < count:
+            raise ValueError(f"--topology={name}: {len(fakes)} fake devices, expected {count}")
+        chosen = tuple(fakes[:count])
         return Topology(name, chip, chosen, chosen, caveat=GPU_CAVEAT)
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ValueError(
@@ -185,13 +184,13 @@ def open_topology(name: str) -> Topology:
         )
     devices = _tpu_devices(name, f"{chip_name}:{shape}", chip)
     local = tuple(device for device in devices if device.process_index == 0)
-    host: tuple[Any, ...] = ()
+    host: tuple[jax.Device, ...] = ()
     if chip.on_part != "all" and len(local) < len(devices):
         host = _tpu_devices(name, f"{chip_name}:{_HOST_SHAPE}", chip)
     return Topology(name, chip, devices, local, host)
 
 
-def _tpu_devices(name: str, shape: str, chip: Chip) -> tuple[Any, ...]:
+def _tpu_devices(name: str, shape: str, chip: Chip) -> tuple[jax.Device, ...]:
     options = {"chip_config_name": chip.config_name} if chip.config_name else {}
     try:
         found = topologies.get_topology_desc(shape, platform="tpu", **options)

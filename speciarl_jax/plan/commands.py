@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import pathlib
 import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import IO, Any
+from typing import IO
 
 from speciarl_jax.config import Config
+from speciarl_jax.types import Verbs
 
 # (recipe path, overrides) -> (config, folder)
-LoadRecipe = Callable[[str, Sequence[str]], tuple[Config, Any]]
+LoadRecipe = Callable[[str, Sequence[str]], tuple[Config, pathlib.Path]]
 
 
-def register(verbs: Any, load_recipe: LoadRecipe) -> None:
+def register(verbs: Verbs, load_recipe: LoadRecipe) -> None:
     """Adds the verb ``plan``."""
     plan = verbs.add_parser("plan", help="compile every program of a step for absent devices")
     plan.add_argument(
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace, load_recipe: LoadRecipe) -> int:
     )
     is_late, output, noise = _talk(process, pickle.dumps(request), args.limit_s)
     if process.returncode in (0, 2) and output:
-        return _show(json.loads(output), args.json, misfit)
+        return _show(output, args.json, misfit)
     print("".join(noise), end="", file=sys.stderr)
     if is_late:
         reason = f"no result within --limit_s={args.limit_s:g}; raise it"
@@ -116,9 +118,10 @@ def _listen(stream: IO[bytes], noise: collections.deque[str]) -> None:
             noise.append(line)
 
 
-def _show(plan: dict[str, Any], is_json: bool, misfit: str) -> int:
+def _show(output: bytes, is_json: bool, misfit: str) -> int:
     from speciarl_jax.plan.table import plan_text
 
+    plan = json.loads(output)
     if "error" in plan:
         raise ValueError("; ".join(filter(None, (plan["error"], misfit))))
     if is_json:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -16,6 +16,7 @@ from speciarl_jax.plan.chips import HOST_CAVEAT, Topology
 from speciarl_jax.plan.measure import Measured, as_json, measure
 from speciarl_jax.plan.models import planned_arch
 from speciarl_jax.plan.shapes import StepShapes, all_shapes, plan_shapes
+from speciarl_jax.plan.table import Plan, ProgramRow, Totals
 from speciarl_jax.plan.work import Layout, Work, step_work
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import abstract_policy, count_parameters
@@ -79,7 +80,7 @@ def open_plan(config: Config, topology: Topology) -> Planned:
 
 def _sampling_devices(
     config: Config, topology: Topology, mesh: dict[str, int]
-) -> tuple[tuple[Any, ...], str]:
+) -> tuple[tuple[jax.Device, ...], str]:
     """What a process samples on, and what is to be said about it."""
     has_collectives = config.rollout.early_exit or mesh["fsdp"] * mesh["tensor"] > 1
     on_part = topology.chip.on_part
@@ -148,7 +149,7 @@ def bucket_programs(planned: Planned) -> list[Program]:
     return list(found.values())
 
 
-def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> dict[str, Any]:
+def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> Plan:
     """Compiles the step and sums it up as plain data.
 
     Args:
@@ -180,9 +181,19 @@ def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> dict[
     }
 
 
-def _row(planned: Planned, measured: Measured, work: Work | None) -> dict[str, Any]:
+def _row(planned: Planned, measured: Measured, work: Work | None) -> ProgramRow:
     chip = planned.topology.chip
-    row = {"name": measured.name, **as_json(measured), "fits": measured.fits(chip.usable_bytes)}
+    known = as_json(measured)
+    row: ProgramRow = {
+        "name": measured.name,
+        "arguments_gib": known["arguments_gib"],
+        "temporaries_gib": known["temporaries_gib"],
+        "others_gib": known["others_gib"],
+        "peak_gib": known["peak_gib"],
+        "collectives": known["collectives"],
+        "compile_s": known["compile_s"],
+        "fits": measured.fits(chip.usable_bytes),
+    }
     if work is not None:
         row |= {
             "tflops_per_device": work.hardware_flops / planned.layout.num_devices / 1e12,
@@ -194,7 +205,7 @@ def _row(planned: Planned, measured: Measured, work: Work | None) -> dict[str, A
     return row
 
 
-def _totals(planned: Planned, work: dict[str, Work], price: float) -> dict[str, Any]:
+def _totals(planned: Planned, work: dict[str, Work], price: float) -> Totals:
     """Judge calls, seconds, hours and money of the training; evaluations come on top."""
     train, shapes = planned.config.train, planned.shapes
     seconds = sum(one.seconds for one in work.values())

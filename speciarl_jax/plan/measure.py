@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import re
 import time
-from typing import Any
+from typing import TypedDict
 
 import jax
 
@@ -123,7 +123,18 @@ def in_gib(num_bytes: float) -> float:
     return num_bytes / GIB
 
 
-def as_json(measured: Measured) -> dict[str, Any]:
+class Measurement(TypedDict):
+    """Plain data of a compiled program, bytes in GiB."""
+
+    arguments_gib: float
+    temporaries_gib: float
+    others_gib: float
+    peak_gib: float
+    collectives: dict[str, int]
+    compile_s: float
+
+
+def as_json(measured: Measured) -> Measurement:
     """Plain data of a compiled program, bytes in GiB."""
     return {
         "arguments_gib": in_gib(measured.arguments),

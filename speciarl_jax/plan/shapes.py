@@ -194,7 +194,7 @@ def expected_lengths(shapes: StepShapes) -> np.ndarray:
     sigma = math.log(P95_TOKENS / MEDIAN_TOKENS) / normal.inv_cdf(0.95)
     quantiles = (np.arange(count) + 0.5) / count
     deviates = np.array([normal.inv_cdf(q) for q in quantiles])
-    lengths = np.ceil(MEDIAN_TOKENS * np.exp(sigma * deviates))
+    lengths: np.ndarray = np.ceil(MEDIAN_TOKENS * np.exp(sigma * deviates))
     lengths = np.clip(lengths, 1, shapes.completion_tokens).astype(np.int64)
     # Every group gets short and long ones.
     return lengths.reshape(shapes.group_size, shapes.num_prompts).T

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
+
+from speciarl_jax.plan.measure import Measurement
 
 _SHORT = {
     "all-reduce": "AR",
@@ -28,7 +30,53 @@ _HEADER = (
 )
 
 
-def plan_text(plan: dict[str, Any]) -> str:
+class ProgramRow(Measurement):
+    """One program of a plan; how long it takes is known for the largest shapes only."""
+
+    name: str
+    fits: bool
+    tflops_per_device: NotRequired[float]
+    memory_gb_per_device: NotRequired[float]
+    wire_gb_per_device: NotRequired[float]
+    seconds: NotRequired[float]
+    mfu_bound: NotRequired[float]
+
+
+class Totals(TypedDict):
+    """The whole training; docs/scale.md says what the figures mean."""
+
+    step_s: float
+    mfu_bound: float
+    num_steps: int
+    hours: float
+    chip_hours: float
+    cost: float
+    price_per_chip_hour: float
+    judge_calls_per_step: int
+    judge_calls_per_run: int
+    judge_calls_per_s: float
+
+
+class Plan(TypedDict):
+    """What ``plan --json`` prints."""
+
+    recipe: str
+    model: str
+    topology: str
+    num_devices: int
+    num_hosts: int
+    usable_gib: float
+    mesh: dict[str, int]
+    remat: str
+    shapes: dict[str, int]
+    programs: list[ProgramRow]
+    fits: bool
+    totals: Totals
+    caveat: str
+    flags: NotRequired[str]
+
+
+def plan_text(plan: Plan) -> str:
     """The whole plan, ready to print."""
     mesh = " x ".join(f"{name} {size}" for name, size in plan["mesh"].items())
     shapes = plan["shapes"]
@@ -51,7 +99,7 @@ def plan_text(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: ProgramRow) -> list[str]:
     work = ["", "", "", "", ""]
     if "seconds" in row:
         work = [
@@ -86,7 +134,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     return [line(header), rule, *(line(row) for row in rows)]
 
 
-def _verdict(plan: dict[str, Any]) -> str:
+def _verdict(plan: Plan) -> str:
     worst = max(plan["programs"], key=lambda row: (not row["fits"], row["peak_gib"]))
     says = "fits" if plan["fits"] else "does NOT fit"
     return (
@@ -95,7 +143,7 @@ def _verdict(plan: dict[str, Any]) -> str:
     )
 
 
-def _total_lines(totals: dict[str, Any]) -> list[str]:
+def _total_lines(totals: Totals) -> list[str]:
     lines = [
         f"at least {totals['step_s']:.1f} s a step (MFU at most {totals['mfu_bound']:.0%}), "
         f"{totals['hours']:.1f} h and {totals['chip_hours']:.0f} chip-hours for "

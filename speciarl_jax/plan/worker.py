@@ -12,6 +12,7 @@ import pickle
 import sys
 
 from speciarl_jax.config import Config
+from speciarl_jax.plan.table import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Request:
     price: float
 
 
-def answer(request: Request) -> dict[str, object]:
+def answer(request: Request) -> Plan:
     """Makes the plan in this process.
 
     Raises:
@@ -50,7 +51,8 @@ def answer(request: Request) -> dict[str, object]:
         config, flags = found.config, found.flags
     planned = open_plan(config, topology)
     plan = make_plan(planned, has_all_buckets=request.has_all_buckets, price=request.price)
-    return plan | {"flags": flags}
+    plan["flags"] = flags
+    return plan
 
 
 def main() -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from speciarl_jax.report.sections import PUBLISHED
 from speciarl_jax.report.style import LIGHT, RUNGS, line_color, readable
+from speciarl_jax.types import CurvePoint, MainMetric, Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Point:
 
     label: str
     run: int
-    scores: Mapping[str, Any]
+    scores: Scores
     is_base: bool = False
 
     @property
@@ -104,11 +104,14 @@ def _neighbours(
 
 
 def _point(ax: Axes, p: Point, x: float, y: float, labels_below: int) -> None:
-    errors = []
-    for metric, value in (("correctness", x), ("specificity", y)):
+    errors: list[list[list[float]] | None] = []
+    found: tuple[tuple[MainMetric, float], ...] = (("correctness", x), ("specificity", y))
+    for metric, value in found:
         low, high = p.scores[metric]["low"], p.scores[metric]["high"]
-        is_known = low is not None and high is not None
-        errors.append([[max(0, value - low)], [max(0, high - value)]] if is_known else None)
+        if low is None or high is None:
+            errors.append(None)
+        else:
+            errors.append([[max(0, value - low)], [max(0, high - value)]])
     colour = line_color(p.run)
     ax.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="o", markersize=8, color=colour,
                 markerfacecolor=LIGHT["paper"] if p.is_base else colour, elinewidth=1.0,
@@ -140,7 +143,7 @@ def draw_shares(ax: Axes, bars: Sequence[tuple[str, Mapping[str, float]]], title
 
 
 def draw_best_of(
-    ax: Axes, curves: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, title: str
+    ax: Axes, curves: Mapping[str, Sequence[CurvePoint]], metric: MainMetric, title: str
 ) -> bool:
     """A metric of the best of k answers over k, with its interval as a band."""
     index = 0
@@ -149,10 +152,12 @@ def draw_best_of(
         if not known:
             continue
         k = [p["k"] for p in known]
-        ax.plot(k, [p[metric]["value"] for p in known], marker="o", markersize=3.5, label=label,
-                color=line_color(index))  # fmt: skip
-        if all(p[metric]["low"] is not None for p in known):
-            low, high = ([p[metric][side] for p in known] for side in ("low", "high"))
+        value, low, high = (
+            [x for p in known if (x := p[metric][side]) is not None]
+            for side in ("value", "low", "high")
+        )
+        ax.plot(k, value, marker="o", markersize=3.5, label=label, color=line_color(index))
+        if len(low) == len(high) == len(known):
             ax.fill_between(k, low, high, color=line_color(index), alpha=0.15, linewidth=0)
         index += 1
     if not index:

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from speciarl_jax.bootstrap import FORMAT_RULES
 from speciarl_jax.files import write_whole
@@ -14,9 +13,10 @@ from speciarl_jax.metrics import make_console
 from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
 from speciarl_jax.report.load import Run, load_runs
 from speciarl_jax.report.tables import comparison_table
+from speciarl_jax.types import Metrics, Verbs
 
 
-def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(subparsers: Verbs) -> None:
     """Adds the verbs `report` and `compare`; each sets `handler`, a function args -> exit code.
 
     Handlers raise ValueError for user errors, one line each.
@@ -56,7 +56,7 @@ def _write(path: Path, text: str) -> None:
         raise ValueError(f"{path}: cannot write: {error.strerror}") from None
 
 
-def _export(args: argparse.Namespace, evaluations: dict[str, Any]) -> None:
+def _export(args: argparse.Namespace, evaluations: dict[str, Metrics]) -> None:
     if args.csv:
         _write(Path(args.csv), headline_csv(evaluations))
     if args.latex:
@@ -126,7 +126,7 @@ def run_compare(args: argparse.Namespace) -> int:
     )
     _export(args, {name_a: compared["a"], name_b: compared["b"]})
     if args.json:
-        print(json.dumps({"names": [name_a, name_b]} | compared, allow_nan=False))
+        print(json.dumps({"names": [name_a, name_b], **compared}, allow_nan=False))
         return 0
     console = make_console()
     title = f"{name_b} against {name_a}"

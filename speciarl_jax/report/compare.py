@@ -6,15 +6,16 @@ import csv
 import io
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from speciarl_jax import scoring
 from speciarl_jax.bootstrap import METRICS
 from speciarl_jax.predictions import Prediction
 from speciarl_jax.report.load import load_run
 from speciarl_jax.report.tables import format_estimate, format_value, metric_rows
+from speciarl_jax.types import Difference, MainMetric, Metrics, ScoringSettings
 
-MAIN = ("specificity", "correctness", "hm")
+MAIN: tuple[MainMetric, ...] = ("specificity", "correctness", "hm")
 
 
 def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, list[Prediction], list[str]]:
@@ -43,6 +44,15 @@ def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, list[Predic
     return name, found.predictions, [n for n in in_domain if isinstance(n, str)]
 
 
+class Comparison(TypedDict):
+    """What `compare` returns."""
+
+    a: Metrics
+    b: Metrics
+    differences: dict[str, Difference]
+    left_out: list[str]
+
+
 def compare(
     a: Sequence[Prediction],
     b: Sequence[Prediction],
@@ -50,7 +60,7 @@ def compare(
     format_failures: str = "wrong",
     bootstrap_samples: int = 2000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Comparison:
     """Metrics of both and paired differences (b minus a), per data set and average.
 
     Only data sets both have are compared; the others are named in ``left_out``.
@@ -76,7 +86,7 @@ def compare(
         raise ValueError(
             f"no data set in common: {', '.join(sorted(by_a))} against {', '.join(sorted(by_b))}"
         )
-    settings: dict[str, Any] = {
+    settings: ScoringSettings = {
         "format_failures": format_failures,
         "bootstrap_samples": bootstrap_samples,
         "seed": seed,
@@ -95,7 +105,7 @@ def compare(
     return {"a": metrics_a, "b": metrics_b, "differences": differences, "left_out": left_out}
 
 
-def headline_csv(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+def headline_csv(evaluations: Mapping[str, Metrics]) -> str:
     """One line per evaluation and data set or average; empty cells are undefined.
 
     Args:
@@ -130,7 +140,7 @@ def _latex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in text)
 
 
-def headline_latex(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+def headline_latex(evaluations: Mapping[str, Metrics]) -> str:
     """A ``tabular`` (booktabs) of specificity, correctness and HM with intervals.
 
     Args:

@@ -17,6 +17,7 @@ from speciarl_jax.predictions import Prediction
 from speciarl_jax.report import thumbnails
 from speciarl_jax.report.load import Run
 from speciarl_jax.report.style import RUNGS
+from speciarl_jax.types import JsonObject, JsonValue
 
 _CHUNK_ROWS = 400
 _LENGTHS = (20_000, 6_000, 2_500, 1_000, 400, 150)  # characters of a completion, widest first
@@ -72,7 +73,7 @@ def _deflate(data: bytes) -> str:
     return base64.b64encode(zlib.compress(data, 9)).decode()
 
 
-def _dump(value: object) -> bytes:
+def _dump(value: JsonValue) -> bytes:
     # A lone surrogate cannot be encoded; it becomes "?" rather than an error.
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
@@ -103,7 +104,7 @@ def build_gallery(runs: Sequence[Run], max_rollouts: int, budget_bytes: int) -> 
     missing = sum(1 for _, length in spans if not length)
     if missing:
         notes.append(f"{missing:,} of {len(keys):,} images have no thumbnail.")
-    index: dict[str, object] = _index(runs, stages, groups, firsts)
+    index: JsonObject = _index(runs, stages, groups, firsts)
     index["thumbs"] = [n for span in spans for n in span]
     left = budget_bytes - len(images) - len(_deflate(_dump(index)))
     completions, starts, limit = _pack_completions([r for g in groups for r in g.rows], left)
@@ -204,12 +205,12 @@ def _index(
     stages: Sequence[tuple[int, str]],
     groups: Sequence[_Group],
     firsts: dict[_Key, dict[int, Prediction]],
-) -> dict[str, object]:
+) -> JsonObject:
     """Columns; strings are numbers into `strings`, rows of a group follow each other."""
     strings = _Strings()
     image_number = {key: i for i, key in enumerate(firsts)}
     rows = [row for group in groups for row in group.rows]
-    index: dict[str, object] = {
+    index: JsonObject = {
         "rungs": list(RUNGS),
         "runs": [run.name for run in runs],
         "stages": [[run, strings.add(name)] for run, name in stages],

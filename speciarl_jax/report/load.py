@@ -17,11 +17,12 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from speciarl_jax import scoring
 from speciarl_jax.files import read_json
 from speciarl_jax.predictions import Prediction, read_predictions
+from speciarl_jax.types import JsonObject, Metrics
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -34,7 +35,7 @@ class Stage:
 
     name: str
     predictions: list[Prediction]
-    metrics: dict[str, Any]
+    metrics: Metrics
 
 
 @dataclasses.dataclass
@@ -53,7 +54,7 @@ class Run:
     name: str
     path: Path
     series: Series
-    config: dict[str, Any]
+    config: JsonObject
     stages: list[Stage]
     rollouts: list[Prediction]
 
@@ -71,7 +72,7 @@ class Run:
 _SCORE_AGAIN = "delete the file and score again: `speciarl eval`"
 
 
-def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+def _read_object(path: Path, remedy: str) -> JsonObject:
     """Content of a JSON object file; empty if there is none.
 
     Raises:
@@ -79,7 +80,7 @@ def _read_object(path: Path, remedy: str) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    content: dict[str, Any] = read_json(path, remedy)
+    content: JsonObject = read_json(path, remedy)
     return content
 
 
@@ -176,7 +177,7 @@ def load_runs(paths: list[str]) -> list[Run]:
     return runs
 
 
-def _in_domain(config: dict[str, Any]) -> list[str]:
+def _in_domain(config: JsonObject) -> list[str]:
     data = config.get("data")
     names = data.get("in_domain", []) if isinstance(data, dict) else []
     return [n for n in names if isinstance(n, str)] if isinstance(names, list) else []
@@ -193,7 +194,7 @@ def _stage_dirs(path: Path) -> list[Path]:
 
 def _read_stage(path: Path, name: str, in_domain: list[str]) -> Stage:
     predictions = read_predictions(path / "predictions.jsonl")
-    metrics = _read_object(path / "metrics.json", _SCORE_AGAIN)
+    metrics = cast(Metrics, _read_object(path / "metrics.json", _SCORE_AGAIN))
     if "datasets" not in metrics or "averages" not in metrics:
         metrics = scoring.metrics_json(predictions, in_domain=in_domain)
     return Stage(name, predictions, metrics)

@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from speciarl_jax.judge.taxonomy_files import read_any
 from speciarl_jax.predictions import Prediction
@@ -26,6 +25,7 @@ from speciarl_jax.report.load import Run, Stage
 from speciarl_jax.report.style import DARK, LIGHT, RUNGS, readable
 from speciarl_jax.report.training import figure, training_section
 from speciarl_jax.report.verdicts import judge_section
+from speciarl_jax.types import CurvePoint
 
 _SHARED = 1_200_000  # bytes kept free for tables, charts and script
 _NAV = {
@@ -241,7 +241,7 @@ def _plane(runs: Sequence[Run]) -> Markup | None:
 
 def _best_of(runs: Sequence[Run]) -> Markup | None:
     average = sections.headline_average(runs)
-    found: dict[str, Any] = {}
+    found: dict[str, list[CurvePoint]] = {}
     for run in runs:
         for stage in run.stages:
             curve = stage.metrics.get("best_of", {}).get("averages", {}).get(average)

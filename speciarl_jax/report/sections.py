@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from speciarl_jax.predictions import Prediction
+from speciarl_jax.report.compare import Comparison
 from speciarl_jax.report.gallery import code
 from speciarl_jax.report.html import Markup, el, join
 from speciarl_jax.report.levels import Confusion
@@ -16,8 +16,13 @@ from speciarl_jax.report.load import Run
 from speciarl_jax.report.style import RUNGS, readable
 from speciarl_jax.report.tables import format_estimate, format_value, metric_rows
 from speciarl_jax.text_metrics import METRICS as TEXT_METRICS
+from speciarl_jax.types import MainMetric, MainScores, TextMetric, TextMetrics, TextScores
 
-MAIN = {"specificity": "Specificity", "correctness": "Correctness", "hm": "HM"}
+MAIN: dict[MainMetric, str] = {
+    "specificity": "Specificity",
+    "correctness": "Correctness",
+    "hm": "HM",
+}
 _HEADLINE = ("fine_grained", "out_of_domain", "all", "in_domain")
 
 
@@ -66,7 +71,9 @@ def _members(runs: Sequence[Run], average: str) -> list[str]:
     names: dict[str, None] = {}
     for run in runs:
         for stage in run.stages:
-            names |= dict.fromkeys(stage.metrics["averages"].get(average, {}).get("datasets", []))
+            scores = stage.metrics["averages"].get(average)
+            if scores is not None:
+                names |= dict.fromkeys(scores.get("datasets", []))
     return list(names)
 
 
@@ -97,9 +104,9 @@ def _whisker(estimate: Mapping[str, float | None], low: float, high: float, css:
     return el("td", svg)
 
 
-def _headline_rows(run: Run, average: str) -> list[tuple[Run, str, Mapping[str, Any]]]:
+def _headline_rows(run: Run, average: str) -> list[tuple[Run, str, MainScores]]:
     """(run, evaluation, scores); sampled evaluations give what their best of N would score."""
-    rows: list[tuple[Run, str, Mapping[str, Any]]] = []
+    rows: list[tuple[Run, str, MainScores]] = []
     for stage in run.stages:
         scores = stage.metrics["averages"].get(average)
         if scores is None:
@@ -109,8 +116,14 @@ def _headline_rows(run: Run, average: str) -> list[tuple[Run, str, Mapping[str, 
         curve = stage.metrics.get("best_of", {}).get("averages", {}).get(average)
         if curve:
             name = "" if stage.name == "best_of" else f"{readable(stage.name)}, "
-            best = dict(curve[-1]) | {"n": scores["n"]}
-            rows.append((run, f"{name}best of {best['k']} (oracle)", best))
+            last = curve[-1]
+            best: MainScores = {
+                "correctness": last["correctness"],
+                "specificity": last["specificity"],
+                "hm": last["hm"],
+                "n": scores["n"],
+            }
+            rows.append((run, f"{name}best of {last['k']} (oracle)", best))
         elif stage.name == "best_of":
             rows.append((run, "best of N (oracle)", scores))
     return rows
@@ -222,7 +235,7 @@ def per_dataset(runs: Sequence[Run]) -> Markup:
                             el("td", format_value(scores[m]["value"]))
                             for m in ("format_failure_rate", "judge_failure_rate")
                         ),
-                        *(_cell(text[m]) if m in text else el("td") for m in text_metrics),
+                        *(_cell(text[m]) if text and m in text else el("td") for m in text_metrics),
                         el("td", "" if words is None else f"{words:.1f}"),
                         el("td", f"{scores['n']:,}"),
                         class_="average" if is_average else None,
@@ -232,21 +245,18 @@ def per_dataset(runs: Sequence[Run]) -> Markup:
     return scroll(el("table", el("thead", head), *bodies), "Metrics per data set")
 
 
-def _text_scores(text: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
-    """Text metrics of a data set or of ``mean all``; empty where there are none."""
+def _text_scores(text: TextMetrics | None, name: str) -> TextScores | None:
+    """Text metrics of a data set or of ``mean all``; None where there are none."""
     if text is None:
-        return {}
-    found: Mapping[str, Any] = (
-        text["averages"].get("all", {}) if name == "mean all" else text["datasets"].get(name, {})
-    )
-    return found
+        return None
+    return text["averages"].get("all") if name == "mean all" else text["datasets"].get(name)
 
 
-def _has_metric(text: Mapping[str, Any], metric: str) -> bool:
+def _has_metric(text: TextMetrics, metric: TextMetric) -> bool:
     return any(metric in scores for scores in text["datasets"].values())
 
 
-def comparison(names: tuple[str, str], compared: Mapping[str, Any]) -> Markup:
+def comparison(names: tuple[str, str], compared: Comparison) -> Markup:
     """Paired differences, second minus first, of every data set and average."""
     head = el(
         "tr",

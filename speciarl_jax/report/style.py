@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -20,6 +20,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from speciarl_jax.files import whole_file
+
+if TYPE_CHECKING:  # not in every version of matplotlib
+    from matplotlib.typing import RcKeyType
 
 # Sequential blues for the rungs that are not wrong, so that "more" reads as "darker"; red for
 # wrong, grey for abstain: told apart under the common colour-vision deficiencies.
@@ -73,7 +76,7 @@ RUNGS = (
     "more_specific",
     "judge_failure",
 )
-_RC: dict[Any, Any] = {
+_RC: dict[RcKeyType, str | float] = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     "svg.fonttype": "none",

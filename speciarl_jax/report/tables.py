@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from speciarl_jax.text_metrics import METRICS
+from speciarl_jax.types import Difference, MainMetric, Metric, Metrics, Scores, TextMetrics
 
-COLUMNS = {
+COLUMNS: dict[Metric, str] = {
     "specificity": "specificity",
     "correctness": "correctness",
     "hm": "HM",
     "format_failure_rate": "format\nfail",
     "judge_failure_rate": "judge\nfail",
 }
-_MAIN = ("specificity", "correctness", "hm")
+_MAIN: tuple[MainMetric, ...] = ("specificity", "correctness", "hm")
 
 
 def format_value(value: float | None, *, is_signed: bool = False) -> str:
@@ -37,7 +37,7 @@ def format_estimate(estimate: Mapping[str, float | None], *, is_signed: bool = F
     return f"{value} [{low}, {high}]"
 
 
-def metric_rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], bool]]:
+def metric_rows(metrics: Metrics) -> Iterator[tuple[str, Scores, bool]]:
     """Yields (name, scores, is_average) for data sets first, then averages that say more.
 
     An average over the single data set that stands above it is left out.
@@ -52,7 +52,7 @@ def metric_rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any
             yield f"mean {name}", scores, True
 
 
-def metrics_table(metrics: Mapping[str, Any], title: str) -> Table:
+def metrics_table(metrics: Metrics, title: str) -> Table:
     """One line per data set and average, each metric with its 95 % interval.
 
     Args:
@@ -95,7 +95,7 @@ def _wrappable(estimate: Mapping[str, float | None], *, is_signed: bool = False)
     return text.replace(", ", ",").replace("[", "\\[")
 
 
-def text_table(text: Mapping[str, Any], title: str) -> Table:
+def text_table(text: TextMetrics, title: str) -> Table:
     """Text metrics, one line per data set and one for their mean.
 
     Args:
@@ -113,11 +113,11 @@ def text_table(text: Mapping[str, Any], title: str) -> Table:
 
 
 def comparison_table(
-    base: Mapping[str, Any],
-    trained: Mapping[str, Any],
+    base: Metrics,
+    trained: Metrics,
     title: str,
     names: tuple[str, str] = ("base", "trained"),
-    differences: Mapping[str, Mapping[str, Any]] | None = None,
+    differences: Mapping[str, Difference] | None = None,
 ) -> Table:
     """Two runs side by side: both values and the difference of each of the three metrics.
 

@@ -17,7 +17,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -30,6 +30,10 @@ INDEX_FILE = "speciarl_index.json"
 _LOG = logging.getLogger(__name__)
 
 
+# Split names to their examples: (key, what `ImageBuilder`'s features hold).
+Examples: TypeAlias = Iterator[tuple[str, dict[str, bytes | str]]]
+
+
 class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[misc, call-arg]
     """Base of builders whose records are encoded image bytes, a cleaned label and a key.
 
@@ -38,7 +42,7 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
 
     VERSION = tfds.core.Version("1.0.0")
     # TFDS would look these up beside its own code, through a package it forgets to require.
-    url_infos: ClassVar[dict[str, Any]] = {}
+    url_infos: ClassVar[dict[str, tfds.download.checksums.UrlInfo]] = {}
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -54,7 +58,9 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         )
 
 
-def build_path(builder_class: type[ImageBuilder], config: Any = None) -> pathlib.Path:
+def build_path(
+    builder_class: type[ImageBuilder], config: tfds.core.BuilderConfig | None = None
+) -> pathlib.Path:
     """Where a finished build lives under the data directory: NAME[/CONFIG]/VERSION."""
     parts = [config.name] if config is not None else []
     return pathlib.Path(builder_class.name, *parts, str(builder_class.VERSION))
@@ -66,7 +72,9 @@ def is_built(directory: pathlib.Path) -> bool:
 
 
 def prepare(
-    builder_class: type[ImageBuilder], data_dir: str | pathlib.Path, config: Any = None
+    builder_class: type[ImageBuilder],
+    data_dir: str | pathlib.Path,
+    config: tfds.core.BuilderConfig | None = None,
 ) -> pathlib.Path:
     """Builds a data set unless it is there already; safe to call from several processes.
 
@@ -119,7 +127,7 @@ def _write_index(directory: pathlib.Path) -> None:
     write_whole(directory / INDEX_FILE, json.dumps(index))
 
 
-def _name_and_label(record: Any) -> tuple[str, str]:
+def _name_and_label(record: dict[str, bytes]) -> tuple[str, str]:
     return record["name"].decode(), record["label"].decode()
 
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import requests
 import tensorflow_datasets as tfds
@@ -198,7 +197,9 @@ class BenchmarkBuilder(base.ImageBuilder, skip_registration=True):  # type: igno
 
     BUILDER_CONFIGS = ()
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, base.Examples]:
         config = self.builder_config
         scratch = pathlib.Path(self._data_dir_root)
         paths = [pathlib.Path(path) for path in config.archives]
@@ -217,16 +218,16 @@ class BenchmarkBuilder(base.ImageBuilder, skip_registration=True):  # type: igno
             if any(entry.path is not None for entry in entries)
         }
 
-    def _generate_examples(
-        self, entries: Sequence[layouts.Entry]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_examples(self, entries: Sequence[layouts.Entry]) -> base.Examples:
         for entry in entries:
             if entry.path is not None:
                 data = entry.path.read_bytes()
                 yield entry.name, {"image": data, "label": entry.label, "name": entry.name}
 
 
-def _download(benchmark: Benchmark, dl_manager: Any, folder: pathlib.Path) -> list[pathlib.Path]:
+def _download(
+    benchmark: Benchmark, dl_manager: tfds.download.DownloadManager, folder: pathlib.Path
+) -> list[pathlib.Path]:
     """Downloads with TFDS, which checks SHA-256 and keeps finished files under DATA_DIR/downloads.
 
     Returns:

@@ -6,13 +6,11 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterator
-from typing import Any
 
 import tensorflow_datasets as tfds
 
 from speciarl_jax.data import field_guide
-from speciarl_jax.data.builders.base import ImageBuilder
+from speciarl_jax.data.builders.base import Examples, ImageBuilder
 from speciarl_jax.data.field_guide.specimens import draw_specimens, encode_png
 
 DOMAINS = {"birds": "bird", "flowers": "flower", "aircraft": "aircraft", "dogs": "dog"}
@@ -83,12 +81,12 @@ class FieldGuide(ImageBuilder, skip_registration=True):  # type: ignore[call-arg
 
     BUILDER_CONFIGS = ()
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         config = self.builder_config
         counts = {"train": config.num_train, "test": config.num_test}
         return {split: self._generate_examples(split, n) for split, n in counts.items() if n}
 
-    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_examples(self, split: str, count: int) -> Examples:
         config = self.builder_config
         specimens = draw_specimens(
             DOMAINS[config.domain], split, count, seed=config.seed, hard_frac=config.hard_frac

@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
 from importlib import resources
-from typing import Any
+from typing import Any, TypeAlias
 
 from speciarl_jax.data.builders.archives import FileTree
 from speciarl_jax.files import read_json
@@ -33,6 +33,7 @@ class Entry:
 
 
 Splits = dict[str, list[Entry]]
+MatValue: TypeAlias = Any  # an array, or scipy's mat_struct with the fields its file names
 Reader = Callable[[FileTree], Splits]
 
 
@@ -193,7 +194,7 @@ def _class_folders(tree: FileTree, split: str) -> list[Entry]:
     ]
 
 
-def _mat(path: pathlib.Path) -> dict[str, Any]:
+def _mat(path: pathlib.Path) -> dict[str, MatValue]:
     """A MATLAB file with records as objects.
 
     Raises:
@@ -202,12 +203,14 @@ def _mat(path: pathlib.Path) -> dict[str, Any]:
     import scipy.io
 
     try:
-        content: dict[str, Any] = scipy.io.loadmat(path, struct_as_record=False, squeeze_me=True)
+        content: dict[str, MatValue] = scipy.io.loadmat(
+            path, struct_as_record=False, squeeze_me=True
+        )
     except (OSError, TypeError, NotImplementedError, scipy.io.matlab.MatReadError) as error:
         raise ValueError(f"{path}: damaged MATLAB file ({error}); download it again") from error
     return content
 
 
-def _flat(value: Any) -> Iterable[Any]:
+def _flat(value: MatValue) -> Iterable[MatValue]:
     """Items of an array that `squeeze_me` may have turned into a single one."""
     return value.reshape(-1) if hasattr(value, "reshape") else [value]

@@ -13,7 +13,8 @@ import functools
 import json
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any
+
+from speciarl_jax.types import Taxon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Taxonomy:
         raise KeyError(f"no species {name!r} in the field guide")
 
 
-def load_tree() -> dict[str, Any]:
+def load_tree() -> Taxon:
     """Returns the raw tree of `taxonomy.json`: nodes with name, synonyms, level, children."""
     text = (resources.files(__package__) / "taxonomy.json").read_text(encoding="utf-8")
-    tree: dict[str, Any] = json.loads(text)
+    tree: Taxon = json.loads(text)
     return tree
 
 
