@@ -31,7 +31,7 @@ smoke: setup
 
 # The longest files first, so that both workers end together.
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-LONGEST = tests/test_train.py tests/test_update.py tests/test_outage.py tests/rollout
+LONGEST = tests/train/test_train.py tests/learner tests/train/test_outage.py tests/rollout
 
 # The default suite: what CI runs.
 test: setup-dev
@@ -39,7 +39,7 @@ test: setup-dev
 
 # All of it but benchmarks; what needs a GPU, libtpu or a package that is not there is skipped.
 test-all: setup-dev
-	$(PYTEST) tests/test_processes.py tests/test_sharding.py $(LONGEST) tests
+	$(PYTEST) tests/train/test_processes.py tests/devices $(LONGEST) tests
 
 check: setup-dev
 	$(BIN)/ruff format --check .
@@ -78,10 +78,10 @@ evidence: setup
 # Long (about 25 minutes): floods of faulty judge replies, a judge gone for a minute and for good,
 # a run killed 20 times and stopped 5 times.
 drill: setup-dev
-	$(BIN)/python tests/judge/drill_fault_server.py
-	$(BIN)/python tests/judge/drill_fault_server.py --faults=each --timeout_s=2
-	$(BIN)/python -m tests.drill_outage
-	$(BIN)/python -m tests.drill_kill
+	$(BIN)/python -m tests.drills.fault_server
+	$(BIN)/python -m tests.drills.fault_server --faults=each --timeout_s=2
+	$(BIN)/python -m tests.drills.outage
+	$(BIN)/python -m tests.drills.kill
 
 # Proves that a refactor changed no number: this tree against a commit, bit for bit (about 15
 # minutes; BASE's results are kept in .witness/). `make witness BASE=COMMIT ARGS=--smoke`

@@ -37,6 +37,7 @@ BASE = [
     "jaxtyping>=0.3",
     "beartype>=0.20",
     "packaging>=23",  # which libtpu the installed jax pins
+    "typing_extensions>=4.12",  # a default for a type variable; typing has it from 3.13
 ]
 # torch: 2.13.0 resolves to a CPU build on a plain machine; newer ones pull gigabytes of CUDA.
 TEST = [
@@ -69,12 +70,11 @@ setup(
         "speciarl_jax.prompts": ["*.txt"],
         "speciarl_jax": [
             "data/field_guide/*.json",
-            "data/builders/*.json",
-            "data/builders/*.txt",
-            "judge/prompts/*",
+            "data/sources/*.txt",
+            "judge/remote/prompts/*",
             "judge/data/*",
             "plan/*.json",
-            "tiny_policy/*",
+            "convert/tiny_policy/*",
             "report/static/*",
         ],
     },
@@ -91,5 +91,5 @@ setup(
         "test": TEST,
         "dev": TEST + DEV,
     },
-    entry_points={"console_scripts": ["speciarl=speciarl_jax.cli:main"]},
+    entry_points={"console_scripts": ["speciarl=speciarl_jax.cli.main:main"]},
 )

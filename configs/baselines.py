@@ -25,7 +25,7 @@ import pathlib
 import runpy
 
 from speciarl_jax import config as schema
-from speciarl_jax import presets
+from speciarl_jax.config import recipes
 
 EVALUATED = ("zero_shot", "be_specific", "best_of_64")
 REWARDS = {"speciarl": "dynamic"} | {name: name for name in ("binary", *schema.REWARDS[3:])}
@@ -52,15 +52,15 @@ def get_config(arg=None):
     if row not in (*EVALUATED, "sft", *REWARDS):
         known = ", ".join((*EVALUATED, "sft", *REWARDS))
         raise ValueError(f"row={row}: expected one of {known}")
-    if values["algo"] not in presets.ALGORITHMS:
-        known = ", ".join(presets.ALGORITHMS)
+    if values["algo"] not in recipes.ALGORITHMS:
+        known = ", ".join(recipes.ALGORITHMS)
         raise ValueError(f"algo={values['algo']}: expected one of {known}")
     if row not in REWARDS and any(values[k] != DEFAULTS[k] for k in ("algo", "n", "noise")):
         raise ValueError(f"row={row}: samples no rollouts to train on, so no algo=, n= or noise=")
     config = _tiny(values) if "tiny" in parts else _full(values)
     config.seed = int(values["seed"])
     config.algo.label_noise = float(values["noise"])
-    presets.set_algorithm(config, values["algo"])  # after the sizes, which dapo_dynamic multiplies
+    recipes.set_algorithm(config, values["algo"])  # after the sizes, which dapo_dynamic multiplies
     config.name = "_".join(["baselines", *(p.replace("=", "-") for p in parts if p)])
     if row == "sft":
         config.algo.name, config.algo.kl_coef = "sft", 0.0

@@ -10,7 +10,7 @@ algo=grpo|dr_grpo|dapo|dapo_dynamic|gspo|rloo.
 """
 
 from speciarl_jax import config as schema
-from speciarl_jax import presets
+from speciarl_jax.config import recipes
 
 DOMAINS = ("birds", "flowers", "aircraft", "dogs")
 DEFAULTS = {
@@ -40,7 +40,7 @@ def get_config(arg=None):
     config.rollout.chunk_tokens = 12
     config.rollout.compact = False
     config.train.prompts_per_step = 16
-    presets.set_algorithm(config, values["algo"])
+    recipes.set_algorithm(config, values["algo"])
     config.algo.reward = values["reward"]
     config.algo.bar_support = float(values["support"])
     config.optim.learning_rate = 3e-4

@@ -17,7 +17,7 @@ import pathlib
 import tempfile
 
 from speciarl_jax import config as schema
-from speciarl_jax.data.folder import dataset_name, folder_taxonomy
+from speciarl_jax.data.sources.folder import dataset_name, folder_taxonomy
 
 
 def get_config(arg=None):

@@ -13,7 +13,7 @@ reward=dynamic|single|binary|scale1|scale2|scale3, model=Qwen/Qwen2.5-VL-7B-Inst
 """
 
 from speciarl_jax import config as schema
-from speciarl_jax import presets
+from speciarl_jax.config import recipes
 
 DEFAULTS = {
     "algo": "grpo",
@@ -44,7 +44,7 @@ def get_config(arg=None):
     config.rollout.chunk_tokens = 64
     config.algo.reward = values["reward"]
     config.algo.label_noise = float(values["noise"])
-    presets.set_algorithm(config, values["algo"])
+    recipes.set_algorithm(config, values["algo"])
     config.train.prompts_per_micro_batch = 1
     config.train.mismatch_gate = 0.05  # mean over tokens in bfloat16
     config.train.eval_every = 5

@@ -12,10 +12,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from speciarl_jax.files import FETCH_MODEL, read_json
+
 # Somebody else's config.json: what it holds is checked where it is read.
 HfConfig: TypeAlias = Mapping[str, Any]
-
-from speciarl_jax.files import FETCH_MODEL, read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,20 +8,33 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 from flax import nnx
 from rich.console import Console
 
-from speciarl_jax import hosts, reward, scoring
-from speciarl_jax.config import Config
+from speciarl_jax.config.schema import Config
+from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.recipe import make_loader, open_eval_source
+from speciarl_jax.devices import processes
+from speciarl_jax.devices.mesh import num_replicas
 from speciarl_jax.files import read_json, write_whole
 from speciarl_jax.judge.base import Pair
 from speciarl_jax.judge.runner import JudgeThread
-from speciarl_jax.live import progress
-from speciarl_jax.predictions import (
+from speciarl_jax.monitor.live import progress
+from speciarl_jax.objective import reward
+from speciarl_jax.report.thumbnails import save_thumbnail
+from speciarl_jax.rollout.engine import RolloutEngine
+from speciarl_jax.rollout.groups import await_verdicts, collect_groups
+from speciarl_jax.rollout.sampling import Sampling
+from speciarl_jax.run.restore import STEP_PREFIX, open_checkpoint
+from speciarl_jax.run.session import Session
+from speciarl_jax.run.storage import RunDir
+from speciarl_jax.scoring.bootstrap import MAIN_METRICS
+from speciarl_jax.scoring.metrics import metrics_json
+from speciarl_jax.scoring.predictions import (
     Prediction,
     append_predictions,
     cut_half_line,
@@ -30,15 +43,9 @@ from speciarl_jax.predictions import (
     read_predictions,
     write_predictions,
 )
-from speciarl_jax.report.thumbnails import save_thumbnail
-from speciarl_jax.rollout.engine import RolloutEngine
-from speciarl_jax.rollout.groups import await_verdicts, collect_groups
-from speciarl_jax.rollout.sampling import Sampling
-from speciarl_jax.session import Session
-from speciarl_jax.sharding import num_replicas
-from speciarl_jax.types import JsonObject, Metrics, PromptBatch, Rollout, TextMetrics, Verdict
+from speciarl_jax.scoring.results import Evaluation, TextMetrics
+from speciarl_jax.types import JsonObject, Rollout, Verdict
 
-STEP_PREFIX = "step_"
 _EVAL_STEP = 2**30  # folded into the seed: evaluation never shares randomness with training
 
 
@@ -54,7 +61,7 @@ def evaluate(
     console: Console,
     prompt_step: int = 0,
     weights: str = "",
-) -> Metrics:
+) -> Evaluation:
     """Samples answers on every evaluation source, has them judged, scores them.
 
     Batches are appended to ``predictions.jsonl`` as they are judged; a second call goes on where
@@ -82,11 +89,11 @@ def evaluate(
     config = session.config
     weights = weights or f"{STEP_PREFIX}{prompt_step:06d}"
     path = out_dir / "predictions.jsonl"
-    finished = None
-    if hosts.is_first():
+    finished: list[tuple[str, str]] = []
+    if processes.is_first():
         claim_folder(out_dir, answer_settings(session, samples, sampling, weights))
         finished = _finished_images(path, samples, judge)
-    done = {(dataset, prompt_id) for dataset, prompt_id in hosts.from_first(finished)}
+    done = {(dataset, prompt_id) for dataset, prompt_id in processes.from_first(finished)}
     rollout_config = dataclasses.replace(
         config.rollout, max_completion_tokens=config.eval.max_completion_tokens
     )
@@ -106,11 +113,10 @@ def evaluate(
                     )
                     rows = _rows(batch, groups, image_root, done)
                 _append(path, rows)
-                seen += sum(hosts.gather_json(len(keys)))
+                seen += sum(processes.gather_json(len(keys)))
                 at(seen)
-    scores = write_scores(config, path, out_dir) if hosts.is_first() else None
-    everywhere: Metrics = hosts.from_first(scores)
-    return everywhere
+    scores = write_scores(config, path, out_dir) if processes.is_first() else None
+    return cast(Evaluation, processes.from_first(scores))  # the first process has them
 
 
 def _finished_images(path: pathlib.Path, samples: int, judge: JudgeThread) -> list[tuple[str, str]]:
@@ -126,9 +132,9 @@ def _finished_images(path: pathlib.Path, samples: int, judge: JudgeThread) -> li
 def _append(path: pathlib.Path, rows: list[Prediction]) -> None:
     """The rows of all processes, written by the first."""
     if jax.process_count() > 1:
-        everywhere = hosts.gather_json([row.to_json() for row in rows])
+        everywhere = processes.gather_json([row.to_json() for row in rows])
         rows = [parse_prediction(row) for part in everywhere for row in part]
-    if hosts.is_first() and rows:
+    if processes.is_first() and rows:
         append_predictions(path, rows)
 
 
@@ -294,7 +300,7 @@ def retry_failed(path: pathlib.Path, judge: JudgeThread) -> int:
 
 def write_scores(
     config: Config, path: pathlib.Path, out_dir: pathlib.Path, text: TextMetrics | None = None
-) -> Metrics:
+) -> Evaluation:
     """Scores a predictions file and writes ``metrics.json`` beside it.
 
     Args:
@@ -303,7 +309,7 @@ def write_scores(
         out_dir: gets ``metrics.json``.
         text: text metrics to go with the others, see `text_metrics.score_text`.
     """
-    metrics = scoring.metrics_json(
+    metrics = metrics_json(
         read_predictions(path),
         in_domain=config.data.in_domain,
         format_failures=config.eval.format_failures,
@@ -314,3 +320,76 @@ def write_scores(
         metrics["text"] = text
     write_whole(out_dir / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     return metrics
+
+
+def eval_row(metrics: Evaluation) -> dict[str, float]:
+    """``eval/<data set or average>/<metric>`` of a ``metrics.json``."""
+    row = {}
+    for group, values in {**metrics["datasets"], **metrics["averages"]}.items():
+        for metric in MAIN_METRICS:
+            value = values[metric]["value"]
+            if value is not None:
+                row[f"eval/{group}/{metric}"] = value
+    return row
+
+
+def score_file(
+    config: Config, judge: JudgeThread, source: pathlib.Path, workdir: pathlib.Path
+) -> tuple[Evaluation, pathlib.Path]:
+    """Judges rows without a category in a copy of the file, then scores it."""
+    read_predictions(source)  # a bad line is reported before anything is written
+    out_dir = workdir / "eval" / source.stem
+    out_dir.mkdir(parents=True, exist_ok=True)
+    copy = out_dir / "predictions.jsonl"
+    if not (copy.exists() and copy.samefile(source)):
+        write_whole(copy, source.read_bytes())
+    retry_failed(copy, judge)
+    return write_scores(config, copy, out_dir), out_dir
+
+
+def score_checkpoint(
+    config: Config,
+    judge: JudgeThread,
+    run_dir: RunDir,
+    checkpoint: str,
+    samples: int,
+    recipe_dir: pathlib.Path | None,
+) -> tuple[Evaluation, pathlib.Path]:
+    """Samples with the weights that ``--checkpoint`` names, judges and scores.
+
+    Args:
+        config: recipe; its data and eval sections decide what is sampled.
+        judge: opened.
+        run_dir: where scores go, and whose checkpoints are meant.
+        checkpoint: see `run.restore.open_checkpoint`.
+        samples: answers per image; 0 takes ``eval.samples``.
+        recipe_dir: folder of the recipe.
+
+    Returns:
+        (scores, their folder).
+
+    Raises:
+        ValueError: no such checkpoint.
+    """
+    session, name, weights, step = open_checkpoint(
+        config, run_dir.checkpoints, checkpoint, recipe_dir
+    )
+    settings = config.eval
+    count = samples or settings.samples
+    sampling = Sampling(settings.temperature, settings.top_p)
+    if count > 1 and settings.temperature == 0:
+        sampling = Sampling(settings.best_of_temperature, settings.best_of_top_p)
+    out_dir = run_dir.local / "eval" / (f"{name}_n{count}" if count > 1 else name)
+    metrics = evaluate(
+        session,
+        session.local_states(session.parts.trainable),
+        judge,
+        out_dir,
+        samples=count,
+        sampling=sampling,
+        image_root=run_dir.local,
+        console=Console(stderr=True, highlight=False, quiet=not processes.is_first()),
+        prompt_step=step,
+        weights=weights,
+    )
+    return metrics, out_dir

@@ -1,6 +1,6 @@
 """ENTRY: `main(config, workdir)`: score the start, train, save, score the end.
 
-This file decides the order of a run; `speciarl_jax.step.run_step` that of a step.
+This file decides the order of a run; `speciarl_jax.algorithm.step.run_step` that of a step.
 """
 
 from __future__ import annotations
@@ -8,43 +8,86 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import statistics
 import time
 from collections.abc import Callable, Iterator
 
 import jax
+import optax
 from rich.console import Console
 
-from speciarl_jax import hosts
-from speciarl_jax.bootstrap import MAIN_METRICS
-from speciarl_jax.checkpoint import Checkpoints, TrainState
-from speciarl_jax.clock import Goodput
-from speciarl_jax.config import Config
+from speciarl_jax.algorithm.overlap import run_overlapped_step
+from speciarl_jax.algorithm.pending import restore_rollouts, save_rollouts
+from speciarl_jax.algorithm.sft import run_sft_step
+from speciarl_jax.algorithm.step import StepResult, run_step
+from speciarl_jax.config.schema import Config
 from speciarl_jax.data.loader import PromptLoader
-from speciarl_jax.data.recipe import make_loader, open_train_source
-from speciarl_jax.evaluate import evaluate
-from speciarl_jax.gather import RolloutBatch, generation_prompts, training_sampling
-from speciarl_jax.judge.base import JudgeError
-from speciarl_jax.judge.config import JudgeConfig
-from speciarl_jax.judge.runner import JudgeThread
-from speciarl_jax.judge.verdict_log import VerdictLog
-from speciarl_jax.live import LiveView
-from speciarl_jax.metrics import MetricsWriter, make_console, open_wandb
-from speciarl_jax.optim import make_optimizer
-from speciarl_jax.overlap import restore_rollouts, run_overlapped_step, save_rollouts
-from speciarl_jax.preemption import Preempted, StepAbandoned, StopFlag, stop_signal
+from speciarl_jax.data.targets import resolve_target
+from speciarl_jax.devices import processes
+from speciarl_jax.errors import JudgeError, Preempted
+from speciarl_jax.evaluate import eval_row, evaluate
+from speciarl_jax.judge.runner import JudgeThread, open_judge
+from speciarl_jax.learner.optimizer import make_optimizer
+from speciarl_jax.monitor.console import (
+    is_table_due,
+    keep_rollouts,
+    report_end,
+    report_start,
+    report_step,
+)
+from speciarl_jax.monitor.live import LiveView
+from speciarl_jax.monitor.tables import make_console
+from speciarl_jax.monitor.watch import Heartbeat, Profile
+from speciarl_jax.monitor.writer import MetricsWriter, open_wandb
+from speciarl_jax.rollout.groups import RolloutBatch
 from speciarl_jax.rollout.sampling import Sampling
-from speciarl_jax.rollout.warm_up import BatchShapes, warm_up
-from speciarl_jax.run_report import Run, finish, report_start, report_step
-from speciarl_jax.scores import TrainingStopped
-from speciarl_jax.session import Session, enable_compile_cache, initial_state, open_session
-from speciarl_jax.sft import resolve_target, run_sft_step
-from speciarl_jax.step import StepResult, run_step
-from speciarl_jax.storage import RunDir, open_run_dir
-from speciarl_jax.types import Metrics
-from speciarl_jax.watch import Heartbeat, Profile
-from speciarl_jax.workdir import prepare_workdir
+from speciarl_jax.run.checkpoint import Checkpoints
+from speciarl_jax.run.opening import (
+    check_processes,
+    initial_like,
+    open_checkpoints,
+    open_train_loader,
+    warm_up_rollouts,
+)
+from speciarl_jax.run.preemption import StepAbandoned, StopFlag, stop_signal
+from speciarl_jax.run.session import Session, enable_compile_cache, initial_state, open_session
+from speciarl_jax.run.state import TrainState
+from speciarl_jax.run.storage import RunDir, open_run_dir
+from speciarl_jax.run.workdir import claim_workdir
+from speciarl_jax.scoring.results import Evaluation
+from speciarl_jax.timing import Goodput
 
-_JUDGE_STARTUP_S = 60.0
+_ETA_STEPS = 20
+
+
+@dataclasses.dataclass
+class Run:
+    """The open parts of a run.
+
+    Attributes:
+        writer: None in all processes but the first.
+        run_dir: `workdir`, perhaps with an address that it is copied to.
+    """
+
+    config: Config
+    run_dir: RunDir
+    console: Console
+    session: Session
+    judge: JudgeThread
+    eval_judge: JudgeThread
+    optimizer: optax.GradientTransformation
+    loader: PromptLoader
+    checkpoints: Checkpoints
+    writer: MetricsWriter | None
+    view: LiveView
+    heartbeat: Heartbeat
+    profile: Profile
+    goodput: Goodput
+
+    @property
+    def workdir(self) -> pathlib.Path:
+        """The folder to work in."""
+        return self.run_dir.local
 
 
 def main(
@@ -73,7 +116,7 @@ def main(
     Raises:
         ValueError: bad recipe, work directory in use, nothing to resume, missing model or data.
         JudgeError: the judge cannot be reached or gave up.
-        TrainingStopped: see `step.run_step`.
+        TrainingStopped: see `algorithm.step.run_step`.
         Preempted: SIGTERM; saved.
     """
     config.validate()
@@ -90,8 +133,8 @@ def main(
             score(run, initial_like(state, session), "best_of", samples=config.eval.best_of)
         state = train_loop(run, state)
         trained = score(run, state, "trained") if config.eval.score_trained else None
-        if hosts.is_first():
-            finish(run, base, trained)
+        if processes.is_first():
+            report_end(run.console, run.workdir, config, base, trained)
     run_dir.push()
     return state
 
@@ -113,8 +156,8 @@ def open_run(
         JudgeError: the judge cannot be reached.
     """
     config, workdir = session.config, run_dir.local
-    console = make_console() if hosts.is_first() else Console(quiet=True)
-    optimizer = make_optimizer(config.optim, num_updates(config))
+    console = make_console() if processes.is_first() else Console(quiet=True)
+    optimizer = make_optimizer(config.optim, config.num_updates)
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(contextlib.closing(open_train_loader(session)))
         checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, run_dir)))
@@ -128,12 +171,15 @@ def open_run(
         if config.rollout.warm_up:
             warm_up_rollouts(console, session, state)
         sampled = state.step + (state.rollouts is not None)  # labels of these steps are known
-        judge = stack.enter_context(open_judge(config.judge, workdir, sampled))
+        place = (jax.process_index(), jax.process_count())
+        judge = stack.enter_context(open_judge(config.judge, workdir, sampled, *place))
         eval_judge = judge
         if not config.eval.use_train_judge:
-            eval_judge = stack.enter_context(open_judge(config.eval.judge, workdir, state.step))
+            eval_judge = stack.enter_context(
+                open_judge(config.eval.judge, workdir, state.step, *place)
+            )
         writer = None
-        if hosts.is_first():
+        if processes.is_first():
             writer = MetricsWriter(workdir, state.step or -1, open_wandb(config, workdir))
             stack.callback(writer.close)
         run = Run(
@@ -153,52 +199,6 @@ def open_run(
             Goodput(),
         )
         yield run, state
-
-
-def open_checkpoints(config: Config, run_dir: RunDir) -> Checkpoints:
-    """The run's checkpoints, kept as the recipe says."""
-    train = config.train
-    return Checkpoints(run_dir.checkpoints, train.keep_checkpoints, keep_best=train.keep_best)
-
-
-def check_processes(config: Config) -> None:
-    """Refuses what one process can do and this number of them cannot.
-
-    Raises:
-        ValueError: names the setting.
-    """
-    count, algo = jax.process_count(), config.algo
-    if count > 1 and algo.dynamic_sampling and config.train.async_steps:
-        # Its agreement on each batch would meet the updates, which start when labels come.
-        raise ValueError(
-            f"algo.dynamic_sampling=true with train.async_steps={config.train.async_steps}: not "
-            f"implemented for {count} processes; leave one of them at its default"
-        )
-    for name, prompts in {
-        "train.prompts_per_update": config.train.prompts_per_update,
-        "algo.generation_prompts": algo.generation_prompts,
-    }.items():
-        if prompts % count:
-            raise ValueError(f"{name}={prompts}: expected a multiple of the {count} processes")
-
-
-def claim_workdir(run_dir: RunDir, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """`prepare_workdir` by the first process; all of them end if it refuses.
-
-    Raises:
-        ValueError: see `workdir.prepare_workdir`.
-    """
-    problem = None
-    if hosts.is_first():
-        try:
-            prepare_workdir(run_dir, config, resume=resume, overwrite=overwrite)
-        except ValueError as error:
-            problem = str(error)
-    problem = hosts.from_first(problem)
-    if problem is not None:
-        raise ValueError(problem)
-    if not hosts.is_first():
-        run_dir.pull()
 
 
 def train_loop(run: Run, state: TrainState) -> TrainState:
@@ -237,11 +237,11 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
             row |= run.goodput.metrics(row)
             if run.writer is not None:
                 run.writer.write(row)
-            report_step(run, row, result.rollouts, step_seconds)
+            show_step(run, row, result.rollouts, step_seconds)
             traced = run.profile.after(state.step)
             if traced:
                 run.console.print(f"trace of the steps in {traced}", markup=False)
-            is_stopped = hosts.any_process(stop.is_set)
+            is_stopped = processes.any_process(stop.is_set)
             if is_last or is_stopped or state.step % train.save_every == 0:
                 save(run, state, ahead, row.get("eval/all/hm"))
             if is_stopped and not is_last:
@@ -249,6 +249,25 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
                 raise Preempted(_stopped(run, state))
     run.checkpoints.wait()
     return state
+
+
+def show_step(
+    run: Run, row: dict[str, float], rollouts: RolloutBatch | None, seconds: list[float]
+) -> None:
+    """A finished step on the screen and in the run's folder.
+
+    Args:
+        run: the run.
+        row: its metrics.
+        rollouts: what it learned from; None after a supervised step.
+        seconds: of all steps so far; the median of the last ones gives the remaining time.
+    """
+    step, train = int(row["step"]), run.config.train
+    eta_s = statistics.median_high(seconds[-_ETA_STEPS:]) * (train.num_steps - step)
+    run.view.update(step, eta_s, rollouts.groups if rollouts is not None else [])
+    report_step(run.console, train, row, eta_s, rollouts)
+    if rollouts is not None and run.writer is not None and is_table_due(train, step):
+        keep_rollouts(run.writer, run.workdir, rollouts, step)
 
 
 def _stopped(run: Run, state: TrainState) -> str:
@@ -310,73 +329,7 @@ def take_step(
     return run_overlapped_step(*parts, ahead, poll, is_last=is_last)
 
 
-def open_train_loader(session: Session) -> PromptLoader:
-    """Training prompts in the run's global order."""
-    config = session.config
-    source = open_train_source(config.data)
-    is_whole = jax.process_count() == 1 or config.algo.dynamic_sampling
-    num_blocks = 1 if is_whole else num_mini_batches(config)  # each process has its part of each
-    loader = make_loader(
-        config.data,
-        source,
-        session.builder,
-        generation_prompts(config),
-        seed=config.seed,
-        pad_id=int(session.vocabulary.stop_ids[0]),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        num_blocks=num_blocks,
-    )
-    if loader.plan.batches_per_epoch < 1:
-        raise ValueError(
-            f"data.source={config.data.source!r} has {len(loader.index.kept)} usable images, "
-            f"a batch of {generation_prompts(config)} (train.prompts_per_step, or "
-            "algo.generation_prompts) needs at least as many"
-        )
-    return loader
-
-
-def num_updates(config: Config) -> int:
-    """Optimiser updates of the whole run."""
-    return config.train.num_steps * num_mini_batches(config)
-
-
-def num_mini_batches(config: Config) -> int:
-    """Optimiser updates of a step."""
-    return config.train.prompts_per_step // config.train.prompts_per_update
-
-
-def initial_like(state: TrainState, session: Session) -> TrainState:
-    """The untrained policy, whatever step `state` is at."""
-    return dataclasses.replace(state, trainable=session.parts.trainable, step=0)
-
-
-def open_judge(judge: JudgeConfig, workdir: pathlib.Path, step: int) -> JudgeThread:
-    """Starts the judge with its cache and verdict log in the work directory.
-
-    Raises:
-        JudgeError: nobody answers; one line with the place.
-    """
-    number = jax.process_index()
-    own = f".{number}" if number else ""  # each process has its own files
-    judge = dataclasses.replace(
-        judge,
-        cache_path=judge.cache_path or str(workdir / f"judge_cache{own}.sqlite"),
-        log_path=judge.log_path or str(workdir / f"verdicts{own}.sqlite"),
-        num_hosts=max(judge.num_hosts, jax.process_count()),
-    )
-    if pathlib.Path(judge.log_path).is_file():
-        log = VerdictLog(judge.log_path)
-        log.cut_back(step)
-        log.close()
-    with contextlib.ExitStack() as undo:
-        thread = undo.enter_context(JudgeThread(judge))
-        thread.check_health(_JUDGE_STARTUP_S)
-        undo.pop_all()
-    return thread
-
-
-def score(run: Run, state: TrainState, name: str, samples: int = 0) -> Metrics:
+def score(run: Run, state: TrainState, name: str, samples: int = 0) -> Evaluation:
     """Evaluates a state into ``eval/<name>/``; finished work is not repeated."""
     settings = run.config.eval
     sampling = Sampling(settings.temperature, settings.top_p)
@@ -406,38 +359,3 @@ def validation_metrics(run: Run, state: TrainState, *, is_last: bool) -> dict[st
     """The three metrics for the step's row; the last validation is the final score itself."""
     is_final = is_last and run.config.eval.score_trained
     return eval_row(score(run, state, "trained" if is_final else f"step_{state.step:06d}"))
-
-
-def eval_row(metrics: Metrics) -> dict[str, float]:
-    """``eval/<data set or average>/<metric>`` of a ``metrics.json``."""
-    row = {}
-    for group, values in {**metrics["datasets"], **metrics["averages"]}.items():
-        for metric in MAIN_METRICS:
-            value = values[metric]["value"]
-            if value is not None:
-                row[f"eval/{group}/{metric}"] = value
-    return row
-
-
-def warm_up_rollouts(console: Console, session: Session, state: TrainState) -> None:
-    """Compiles every program that sampling can need; a step then waits for none."""
-    config, start = session.config, time.perf_counter()
-    shapes = BatchShapes(
-        num_prompts=generation_prompts(config) // jax.process_count(),
-        group_size=config.rollout.group_size,
-        prompt_lengths=config.data.prompt_buckets,
-        num_windows=config.data.window_buckets,
-    )
-    count = warm_up(
-        session.engine,
-        session.local_states(state.trainable),
-        session.encode,
-        session.arch.vision,
-        shapes,
-        sampling=training_sampling(config),
-        seed=config.seed,
-    )
-    console.print(f"warm-up: {count} programs in {time.perf_counter() - start:.1f}s")
-
-
-__all__ = ["Preempted", "TrainingStopped", "main"]

@@ -16,134 +16,20 @@ This module imports nothing of the package and never touches jax.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import enum
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NotRequired, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 import numpy as np
 
+Metrics = dict[str, float]  # ``section/name`` -> value
 JsonScalar: TypeAlias = str | int | float | bool | None
 if TYPE_CHECKING:
-    from speciarl_jax.data.images import VisionArrays  # stands above: for the type checker only
-
     JsonValue: TypeAlias = JsonScalar | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
-    Verbs: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 else:  # checked one level deep when it runs: an alias of itself has no name in other modules
     JsonValue = JsonScalar | Sequence | Mapping
-    Verbs = argparse._SubParsersAction  # takes no parameter when it runs
-    VisionArrays = object
 JsonObject: TypeAlias = dict[str, JsonValue]
-
-
-MainMetric: TypeAlias = Literal["correctness", "specificity", "hm"]
-Metric: TypeAlias = Literal[
-    "correctness", "specificity", "hm", "format_failure_rate", "judge_failure_rate"
-]
-TextMetric: TypeAlias = Literal["text_inclusion", "semantic_similarity", "concept_similarity"]
-Estimate: TypeAlias = dict[str, float | None]  # value, low, high; None where undefined
-
-
-class MainScores(TypedDict):
-    """The metrics of an evaluation on one data set, or on an average of several."""
-
-    correctness: Estimate
-    specificity: Estimate
-    hm: Estimate
-    n: int
-
-
-class Scores(MainScores):
-    """An entry of ``datasets`` or ``averages`` in ``metrics.json``."""
-
-    format_failure_rate: Estimate
-    judge_failure_rate: Estimate
-    hm_of_means: NotRequired[Estimate]  # averages
-    datasets: NotRequired[list[str]]  # averages
-    n_images: NotRequired[int]
-    category_fracs: NotRequired[dict[str, float]]
-    completion_words: NotRequired[float | None]
-
-
-class CurvePoint(TypedDict):
-    """What the best of k answers would score."""
-
-    k: int
-    correctness: Estimate
-    specificity: Estimate
-    hm: Estimate
-    format_failure_rate: Estimate
-    hm_of_means: NotRequired[Estimate]
-    images_short: NotRequired[int]
-
-
-class BestOf(TypedDict):
-    """Best of k on one data set: the most samples of an image, their best, the curve."""
-
-    n: int
-    best: Scores
-    curve: list[CurvePoint]
-
-
-class BestOfs(TypedDict):
-    """``best_of`` in ``metrics.json``."""
-
-    datasets: dict[str, BestOf]
-    averages: dict[str, list[CurvePoint]]
-
-
-class ScoringSettings(TypedDict):
-    """How rows become metrics; `scoring.score_dataset` says what they mean."""
-
-    format_failures: str
-    bootstrap_samples: int
-    seed: int
-
-
-class MetricsSettings(ScoringSettings):
-    """``settings`` in ``metrics.json``."""
-
-    confidence: float
-    in_domain: list[str]
-
-
-class TextScores(TypedDict):
-    """Text metrics of one data set or average."""
-
-    text_inclusion: Estimate
-    semantic_similarity: NotRequired[Estimate]
-    concept_similarity: NotRequired[Estimate]
-    n: int
-
-
-class TextMetrics(TypedDict):
-    """``text`` in ``metrics.json``."""
-
-    datasets: dict[str, TextScores]
-    averages: dict[str, TextScores]
-
-
-class Metrics(TypedDict):
-    """The content of ``metrics.json``."""
-
-    datasets: dict[str, Scores]
-    averages: dict[str, Scores]
-    settings: MetricsSettings
-    best_of: NotRequired[BestOfs]
-    text: NotRequired[TextMetrics]
-
-
-class Difference(TypedDict):
-    """Metrics of one evaluation minus those of another on the same images."""
-
-    correctness: Estimate
-    specificity: Estimate
-    hm: Estimate
-    format_failure_rate: Estimate
-    judge_failure_rate: Estimate
-    hm_of_means: Estimate
-    n_images: int
 
 
 class Taxon(TypedDict, total=False):
@@ -249,45 +135,6 @@ class Example:
     split: str
     prompt_id: str
     image_name: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptBatch:
-    """Everything the policy needs about P prompts, as padded host arrays.
-
-    Padding rows (``is_real`` False) repeat no example: their arrays are padding and their
-    results are discarded. Prompts are left-aligned; masks follow from `prompt_lengths`.
-
-    Attributes:
-        prompt_ids, ground_truths, datasets, images: length P host lists (images as bytes).
-        tokens: [P, S] int32, image placeholder runs expanded to M tokens; pad id past the length.
-        prompt_lengths: [P] int32.
-        positions: [P, 3, S] int32 M-RoPE ids (t, h, w).
-        position_deltas: [P] int32; M-RoPE id of completion token c is length + delta + c.
-        image_rows: [P, S] int32; index into the flattened [I*M] image embeddings, -1 for text.
-        vision: arrays for the vision tower, see `speciarl_jax.data.images.VisionArrays`.
-        global_index: [P] int64 position of each row in the run's global order, >= 0; padding rows
-            have one too.
-        is_real: [P] bool; False for a padding row: empty ids, one pad token, no image.
-    """
-
-    prompt_ids: list[str]
-    ground_truths: list[str]
-    datasets: list[str]
-    images: list[bytes]
-    tokens: np.ndarray
-    prompt_lengths: np.ndarray
-    positions: np.ndarray
-    position_deltas: np.ndarray
-    image_rows: np.ndarray
-    vision: VisionArrays
-    global_index: np.ndarray
-    is_real: np.ndarray
-
-    @property
-    def num_prompts(self) -> int:
-        """P."""
-        return len(self.prompt_ids)
 
 
 @dataclasses.dataclass

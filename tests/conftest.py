@@ -1,4 +1,8 @@
-"""CPU with eight fake devices, implicit rank promotion an error, no network beyond loopback."""
+"""CPU with eight fake devices, implicit rank promotion an error, no network beyond loopback.
+
+Every annotation of the package is checked at run time, shapes included: jaxtyping's import hook
+puts beartype around each function, so nothing of the package may be imported before it is there.
+"""
 
 import os
 
@@ -21,6 +25,12 @@ import socket
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# An int may stand where a float is annotated, as PEP 484 and mypy have it; beartype alone refuses.
+install_import_hook(
+    "speciarl_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -10,14 +10,14 @@ import sys
 
 import pytest
 
-from speciarl_jax.config import Config
+from speciarl_jax.config.schema import Config
 from speciarl_jax.evaluate import claim_folder
-from speciarl_jax.export_run import read_config
 from speciarl_jax.files import name_when_whole, read_json, whole_file, write_whole
+from speciarl_jax.monitor.watch import Heartbeat
 from speciarl_jax.report.load import load_run
-from speciarl_jax.storage import RunDir
-from speciarl_jax.watch import Heartbeat
-from speciarl_jax.workdir import is_of_run, prepare_workdir
+from speciarl_jax.run.restore import read_config
+from speciarl_jax.run.storage import RunDir
+from speciarl_jax.run.workdir import is_of_run, prepare_workdir
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "speciarl_jax"
 

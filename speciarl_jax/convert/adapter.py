@@ -13,14 +13,8 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from speciarl_jax.config import LoraConfig
-from speciarl_jax.convert.names import (
-    NESTED,
-    Entry,
-    canonical_key,
-    checkpoint_entries,
-    spell_key,
-)
+from speciarl_jax.config.schema import LoraConfig
+from speciarl_jax.convert.names import NESTED, Entry, canonical_key, checkpoint_entries, spell_key
 from speciarl_jax.files import read_json, whole_file, write_whole
 from speciarl_jax.policy.layers import Linear, LoRAParam
 from speciarl_jax.policy.lora import adapted_paths

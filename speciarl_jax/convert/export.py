@@ -14,14 +14,7 @@ from safetensors.numpy import save_file
 from speciarl_jax.arch import Arch
 from speciarl_jax.convert.adapter import adapted_layers, whole_policy
 from speciarl_jax.convert.loading import INDEX_FILE, SINGLE_FILE, checkpoint_files, open_shard
-from speciarl_jax.convert.names import (
-    HUB,
-    Entry,
-    checkpoint_entries,
-    find_layout,
-    spell_key,
-    to_hf,
-)
+from speciarl_jax.convert.names import HUB, Entry, checkpoint_entries, find_layout, spell_key, to_hf
 from speciarl_jax.files import FETCH_MODEL, read_json, whole_file, write_whole
 from speciarl_jax.policy.model import Policy, PolicyParts
 from speciarl_jax.types import JsonValue

@@ -27,13 +27,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from speciarl_jax.arch import Arch
-from speciarl_jax.convert.names import (
-    SAME,
-    Entry,
-    canonical_key,
-    checkpoint_entries,
-    to_ours,
-)
+from speciarl_jax.convert.names import SAME, Entry, canonical_key, checkpoint_entries, to_ours
 from speciarl_jax.convert.orbax_dir import is_converted, load_params
 from speciarl_jax.files import FETCH_MODEL, read_json
 from speciarl_jax.policy.layers import Dtypes

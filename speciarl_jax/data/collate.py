@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from speciarl_jax.arch import Arch
+from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.images import ImageLimits, VisionArrays, grid_of, num_windows
 from speciarl_jax.data.prompts import EncodedPrompt
-from speciarl_jax.types import PromptBatch
 
 PROMPT_BUCKET_TOKENS = 32
 WINDOW_BUCKETS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 20, 25, 30, 36, 42, 49, 56, 64, 80, 100, 128, 160)
@@ -117,8 +117,8 @@ def collate(
         positions[row, :, :count] = item.positions
         deltas[row] = item.delta
         merged: list[np.ndarray] = []
-        for slot, pixels in enumerate(item.pixels, start=row * slots):
-            layout = vision.fill_windows(slot, pixels, arch.vision, limits)
+        for slot, pixels in enumerate(item.pixels):
+            layout = vision.fill_windows(row * slots + slot, pixels, arch.vision, limits)
             merged.append(slot * merged_per_slot + layout.merged_rows)
         if merged:
             image_rows[row, :count][item.tokens == arch.image_token_id] = np.concatenate(merged)

@@ -22,10 +22,11 @@ import numpy as np
 from absl import flags
 from grain import experimental as grain_experimental
 
+from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.collate import collate, prompt_bucket, window_bucket
 from speciarl_jax.data.index import PixelCache, PromptIndex, Source, build_index
 from speciarl_jax.data.prompts import EncodedPrompt, PromptBuilder
-from speciarl_jax.types import JsonObject, PromptBatch
+from speciarl_jax.types import JsonObject
 
 STATE_FORMAT = 1
 _ENDLESS_EPOCHS = 1_000_000

@@ -6,13 +6,13 @@ import pathlib
 from typing import Unpack
 
 from speciarl_jax.arch import Arch
-from speciarl_jax.config import DataConfig
+from speciarl_jax.config.schema import DataConfig
 from speciarl_jax.data.images import ImageLimits
 from speciarl_jax.data.index import Source
 from speciarl_jax.data.loader import LoaderOptions, PromptLoader
 from speciarl_jax.data.prompts import PromptBuilder, PromptTemplate, Tokenizer
-from speciarl_jax.data.selection import Selection, open_selected
-from speciarl_jax.data.sources import resolve_data_dir
+from speciarl_jax.data.sources.catalog import resolve_data_dir
+from speciarl_jax.data.sources.selection import Selection, open_selected
 
 
 def open_train_source(data: DataConfig) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from speciarl_jax.errors import JudgeError
 from speciarl_jax.types import Failure, FailureKind, Verdict
 
 Outcome = Verdict | Failure
@@ -23,10 +24,6 @@ class Pair(NamedTuple):
 
     ground_truth: str
     answer: str
-
-
-class JudgeError(RuntimeError):
-    """The judge as a whole cannot be used. One line: expected, got, where, what to do."""
 
 
 class JudgeDownError(JudgeError):

@@ -6,7 +6,8 @@ import csv
 import json
 from pathlib import Path
 
-from speciarl_jax.judge.base import JudgeError, Pair
+from speciarl_jax.errors import JudgeError
+from speciarl_jax.judge.base import Pair
 from speciarl_jax.judge.parse import normalize
 from speciarl_jax.types import Category
 

@@ -20,19 +20,20 @@ import time
 import types
 from collections.abc import Sequence
 
-from speciarl_jax.judge.base import JudgeError, Outcome, Pair, as_cached, failure, spread
-from speciarl_jax.judge.cache import KeyMaker, open_cache
+from speciarl_jax.config.judge import JudgeConfig
+from speciarl_jax.errors import JudgeError
+from speciarl_jax.judge.base import Outcome, Pair, as_cached, failure, spread
 from speciarl_jax.judge.cascade import Cascade
-from speciarl_jax.judge.config import JudgeConfig
-from speciarl_jax.judge.endpoints import Endpoint, EndpointPool, key_source, open_endpoints
-from speciarl_jax.judge.limiter import RateLimiter
+from speciarl_jax.judge.offline.server import LocalJudgeServer
 from speciarl_jax.judge.parse import normalize
-from speciarl_jax.judge.prompt import load_prompt
-from speciarl_jax.judge.recording import Recording
-from speciarl_jax.judge.request import RETRY_AFTER_MAX_S, AskError, Reply, read_labels
-from speciarl_jax.judge.server import LocalJudgeServer
-from speciarl_jax.judge.stats import ClientStats
-from speciarl_jax.judge.verdict_log import VerdictLog
+from speciarl_jax.judge.remote.endpoints import Endpoint, EndpointPool, key_source, open_endpoints
+from speciarl_jax.judge.remote.limiter import RateLimiter
+from speciarl_jax.judge.remote.prompt import load_prompt
+from speciarl_jax.judge.remote.request import RETRY_AFTER_MAX_S, AskError, Reply, read_labels
+from speciarl_jax.judge.remote.stats import ClientStats
+from speciarl_jax.judge.store.cache import KeyMaker, open_cache
+from speciarl_jax.judge.store.recording import Recording
+from speciarl_jax.judge.store.verdict_log import VerdictLog
 from speciarl_jax.types import FailureKind, Verdict
 
 

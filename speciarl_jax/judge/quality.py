@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
+from speciarl_jax.config.judge import JudgeConfig
 from speciarl_jax.files import whole_file
 from speciarl_jax.judge.base import Outcome, Pair
-from speciarl_jax.judge.config import JudgeConfig
 from speciarl_jax.judge.pairs_file import outcome_json, read_pairs
-from speciarl_jax.judge.vote import open_judge
+from speciarl_jax.judge.vote import make_judge
 from speciarl_jax.types import Category, JsonObject, Verdict
 
 SHIPPED_PAIRS = Path(__file__).parent / "data" / "labelled_pairs.jsonl"
@@ -170,7 +170,7 @@ async def evaluate_file(config: JudgeConfig, path: str = "", out: str = "") -> Q
         if "category" not in item:
             raise ValueError(f"{source} pair {number}: expected a category to compare with")
         Category.from_label(item["category"])
-    async with open_judge(config) as judge:
+    async with make_judge(config) as judge:
         started = time.monotonic()
         outcomes = await judge.label([Pair(i["ground_truth"], i["answer"]) for i in items])
         seconds = time.monotonic() - started

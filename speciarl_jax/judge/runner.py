@@ -5,14 +5,20 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
+import pathlib
 import types
 from collections.abc import Sequence
 
 from anyio.from_thread import start_blocking_portal
 
-from speciarl_jax.judge.base import JudgeError, Outcome, Pair
-from speciarl_jax.judge.config import JudgeConfig
-from speciarl_jax.judge.vote import open_judge
+from speciarl_jax.config.judge import JudgeConfig
+from speciarl_jax.errors import JudgeError
+from speciarl_jax.judge.base import Outcome, Pair
+from speciarl_jax.judge.store.verdict_log import VerdictLog
+from speciarl_jax.judge.vote import make_judge
+
+_JUDGE_STARTUP_S = 60.0
 
 
 class JudgeThread:
@@ -33,7 +39,7 @@ class JudgeThread:
             ValueError: a setting is impossible.
             JudgeError: a file cannot be opened, or the embedded server does not start.
         """
-        self._client = open_judge(config)
+        self._client = make_judge(config)
         with contextlib.ExitStack() as stack:
             portal = stack.enter_context(start_blocking_portal(name="judge"))
             self._loop = portal.call(asyncio.get_running_loop)
@@ -96,3 +102,36 @@ class JudgeThread:
     ) -> None:
         """Closes."""
         self.close()
+
+
+def open_judge(
+    judge: JudgeConfig, workdir: pathlib.Path, step: int, process: int = 0, num_processes: int = 1
+) -> JudgeThread:
+    """Starts the judge with its cache and verdict log in the work directory.
+
+    Args:
+        judge: settings; a cache or log that they name elsewhere stays there.
+        workdir: run directory.
+        step: the log is cut back to it.
+        process: number of this process, which has its own files.
+        num_processes: of the job, which share the judge's limits.
+
+    Raises:
+        JudgeError: nobody answers; one line with the place.
+    """
+    own = f".{process}" if process else ""  # each process has its own files
+    judge = dataclasses.replace(
+        judge,
+        cache_path=judge.cache_path or str(workdir / f"judge_cache{own}.sqlite"),
+        log_path=judge.log_path or str(workdir / f"verdicts{own}.sqlite"),
+        num_hosts=max(judge.num_hosts, num_processes),
+    )
+    if pathlib.Path(judge.log_path).is_file():
+        log = VerdictLog(judge.log_path)
+        log.cut_back(step)
+        log.close()
+    with contextlib.ExitStack() as undo:
+        thread = undo.enter_context(JudgeThread(judge))
+        thread.check_health(_JUDGE_STARTUP_S)
+        undo.pop_all()
+    return thread

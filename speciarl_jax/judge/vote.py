@@ -8,9 +8,10 @@ import contextlib
 import types
 from collections.abc import Sequence
 
-from speciarl_jax.judge.base import JudgeError, Outcome, Pair, failure
+from speciarl_jax.config.judge import JudgeConfig, apply_overrides
+from speciarl_jax.errors import JudgeError
+from speciarl_jax.judge.base import Outcome, Pair, failure
 from speciarl_jax.judge.client import JudgeClient
-from speciarl_jax.judge.config import JudgeConfig, apply_overrides
 from speciarl_jax.types import Category, Failure, Verdict
 
 
@@ -109,7 +110,7 @@ class VoteJudge:
         }
 
 
-def open_judge(config: JudgeConfig) -> JudgeClient | VoteJudge:
+def make_judge(config: JudgeConfig) -> JudgeClient | VoteJudge:
     """The judge that a configuration describes, not opened yet.
 
     Raises:

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 from packaging.requirements import Requirement
 
-from speciarl_jax.flops import peak_flops
+from speciarl_jax.policy.flops import peak_flops
 
 GIB = 2**30
 GPU_CAVEAT = (
@@ -32,7 +32,7 @@ class Chip:
     """One accelerator.
 
     Attributes:
-        kind: `jax.Device.device_kind`, which names the peak in `speciarl_jax.flops`.
+        kind: `jax.Device.device_kind`, which names the peak in `speciarl_jax.policy.flops`.
         memory_gib: of one device.
         usable_frac: share of it that a program may use; the rest is the runtime's.
         hbm_gb_s: memory bandwidth, 1e9 bytes a second.
@@ -60,11 +60,13 @@ class Chip:
         """Dense bfloat16 FLOP/s.
 
         Raises:
-            ValueError: `speciarl_jax.flops` does not know the kind.
+            ValueError: `speciarl_jax.policy.flops` does not know the kind.
         """
         peak = peak_flops(self.kind)
         if peak is None:
-            raise ValueError(f"{self.kind}: no peak in speciarl_jax.flops.PEAK_FLOPS; add it")
+            raise ValueError(
+                f"{self.kind}: no peak in speciarl_jax.policy.flops.PEAK_FLOPS; add it"
+            )
         return peak
 
 

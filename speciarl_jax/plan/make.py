@@ -9,18 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from speciarl_jax import sharding
 from speciarl_jax.arch import Arch
-from speciarl_jax.config import Config, MeshConfig
+from speciarl_jax.config.schema import Config, MeshConfig
+from speciarl_jax.devices.mesh import check_mesh, choose_mesh, make_mesh
 from speciarl_jax.plan.chips import HOST_CAVEAT, Topology
 from speciarl_jax.plan.measure import Measured, as_json, measure
 from speciarl_jax.plan.models import planned_arch
-from speciarl_jax.plan.shapes import StepShapes, all_shapes, plan_shapes
-from speciarl_jax.plan.table import Plan, ProgramRow, Totals
-from speciarl_jax.plan.work import Layout, Work, step_work
-from speciarl_jax.policy.layers import Dtypes
-from speciarl_jax.policy.model import abstract_policy, count_parameters
-from speciarl_jax.programs import (
+from speciarl_jax.plan.programs import (
     AbstractSession,
     Program,
     abstract_session,
@@ -31,6 +26,11 @@ from speciarl_jax.programs import (
     prefill_program,
     step_programs,
 )
+from speciarl_jax.plan.shapes import StepShapes, all_shapes, plan_shapes
+from speciarl_jax.plan.table import Plan, ProgramRow, Totals
+from speciarl_jax.plan.work import Layout, Work, step_work
+from speciarl_jax.policy.layers import Dtypes
+from speciarl_jax.policy.model import abstract_policy, count_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +68,11 @@ def open_plan(config: Config, topology: Topology) -> Planned:
     arch = planned_arch(config.model.path)
     if config.mesh.auto:
         config = dataclasses.replace(config, mesh=_choose_mesh(config, arch, topology))
-    mesh = sharding.make_mesh(config.mesh, topology.devices)
-    sharding.check_mesh(mesh, arch)
+    mesh = make_mesh(config.mesh, topology.devices)
+    check_mesh(mesh, arch)
     local_shape = MeshConfig(-1, mesh.shape["fsdp"], mesh.shape["tensor"])
     local_devices, caveat = _sampling_devices(config, topology, dict(mesh.shape))
-    local = sharding.make_mesh(local_shape, local_devices)
+    local = make_mesh(local_shape, local_devices)
     session = abstract_session(config, arch, mesh, local)
     shapes = plan_shapes(config, arch, dict(mesh.shape), topology.num_hosts)
     return Planned(config, topology, session, shapes, _layout(session), caveat)
@@ -95,7 +95,7 @@ def _choose_mesh(config: Config, arch: Arch, topology: Topology) -> MeshConfig:
     text = nnx.state(abstract_policy(arch, Dtypes(dtype, dtype)).text)
     num_bytes, chip = count_parameters(text) * dtype.itemsize, topology.chip
     counts = (len(topology.devices), len(topology.local_devices))
-    mesh, reason = sharding.choose_mesh(arch, num_bytes, *counts, chip.usable_bytes)
+    mesh, reason = choose_mesh(arch, num_bytes, *counts, chip.usable_bytes)
     log(f"mesh.auto: {reason}")
     return mesh
 

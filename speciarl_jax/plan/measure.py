@@ -11,7 +11,7 @@ from typing import TypedDict
 import jax
 
 from speciarl_jax.plan.chips import GIB
-from speciarl_jax.programs import Program, device_bytes
+from speciarl_jax.plan.programs import Program, device_bytes
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _CALL = re.compile(rf"\s({'|'.join(_COLLECTIVES)})(?:-start)?\(")
@@ -76,19 +76,24 @@ def measure(program: Program) -> Measured:
             time.perf_counter() - start,
             is_too_large=True,
         )
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), _text(compiled)
+    if memory is None or text is None:
+        raise ValueError(
+            f"{program.name}: this XLA tells neither memory nor operations of a compiled program; "
+            "plan with another version of jax"
+        )
     temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes
     return Measured(
         program.name,
         memory.argument_size_in_bytes,
         temporaries - memory.alias_size_in_bytes,
         others,
-        count_collectives(_text(compiled)),
+        count_collectives(text),
         time.perf_counter() - start,
     )
 
 
-def _text(compiled: jax.stages.Compiled) -> str:
+def _text(compiled: jax.stages.Compiled) -> str | None:
     """The optimised HLO.
 
     Raises:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pathlib
 
 from speciarl_jax.arch import Arch
+from speciarl_jax.convert.tiny import shipped_tiny_dir
 from speciarl_jax.files import read_json
-from speciarl_jax.tiny import shipped_tiny_dir
 
 # Fields of the published config.json files that `Arch.from_hf` reads.
 _PUBLISHED = pathlib.Path(__file__).with_name("models.json")

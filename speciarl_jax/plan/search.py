@@ -11,12 +11,12 @@ import copy
 import dataclasses
 import math
 
-from speciarl_jax.config import Config, MeshConfig
+from speciarl_jax.config.schema import Config, MeshConfig
 from speciarl_jax.plan.chips import Topology
 from speciarl_jax.plan.make import Planned, log, open_plan
 from speciarl_jax.plan.measure import measure
 from speciarl_jax.plan.models import planned_arch
-from speciarl_jax.programs import device_bytes, image_table, learning_programs
+from speciarl_jax.plan.programs import device_bytes, image_table, learning_programs
 
 _POLICIES = ("none", "dots", "full")  # from least to most recomputation
 _MIB = 2**20

@@ -7,9 +7,10 @@ import math
 import statistics
 
 import numpy as np
+from jaxtyping import Int
 
 from speciarl_jax.arch import Arch, VisionArch
-from speciarl_jax.config import Config, micro_batch_prompts
+from speciarl_jax.config.schema import Config, micro_batch_prompts
 from speciarl_jax.data.collate import prompt_bucket, window_bucket
 from speciarl_jax.data.images import num_windows
 from speciarl_jax.rollout import layout, memory
@@ -80,7 +81,7 @@ def plan_shapes(
         raise ValueError("algo.name=sft: `plan` knows recipes with rollouts only")
     replicas = mesh_shape["data"] * mesh_shape["fsdp"]
     micro, num_micro = _micro_batches(config, replicas)
-    sampled = config.algo.generation_prompts or train.prompts_per_step
+    sampled = config.generation_prompts
     if train.prompts_per_step % replicas or sampled % replicas or replicas % num_hosts:
         raise ValueError(
             f"train.prompts_per_step={train.prompts_per_step}, {sampled} sampled at a time: not a "
@@ -99,7 +100,7 @@ def plan_shapes(
         wave_prompts=sampled // num_hosts,
         micro_prompts=micro,
         num_micro=num_micro,
-        num_updates=train.prompts_per_step // train.prompts_per_update,
+        num_updates=config.updates_per_step,
     )
     wave = rollout_shape(config, shapes, mesh_shape["tensor"])
     width = memory.prompts_per_wave(arch.text, wave, config.rollout.max_cache_mb)
@@ -161,7 +162,7 @@ def rollout_shape(config: Config, shapes: StepShapes, tensor: int) -> memory.Rol
         completion_tokens=shapes.completion_tokens,
         chunk_tokens=rollout.chunk_tokens,
         compact=rollout.compact,
-        compute_bytes=4 if config.model.compute_dtype == "float32" else 2,
+        compute_bytes=config.model.compute_bytes,
         is_int8=rollout.kv_cache_dtype == "int8",
         num_shards=shapes.num_replicas // shapes.num_hosts,
         tensor=tensor,
@@ -183,7 +184,7 @@ def all_shapes(config: Config, shapes: StepShapes) -> list[StepShapes]:
     ]
 
 
-def expected_lengths(shapes: StepShapes) -> np.ndarray:
+def expected_lengths(shapes: StepShapes) -> Int[np.ndarray, "P G"]:
     """[P, G] completion lengths of a typical step: quantiles of the log-normal, cut at the limit.
 
     Returns:

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from speciarl_jax import flops
 from speciarl_jax.arch import Arch
-from speciarl_jax.config import Config
+from speciarl_jax.config.schema import Config
 from speciarl_jax.plan.chips import Chip
 from speciarl_jax.plan.shapes import StepShapes, expected_lengths
+from speciarl_jax.policy import flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Layout:
 def step_work(
     config: Config, arch: Arch, shapes: StepShapes, layout: Layout, chip: Chip
 ) -> dict[str, Work]:
-    """Work of each program of a step, by the names of `speciarl_jax.programs`.
+    """Work of each program of a step, by the names of `plan.programs`.
 
     Args:
         config: a validated recipe.
@@ -89,7 +89,7 @@ def step_work(
     counts = _counts(arch, shapes)
     sampling = dataclasses.replace(shapes, num_prompts=shapes.sampled_prompts)
     sampled_counts = _counts(arch, sampling)
-    training = _training(config, shapes, layout)
+    training = flops.Training.of(config, layout.adapter_params)
     sampled = flops.sampling_flops(arch, sampled_counts, layout.adapter_params)
     learned = flops.learning_flops(arch, counts, training)
     traffic = _Traffic(config, arch, shapes, layout)
@@ -135,19 +135,6 @@ def _counts(arch: Arch, shapes: StepShapes) -> flops.Counts:
     return flops.count_tokens(prompts, expected_lengths(shapes), patches)
 
 
-def _training(config: Config, shapes: StepShapes, layout: Layout) -> flops.Training:
-    algo = config.algo
-    needs_old = algo.old_logprobs == "recompute" and shapes.num_updates > 1
-    return flops.Training(
-        adapter_params=layout.adapter_params,
-        train_base=config.model.train_base,
-        train_vision=config.model.train_vision,
-        num_old=int(needs_old or algo.importance_cap > 0),
-        num_reference=int(algo.kl_coef > 0),
-        remat=config.model.remat,
-    )
-
-
 def _wire_rate(chip: Chip) -> float:
     """Bytes a second of a ring over neighbours: both directions of one axis at once."""
     return 2 * chip.link_gb_s * 1e9
@@ -169,7 +156,7 @@ class _Traffic:
 
     @property
     def compute_bytes(self) -> int:
-        return 4 if self.config.model.compute_dtype == "float32" else 2
+        return self.config.model.compute_bytes
 
     @property
     def token_kv_bytes(self) -> float:

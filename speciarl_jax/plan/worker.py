@@ -11,7 +11,7 @@ import json
 import pickle
 import sys
 
-from speciarl_jax.config import Config
+from speciarl_jax.config.schema import Config
 from speciarl_jax.plan.table import Plan
 
 

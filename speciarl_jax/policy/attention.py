@@ -13,12 +13,17 @@ slower than the five matmuls it consists of (docs/benchmarks.md). The formulas a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+# Pairs (k, v) [Y, T, A] of key sets, and where each may be looked at (None for everywhere).
+_Parts: TypeAlias = tuple[tuple[Array, Array], ...]
+_Masks: TypeAlias = tuple[Array | np.ndarray | None, ...]
+_Residuals: TypeAlias = tuple[Array, _Parts, list[Array], Array]
 
 _MASKED = np.float32(-1e30)  # finite: a fully masked row must not become NaN, nor poison gradients
 
@@ -99,7 +104,7 @@ def _fold_heads(x: Float[Array, "B T K A"]) -> Float[Array, "BK T A"]:
 
 
 @jax.custom_vjp
-def _attend_parts(q: Float[Array, "X Q A"], parts: Any, masks: Any) -> Float[Array, "X Q A"]:
+def _attend_parts(q: Float[Array, "X Q A"], parts: _Parts, masks: _Masks) -> Float[Array, "X Q A"]:
     """One softmax of q over the union of several key sets.
 
     Args:
@@ -111,7 +116,7 @@ def _attend_parts(q: Float[Array, "X Q A"], parts: Any, masks: Any) -> Float[Arr
     return _attend_parts_fwd(q, parts, masks)[0]
 
 
-def _attend_parts_fwd(q: Array, parts: Any, masks: Any) -> tuple[Array, Any]:
+def _attend_parts_fwd(q: Array, parts: _Parts, masks: _Masks) -> tuple[Array, _Residuals]:
     scores = []
     for (k, _), mask in zip(parts, masks, strict=True):
         local = jnp.einsum("yqa,yta->yqt", _regroup(q, k), k, preferred_element_type=jnp.float32)
@@ -121,16 +126,17 @@ def _attend_parts_fwd(q: Array, parts: Any, masks: Any) -> tuple[Array, Any]:
     peaks = [_ungroup(jnp.max(s, axis=-1), q) for s in scores]
     peak = peaks[0] if len(peaks) == 1 else jnp.maximum(*peaks)
     weights = [jnp.exp(s - _regroup(peak, s)[..., None]) for s in scores]
-    total = sum(_ungroup(jnp.sum(w, axis=-1), q) for w in weights)  # [X, Q]
+    total = cast(Array, sum(_ungroup(jnp.sum(w, axis=-1), q) for w in weights))  # [X, Q]
     weights = [w / _regroup(total, w)[..., None] for w in weights]
-    out = sum(
+    outs = (
         _ungroup(jnp.einsum("yqt,yta->yqa", w.astype(v.dtype), v), q)
         for w, (_, v) in zip(weights, parts, strict=True)
     )
+    out = cast(Array, sum(outs))
     return out, (q, parts, weights, out)
 
 
-def _attend_parts_bwd(residuals: Any, d_out: Array) -> tuple[Array, Any, None]:
+def _attend_parts_bwd(residuals: _Residuals, d_out: Array) -> tuple[Array, _Parts, None]:
     q, parts, weights, out = residuals
     shared = jnp.sum((d_out * out).astype(jnp.float32), axis=-1)  # [X, Q]
     d_q, d_parts = jnp.zeros_like(q), []

@@ -22,8 +22,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from speciarl_jax.devices.layout import PROMPT_AXES
+from speciarl_jax.devices.mesh import AXES
 from speciarl_jax.policy.attention import attend, attend_shared, causal_mask
-from speciarl_jax.sharding import AXES, PROMPT_AXES
 
 _LANES = 128  # splash wants sequence lengths and head width in multiples of this
 _BLOCKS = (512, 384, 256, 128)
@@ -49,7 +50,7 @@ def attend_causal(
     mesh: Mesh | None = None,
 ) -> Float[Array, "B T H A"]:
     """Each token sees itself and those before it; left-aligned sequences of `lengths` tokens."""
-    if not kernel_platform(mesh, q.dtype):
+    if mesh is None or not kernel_platform(mesh, q.dtype):
         return attend(q, k, v, causal_mask(lengths, q.shape[1]))
     sees = jnp.arange(k.shape[1])[None] < lengths[:, None]
     return attend_blockwise(q, k, v, sees, 0, mesh)
@@ -65,7 +66,7 @@ def attend_group(
     mesh: Mesh | None = None,
 ) -> Float[Array, "P G C H A"]:
     """Completions over [prompt, own tokens so far]; arguments as `attention.attend_shared`."""
-    if not kernel_platform(mesh, q.dtype):
+    if mesh is None or not kernel_platform(mesh, q.dtype):
         return attend_shared(q, k, v, prompt_k, prompt_v, sees_prompt)
     prompts, group, width = q.shape[:3]
 
@@ -90,7 +91,7 @@ def attend_image(
     mesh: Mesh | None = None,
 ) -> Float[Array, "I N H A"]:
     """Every patch sees every real patch of its own image."""
-    if not kernel_platform(mesh, q.dtype):
+    if mesh is None or not kernel_platform(mesh, q.dtype):
         return attend(q, k, v, mask[:, None])
     row_axes = AXES if q.shape[0] % mesh.size == 0 else PROMPT_AXES
     return attend_blockwise(q, k, v, mask, None, mesh, row_axes)
@@ -146,7 +147,7 @@ def attend_splash(
     scale = np.asarray(dim**-0.5, q.dtype)
     q, k, v = (_pad(_pad(x, 1), 3, width) for x in (q * scale, k, v))
     shape = (q.shape[1], k.shape[1])
-    one_head = splash_mask.FullMask(shape)
+    one_head: splash_mask.Mask = splash_mask.FullMask(shape)
     if offset is not None:
         one_head = splash_mask.CausalMask(shape, offset=offset)
     kernel = splash.make_splash_mha(
@@ -159,7 +160,7 @@ def attend_splash(
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))  # [B, H, T, A]
     key_segments = _pad(sees.astype(jnp.int32), 1)
     query_segments = jnp.ones((q.shape[0], q.shape[2]), jnp.int32)
-    out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(query_segments, key_segments))
+    out: Array = jax.vmap(kernel)(q, k, v, splash.SegmentIds(query_segments, key_segments))
     return out.transpose(0, 2, 1, 3)[:, :q_len, :, :dim].astype(q.dtype)
 
 

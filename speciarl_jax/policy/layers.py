@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
+
+Vector = TypeVar("Vector", Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Dtypes:
     compute: DTypeLike = jnp.float32
 
 
-class LoRAParam(nnx.Param):
+class LoRAParam(nnx.Param[Array]):
     """An adapter weight. Subclasses `nnx.Param`: filter by this class to train the adapter only."""
 
 
@@ -49,7 +53,7 @@ def matmul(x: Float[Array, "... d_in"], w: Float[Array, "d_in d_out"]) -> Float[
     return _matmul_2d(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], w.shape[-1])
 
 
-def last_axis(vector: Float[Array, " d"], like: Float[Array, "... d"]) -> Float[Array, "... d"]:
+def last_axis(vector: Shaped[Vector, " d"], like: Shaped[Array, ...]) -> Shaped[Vector, "... d"]:
     """`vector` with leading axes of size one, so that nothing relies on silent rank promotion."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
@@ -60,6 +64,9 @@ class Linear(nnx.Module):
     Weights are stored [in, out] (the transpose of torch's). Without `lora_a` the layer is the base
     model's own, which is how the reference policy is obtained: same arrays, no adapter.
     """
+
+    lora_a: LoRAParam
+    lora_b: LoRAParam
 
     def __init__(
         self, in_features: int, out_features: int, *, use_bias: bool, dtypes: Dtypes, rngs: nnx.Rngs

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from speciarl_jax.config import LoraConfig
+from speciarl_jax.config.schema import LoraConfig
 from speciarl_jax.policy.layers import Linear, LoRAParam
 from speciarl_jax.policy.model import Policy
 

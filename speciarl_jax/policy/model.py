@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from speciarl_jax.arch import Arch
+from speciarl_jax.devices.layout import Params
 from speciarl_jax.policy.layers import Dtypes, LoRAParam
 from speciarl_jax.policy.text import TextModel
 from speciarl_jax.policy.vision import VisionTower
@@ -72,10 +73,10 @@ class PolicyParts:
         frozen: the rest; with an adapter this is the whole base model.
     """
 
-    graphdef: nnx.GraphDef
-    reference_graphdef: nnx.GraphDef
-    trainable: nnx.State
-    frozen: nnx.State
+    graphdef: nnx.GraphDef[Policy]
+    reference_graphdef: nnx.GraphDef[Policy]
+    trainable: Params
+    frozen: Params
 
 
 def trainable_filter(train_base: bool, train_vision: bool) -> nnx.filterlib.Filter:
@@ -98,7 +99,8 @@ def split_policy(
 ) -> PolicyParts:
     """Takes a policy apart for training."""
     chosen = trainable_filter(train_base, train_vision)
-    graphdef, trainable, frozen = nnx.split(policy, chosen, ...)
+    graphdef, *states = nnx.split(policy, chosen, ...)
+    trainable, frozen = states
     dtypes = policy_dtypes(policy)
     reference = nnx.graphdef(abstract_policy(policy.arch, dtypes))
     return PolicyParts(graphdef, reference, trainable, frozen)
@@ -109,6 +111,6 @@ def policy_dtypes(policy: Policy) -> Dtypes:
     return Dtypes(param=policy.text.embedding.dtype, compute=policy.text.dtype)
 
 
-def count_parameters(state: nnx.State) -> int:
+def count_parameters(state: Params) -> int:
     """Number of scalars in a state."""
     return sum(leaf.size for leaf in jax.tree.leaves(state))

@@ -7,8 +7,8 @@ query may look at and where keys and values live. So a layer takes an `attend` f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,22 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from speciarl_jax.arch import TextArch
+from speciarl_jax.devices.layout import Params
 from speciarl_jax.policy.attention import attend, causal_mask
 from speciarl_jax.policy.layers import Dtypes, GatedMLP, Linear, RMSNorm
 from speciarl_jax.policy.rope import rotate, text_angles
 
+Inputs = ParamSpec("Inputs")
+Outputs = TypeVar("Outputs")
+Carry = TypeVar("Carry")  # threaded through the layers: a key-value cache, or None
+Result = TypeVar("Result")  # what a layer leaves: keys and values of a prompt, or None
 # (q, k, v, layer index, carry) -> (output, carry, per-layer result)
-AttendFn = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any, Any]]
+AttendFn: TypeAlias = Callable[
+    [Array, Array, Array, Array | int, Carry], tuple[Array, Carry, Result]
+]
 
 
-def checkpointed(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
+def checkpointed(body: Callable[Inputs, Outputs], remat: str) -> Callable[Inputs, Outputs]:
     """Wraps a scan body: what the backward pass keeps and what it computes again.
 
     Args:
@@ -69,10 +76,10 @@ class TextBlock(nnx.Module):
         self,
         hidden: Float[Array, "... D"],
         angles: Float[Array, "... A_half"],
-        attend_fn: AttendFn,
-        layer: Int[Array, ""],
-        carry: Any,
-    ) -> tuple[Float[Array, "... D"], Any, Any]:
+        attend_fn: AttendFn[Carry, Result],
+        layer: Int[Array, ""] | int,
+        carry: Carry,
+    ) -> tuple[Float[Array, "... D"], Carry, Result]:
         """Applies the block; `attend_fn` sees rotated q [..., H, A] and k, plain v [..., K, A]."""
         normed = self.input_norm(hidden)
         heads = (*hidden.shape[:-1], -1, self.head_dim)
@@ -117,54 +124,68 @@ class TextModel(nnx.Module):
         hidden = jnp.take(self.embedding[...], tokens, axis=0).astype(self.dtype)
         if image_rows is None:
             return hidden
+        assert image_embeds is not None, "image_rows without image_embeds"
         from_image = jnp.take(image_embeds, jnp.maximum(image_rows, 0), axis=0)
         return jnp.where((image_rows >= 0)[..., None], from_image.astype(self.dtype), hidden)
 
     def run(
         self,
         hidden: Float[Array, "... D"],
-        positions: Int[Array, "... 3 T"] | None,
-        attend_fn: AttendFn,
-        carry: Any = None,
+        angles: Float[Array, "... A_half"],
+        attend_fn: AttendFn[Carry, Result],
+        carry: Carry,
         *,
-        angles: Float[Array, "... A_half"] | None = None,
         remat: str = "none",
-        layers: list[nnx.State] | None = None,
-    ) -> tuple[Float[Array, "... D"], Any, Any]:
+    ) -> tuple[Float[Array, "... D"], Carry, Result]:
         """Runs all layers.
 
         Args:
             hidden: embedded tokens.
-            positions: M-RoPE ids; None if `angles` are given.
+            angles: rotary angles, see `rope.text_angles`.
             attend_fn: attention of one layer, see `AttendFn`.
             carry: threaded through the layers (a key-value cache updated in place).
-            angles: rotary angles, for callers whose tokens are not laid out [..., T].
             remat: see `speciarl_jax.policy.remat`.
-            layers: from `unstacked`: runs them one by one, with their numbers and no results, and
-                not by a scan.
 
         Returns:
             (normed hidden states, final carry, per-layer results stacked on a leading axis).
         """
-        if angles is None:
-            angles = text_angles(positions, self.arch)
         graphdef, states = nnx.split(self.blocks)
-        if layers is not None:
-            for index, layer in enumerate(layers):
-                block = nnx.merge(graphdef, layer)
-                hidden, carry, _ = block(hidden, angles, attend_fn, index, carry)
-            return self.norm(hidden), carry, None
 
-        def body(state: tuple[Array, Any], layer: tuple[nnx.State, Array]) -> tuple[Any, Any]:
+        def body(
+            state: tuple[Array, Carry], layer: tuple[Params, Array]
+        ) -> tuple[tuple[Array, Carry], Result]:
             block = nnx.merge(graphdef, layer[0])
             hidden, carry, result = block(state[0], angles, attend_fn, layer[1], state[1])
             return (hidden, carry), result
 
-        stack = (states, np.arange(self.arch.num_layers))
+        stack = (states, jnp.asarray(np.arange(self.arch.num_layers)))
         (hidden, carry), results = jax.lax.scan(checkpointed(body, remat), (hidden, carry), stack)
         return self.norm(hidden), carry, results
 
-    def unstacked(self) -> list[nnx.State]:
+    def run_unstacked(
+        self,
+        layers: Sequence[Params],
+        hidden: Float[Array, "... D"],
+        angles: Float[Array, "... A_half"],
+        attend_fn: AttendFn[Carry, None],
+        carry: Carry,
+    ) -> tuple[Float[Array, "... D"], Carry]:
+        """`run` layer by layer, with the layers' numbers and not by a scan.
+
+        Args:
+            layers: from `unstacked`.
+            hidden, angles, attend_fn, carry: as there.
+
+        Returns:
+            (normed hidden states, final carry).
+        """
+        graphdef, _ = nnx.split(self.blocks)
+        for index, layer in enumerate(layers):
+            block = nnx.merge(graphdef, layer)
+            hidden, carry, _ = block(hidden, angles, attend_fn, index, carry)
+        return self.norm(hidden), carry
+
+    def unstacked(self) -> list[Params]:
         """Each layer's own weights, cut out of the stack: a copy."""
         stacked = nnx.state(self.blocks)
         return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.arch.num_layers)]
@@ -179,10 +200,12 @@ class TextModel(nnx.Module):
         """Plain causal forward over left-aligned sequences; states past a length are finite."""
         mask = causal_mask(lengths, hidden.shape[1])
 
-        def attend_fn(q: Array, k: Array, v: Array, layer: Array, carry: None) -> Any:
-            return attend(q, k, v, mask), carry, None
+        def attend_fn(
+            q: Array, k: Array, v: Array, layer: Array | int, carry: None
+        ) -> tuple[Array, None, None]:
+            return attend(q, k, v, mask), None, None
 
-        return self.run(hidden, positions, attend_fn, remat=remat)[0]
+        return self.run(hidden, text_angles(positions, self.arch), attend_fn, None, remat=remat)[0]
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Scores of the next token in float32, from the head or the tied embedding."""

@@ -8,6 +8,7 @@ loop, and all images of a batch have one shape.
 from __future__ import annotations
 
 import functools
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from speciarl_jax.arch import VisionArch
+from speciarl_jax.devices.layout import Params
 from speciarl_jax.policy.attention import attend
 from speciarl_jax.policy.flash import attend_image
 from speciarl_jax.policy.layers import Dtypes, GatedMLP, Linear, RMSNorm
@@ -45,7 +47,7 @@ class VisionBlock(nnx.Module):
         hidden: Float[Array, "I N D"],
         angles: Float[Array, "I N A_half"],
         mask: Bool[Array, "I N"],
-        is_full: Bool[Array, ""],
+        is_full: Bool[Array, ""] | bool,
         mesh: Mesh | None = None,
     ) -> Float[Array, "I N D"]:
         """Applies the block; padded patches stay finite and are seen by no real patch.
@@ -139,20 +141,27 @@ class VisionTower(nnx.Module):
         graphdef, states = nnx.split(self.blocks)
         is_full = np.isin(np.arange(self.arch.depth), self.arch.full_attention_blocks)
 
-        def body(hidden: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, None]:
+        def body(hidden: Array, layer: tuple[Params, Array]) -> tuple[Array, None]:
             state, is_full_block = layer
             block = nnx.merge(graphdef, state)
             return block(hidden, angles, mask, is_full_block, mesh), None
 
         scan_body = checkpointed(body, remat)
-        hidden, _ = jax.lax.scan(scan_body, self.patch_embed(patches), (states, is_full))
+        stack = (states, jnp.asarray(is_full))
+        hidden, _ = jax.lax.scan(scan_body, self.patch_embed(patches), stack)
         return self.merger(hidden)
+
+
+class HasVision(Protocol):
+    """The part of `model.Policy` that encoding needs."""
+
+    visual: VisionTower
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
 def encode_images(
-    graphdef: nnx.GraphDef,
-    states: tuple[nnx.State, ...],
+    graphdef: nnx.GraphDef[HasVision],
+    states: tuple[Params, ...],
     patches: Array,
     positions: Array,
     mask: Array,

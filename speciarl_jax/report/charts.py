@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from speciarl_jax.report.sections import PUBLISHED
 from speciarl_jax.report.style import LIGHT, RUNGS, line_color, readable
-from speciarl_jax.types import CurvePoint, MainMetric, Scores
+from speciarl_jax.scoring.results import CurvePoint, MainMetric, Scores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from speciarl_jax import scoring
-from speciarl_jax.bootstrap import METRICS
-from speciarl_jax.predictions import Prediction
 from speciarl_jax.report.load import load_run
 from speciarl_jax.report.tables import format_estimate, format_value, metric_rows
-from speciarl_jax.types import Difference, MainMetric, Metrics, ScoringSettings
+from speciarl_jax.scoring.bootstrap import METRICS
+from speciarl_jax.scoring.metrics import by_dataset, metrics_json, paired_differences
+from speciarl_jax.scoring.predictions import Prediction
+from speciarl_jax.scoring.results import Difference, Evaluation, MainMetric, ScoringSettings
 
 MAIN: tuple[MainMetric, ...] = ("specificity", "correctness", "hm")
 
@@ -47,8 +47,8 @@ def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, list[Predic
 class Comparison(TypedDict):
     """What `compare` returns."""
 
-    a: Metrics
-    b: Metrics
+    a: Evaluation
+    b: Evaluation
     differences: dict[str, Difference]
     left_out: list[str]
 
@@ -61,7 +61,7 @@ def compare(
     bootstrap_samples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
-    """Metrics of both and paired differences (b minus a), per data set and average.
+    """Evaluation of both and paired differences (b minus a), per data set and average.
 
     Only data sets both have are compared; the others are named in ``left_out``.
 
@@ -80,7 +80,7 @@ def compare(
     Raises:
         ValueError: no common data set or image, or an unknown rule.
     """
-    by_a, by_b = scoring.by_dataset(a), scoring.by_dataset(b)
+    by_a, by_b = by_dataset(a), by_dataset(b)
     common = [n for n in by_a if n in by_b]
     if not common:
         raise ValueError(
@@ -92,20 +92,20 @@ def compare(
         "seed": seed,
     }
     metrics_a, metrics_b = (
-        scoring.metrics_json([p for n in common for p in rows[n]], in_domain, **settings)
+        metrics_json([p for n in common for p in rows[n]], in_domain, **settings)
         for rows in (by_a, by_b)
     )
     differences = {}
     for name, scores, is_average in metric_rows(metrics_a):
         members = scores["datasets"] if is_average else [name]
-        differences[name] = scoring.paired_differences(
+        differences[name] = paired_differences(
             [p for m in members for p in by_a[m]], [p for m in members for p in by_b[m]], **settings
         )
     left_out = sorted((set(by_a) | set(by_b)) - set(common))
     return {"a": metrics_a, "b": metrics_b, "differences": differences, "left_out": left_out}
 
 
-def headline_csv(evaluations: Mapping[str, Metrics]) -> str:
+def headline_csv(evaluations: Mapping[str, Evaluation]) -> str:
     """One line per evaluation and data set or average; empty cells are undefined.
 
     Args:
@@ -140,7 +140,7 @@ def _latex(text: str) -> str:
     return "".join(_LATEX.get(c, c) for c in text)
 
 
-def headline_latex(evaluations: Mapping[str, Metrics]) -> str:
+def headline_latex(evaluations: Mapping[str, Evaluation]) -> str:
     """A ``tabular`` (booktabs) of specificity, correctness and HM with intervals.
 
     Args:

@@ -13,10 +13,10 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from speciarl_jax.predictions import Prediction
 from speciarl_jax.report import thumbnails
 from speciarl_jax.report.load import Run
 from speciarl_jax.report.style import RUNGS
+from speciarl_jax.scoring.predictions import Prediction
 from speciarl_jax.types import JsonObject, JsonValue
 
 _CHUNK_ROWS = 400

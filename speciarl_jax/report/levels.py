@@ -6,8 +6,9 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from speciarl_jax.judge.taxonomy import Node, canonical, is_abstention
-from speciarl_jax.predictions import Prediction
+from speciarl_jax.judge.offline.name_trees import Node
+from speciarl_jax.judge.offline.taxonomy import canonical, is_abstention
+from speciarl_jax.scoring.predictions import Prediction
 
 ABSTAINED, UNKNOWN = "none given", "name not in the tree"
 RIGHT, UNRELATED = "right", "nothing shared"

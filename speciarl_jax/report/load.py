@@ -19,10 +19,11 @@ import math
 from pathlib import Path
 from typing import cast
 
-from speciarl_jax import scoring
 from speciarl_jax.files import read_json
-from speciarl_jax.predictions import Prediction, read_predictions
-from speciarl_jax.types import JsonObject, Metrics
+from speciarl_jax.scoring.metrics import metrics_json
+from speciarl_jax.scoring.predictions import Prediction, read_predictions
+from speciarl_jax.scoring.results import Evaluation
+from speciarl_jax.types import JsonObject
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -35,7 +36,7 @@ class Stage:
 
     name: str
     predictions: list[Prediction]
-    metrics: Metrics
+    metrics: Evaluation
 
 
 @dataclasses.dataclass
@@ -194,9 +195,9 @@ def _stage_dirs(path: Path) -> list[Path]:
 
 def _read_stage(path: Path, name: str, in_domain: list[str]) -> Stage:
     predictions = read_predictions(path / "predictions.jsonl")
-    metrics = cast(Metrics, _read_object(path / "metrics.json", _SCORE_AGAIN))
+    metrics = cast(Evaluation, _read_object(path / "metrics.json", _SCORE_AGAIN))
     if "datasets" not in metrics or "averages" not in metrics:
-        metrics = scoring.metrics_json(predictions, in_domain=in_domain)
+        metrics = metrics_json(predictions, in_domain=in_domain)
     return Stage(name, predictions, metrics)
 
 

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
-from speciarl_jax.judge.taxonomy_files import read_any
-from speciarl_jax.predictions import Prediction
+from speciarl_jax.judge.offline.name_trees import read_any
 from speciarl_jax.report import charts, sections
 from speciarl_jax.report.compare import compare
 from speciarl_jax.report.cost import cost_section
@@ -25,7 +24,8 @@ from speciarl_jax.report.load import Run, Stage
 from speciarl_jax.report.style import DARK, LIGHT, RUNGS, readable
 from speciarl_jax.report.training import figure, training_section
 from speciarl_jax.report.verdicts import judge_section
-from speciarl_jax.types import CurvePoint
+from speciarl_jax.scoring.predictions import Prediction
+from speciarl_jax.scoring.results import CurvePoint
 
 _SHARED = 1_200_000  # bytes kept free for tables, charts and script
 _NAV = {

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from speciarl_jax.predictions import Prediction
 from speciarl_jax.report.compare import Comparison
 from speciarl_jax.report.gallery import code
 from speciarl_jax.report.html import Markup, el, join
@@ -15,8 +14,9 @@ from speciarl_jax.report.levels import Confusion
 from speciarl_jax.report.load import Run
 from speciarl_jax.report.style import RUNGS, readable
 from speciarl_jax.report.tables import format_estimate, format_value, metric_rows
-from speciarl_jax.text_metrics import METRICS as TEXT_METRICS
-from speciarl_jax.types import MainMetric, MainScores, TextMetric, TextMetrics, TextScores
+from speciarl_jax.scoring.predictions import Prediction
+from speciarl_jax.scoring.results import MainMetric, MainScores, TextMetric, TextMetrics, TextScores
+from speciarl_jax.scoring.text_metrics import METRICS as TEXT_METRICS
 
 MAIN: dict[MainMetric, str] = {
     "specificity": "Specificity",

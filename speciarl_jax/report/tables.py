@@ -1,4 +1,4 @@
-"""Metrics as terminal tables (rich)."""
+"""Evaluation as terminal tables (rich)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from speciarl_jax.text_metrics import METRICS
-from speciarl_jax.types import Difference, MainMetric, Metric, Metrics, Scores, TextMetrics
+from speciarl_jax.scoring.results import (
+    Difference,
+    Evaluation,
+    MainMetric,
+    Metric,
+    Scores,
+    TextMetrics,
+)
+from speciarl_jax.scoring.text_metrics import METRICS
 
 COLUMNS: dict[Metric, str] = {
     "specificity": "specificity",
@@ -37,7 +44,7 @@ def format_estimate(estimate: Mapping[str, float | None], *, is_signed: bool = F
     return f"{value} [{low}, {high}]"
 
 
-def metric_rows(metrics: Metrics) -> Iterator[tuple[str, Scores, bool]]:
+def metric_rows(metrics: Evaluation) -> Iterator[tuple[str, Scores, bool]]:
     """Yields (name, scores, is_average) for data sets first, then averages that say more.
 
     An average over the single data set that stands above it is left out.
@@ -52,7 +59,7 @@ def metric_rows(metrics: Metrics) -> Iterator[tuple[str, Scores, bool]]:
             yield f"mean {name}", scores, True
 
 
-def metrics_table(metrics: Metrics, title: str) -> Table:
+def metrics_table(metrics: Evaluation, title: str) -> Table:
     """One line per data set and average, each metric with its 95 % interval.
 
     Args:
@@ -113,8 +120,8 @@ def text_table(text: TextMetrics, title: str) -> Table:
 
 
 def comparison_table(
-    base: Metrics,
-    trained: Metrics,
+    base: Evaluation,
+    trained: Evaluation,
     title: str,
     names: tuple[str, str] = ("base", "trained"),
     differences: Mapping[str, Difference] | None = None,

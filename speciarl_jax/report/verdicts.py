@@ -6,7 +6,7 @@ import collections
 from collections.abc import Sequence
 from pathlib import Path
 
-from speciarl_jax.judge.verdict_log import LoggedVerdict, VerdictLog
+from speciarl_jax.judge.store.verdict_log import LoggedVerdict, VerdictLog
 from speciarl_jax.report import sections
 from speciarl_jax.report.html import Markup, el, join
 from speciarl_jax.report.load import Run, Series

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Generic, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from speciarl_jax.devices.layout import Leaf
 from speciarl_jax.rollout.placement import Placement
 
 _MASKED = np.float32(-1e30)
@@ -29,7 +30,7 @@ Part = tuple[Array, Array, Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KeyValues:
+class KeyValues(Generic[Leaf]):
     """Rotated keys and plain values of X prompts or rows and T tokens; one layer is without L.
 
     Attributes:
@@ -38,14 +39,14 @@ class KeyValues:
         k_scale, v_scale: [L, X, K, T] float32 with int8 storage, else None.
     """
 
-    k: Array
-    v: Array
-    k_scale: Array | None = None
-    v_scale: Array | None = None
+    k: Leaf
+    v: Leaf
+    k_scale: Leaf | None = None
+    v_scale: Leaf | None = None
 
 
 # All layers in one or, where the decode loop names its layers, one for each.
-Cache = KeyValues | tuple[KeyValues, ...]
+Cache: TypeAlias = KeyValues[Leaf] | tuple[KeyValues[Leaf], ...]
 
 
 def shape_of(stored: Cache) -> tuple[int, ...]:
@@ -57,13 +58,15 @@ def shape_of(stored: Cache) -> tuple[int, ...]:
 
 def is_int8(stored: Cache) -> bool:
     """Whether there are scales."""
-    return jax.tree.leaves(stored)[0].dtype == jnp.int8
+    first = stored[0] if isinstance(stored, tuple) else stored
+    return bool(first.k.dtype == jnp.int8)
 
 
 def _map_tokens(function: Callable[..., Array], *caches: KeyValues) -> KeyValues:
     """`function(axis of the tokens, counted from the end, array, ...)` for every array."""
     tokens = KeyValues(-1, -2, *(None if caches[0].k_scale is None else -1,) * 2)
-    return jax.tree.map(function, tokens, *caches)
+    mapped: KeyValues = jax.tree.map(function, tokens, *caches)
+    return mapped
 
 
 def by_layer(stacked: KeyValues) -> tuple[KeyValues, ...]:
@@ -119,7 +122,8 @@ def write(own: Cache, new: KeyValues, layer: Array | int, column: Array) -> Cach
         start = [*place, *(0,) * column_values.ndim]
         start[axis] = column
         column_values = column_values.reshape(*(1,) * len(place), *column_values.shape)
-        return jax.lax.dynamic_update_slice(buffer, column_values, start)
+        written: Array = jax.lax.dynamic_update_slice(buffer, column_values, start)
+        return written
 
     if isinstance(own, tuple):
         return (*own[:layer], _map_tokens(put, own[layer], new), *own[layer + 1 :])
@@ -132,38 +136,43 @@ def one_layer(stored: Cache, layer: Array | int) -> KeyValues:
         return stored[layer]
 
     def index(x: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+        found: Array = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
+        return found
 
-    return jax.tree.map(index, stored)
+    own: KeyValues = jax.tree.map(index, stored)
+    return own
 
 
 def take_rows(own: Cache, keep: Int[Array, " R2"], placement: Placement) -> Cache:
     """The rows `keep` of each shard; a stack layer by layer, or XLA for TPU copies it whole."""
 
     def take(layer: KeyValues) -> KeyValues:
-        return jax.tree.map(lambda x: placement.take(x, keep), layer)
+        rows: KeyValues = jax.tree.map(lambda x: placement.take(x, keep), layer)
+        return rows
 
     if isinstance(own, tuple):
         return tuple(take(layer) for layer in own)
-    return jax.lax.map(take, own)
+    taken: KeyValues = jax.lax.map(take, own)
+    return taken
 
 
 def pin(stored: Cache, placement: Placement) -> Cache:
     """The layout that every program keeps."""
     is_stacked = not isinstance(stored, tuple)
-    return jax.tree.map(lambda x: placement.cache(x, is_stacked=is_stacked), stored)
+    pinned: Cache = jax.tree.map(lambda x: placement.cache(x, is_stacked=is_stacked), stored)
+    return pinned
 
 
 def resize_columns(own: Cache, num_columns: int) -> Cache:
     """More columns, zeros at the end."""
-    if isinstance(own, tuple):
-        return tuple(resize_columns(layer, num_columns) for layer in own)
 
     def grow(axis: int, x: Array) -> Array:
         pad = [(0, 0)] * x.ndim
         pad[axis] = (0, num_columns - x.shape[axis])
         return jnp.pad(x, pad)
 
+    if isinstance(own, tuple):
+        return tuple(_map_tokens(grow, layer) for layer in own)
     return _map_tokens(grow, own)
 
 
@@ -189,6 +198,7 @@ def join(parts: tuple[Part, ...]) -> Float[Array, "X K Q A"]:
     """Softmax over the union of the parts' keys."""
     peak = jnp.max(jnp.stack([part[1] for part in parts]), axis=0)
     scales = [jnp.exp(part[1] - peak) for part in parts]
-    total: Any = sum(part[2] * scale for part, scale in zip(parts, scales, strict=True))
-    out = sum(part[0] * scale[..., None] for part, scale in zip(parts, scales, strict=True))
+    pairs = list(zip(parts, scales, strict=True))
+    total = cast(Array, sum(part[2] * scale for part, scale in pairs))
+    out = cast(Array, sum(part[0] * scale[..., None] for part, scale in pairs))
     return out / total[..., None]

@@ -17,25 +17,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from speciarl_jax.devices.layout import Leaf, Params
 from speciarl_jax.policy.flash import attend_causal
+from speciarl_jax.policy.model import Policy
 from speciarl_jax.policy.rope import text_angles
 from speciarl_jax.policy.text import TextModel
+from speciarl_jax.policy.vocabulary import allowed_logits
 from speciarl_jax.rollout import cache
 from speciarl_jax.rollout.cache import KeyValues, Part
 from speciarl_jax.rollout.placement import Placement
-from speciarl_jax.rollout.sampling import Sampling, allowed_logits, row_keys, sample_tokens
+from speciarl_jax.rollout.sampling import Sampling, row_keys, sample_tokens
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PromptCache:
+class PromptCache(Generic[Leaf]):
     """What decoding reads of the prompts and never changes.
 
     Attributes:
@@ -45,20 +49,20 @@ class PromptCache:
         next_position: [P] M-RoPE id of completion token 0.
     """
 
-    kv: cache.Cache
-    lengths: Array
-    last_hidden: Array
-    next_position: Array
+    kv: cache.Cache[Leaf]
+    lengths: Leaf
+    last_hidden: Leaf
+    next_position: Leaf
 
     @property
-    def num_tokens(self) -> int:
+    def num_tokens(self: PromptCache) -> int:
         """S."""
         return cache.shape_of(self.kv)[3]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RowMap:
+class RowMap(Generic[Leaf]):
     """Which row answers which prompt; indices count from the start of a shard's block.
 
     Attributes:
@@ -67,14 +71,14 @@ class RowMap:
         slot_rows: [P, slots] row of each slot; empty slots repeat row 0 and are discarded.
     """
 
-    row_prompt: Array
-    row_slot: Array
-    slot_rows: Array
+    row_prompt: Leaf
+    row_slot: Leaf
+    slot_rows: Leaf
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DecodeState:
+class DecodeState(Generic[Leaf]):
     """What decoding updates in place (donated).
 
     Attributes:
@@ -87,25 +91,25 @@ class DecodeState:
         step: [] number of tokens decoded, the same for all rows.
     """
 
-    own: cache.Cache
-    hidden: Array
-    tokens: Array
-    logprobs: Array
-    lengths: Array
-    is_done: Array
-    keys: Array
-    step: Array
+    own: cache.Cache[Leaf]
+    hidden: Leaf
+    tokens: Leaf
+    logprobs: Leaf
+    lengths: Leaf
+    is_done: Leaf
+    keys: Leaf
+    step: Leaf
 
     @property
-    def num_columns(self) -> int:
+    def num_columns(self: DecodeState) -> int:
         """C."""
         return self.tokens.shape[1]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "is_int8", "placement"))
 def prefill(
-    graphdef: nnx.GraphDef,
-    states: tuple[nnx.State, ...],
+    graphdef: nnx.GraphDef[Policy],
+    states: tuple[Params, ...],
     tokens: Int[Array, "P S"],
     positions: Int[Array, "P 3 S"],
     lengths: Int[Array, " P"],
@@ -128,18 +132,18 @@ def prefill(
     """
     text = merge_text(graphdef, *states)
 
-    def attend_fn(q: Array, k: Array, v: Array, layer: Array, carry: None) -> Any:
+    def attend_fn(
+        q: Array, k: Array, v: Array, layer: Array | int, carry: None
+    ) -> tuple[Array, None, KeyValues]:
         out = attend_causal(q, k, v, lengths, placement.mesh)
-        return out, carry, cache.store(cache.pack(k, v, is_int8))
+        return out, None, cache.store(cache.pack(k, v, is_int8))
 
     hidden = placement.embed(text, tokens, image_rows, image_embeds)
-    hidden, _, kv = text.run(hidden, positions, attend_fn)
-    if placement.is_unrolled:
-        kv = cache.by_layer(kv)
+    hidden, _, kv = text.run(hidden, text_angles(positions, text.arch), attend_fn, None)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     last_hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
     return PromptCache(
-        cache.pin(kv, placement),
+        cache.pin(cache.by_layer(kv) if placement.is_unrolled else kv, placement),
         placement.rows(lengths),
         placement.rows(last_hidden),
         placement.rows(lengths + position_deltas),
@@ -175,16 +179,29 @@ def start(
 
 def _pin(state: DecodeState, placement: Placement) -> DecodeState:
     """Rows on their shards, heads over the tensor axis: the layout every program keeps."""
-    pinned = jax.tree.map(placement.rows, dataclasses.replace(state, own=None, step=None))
-    return dataclasses.replace(pinned, own=cache.pin(state.own, placement), step=state.step)
+    pinned = map_rows(placement.rows, state)
+    return dataclasses.replace(pinned, own=cache.pin(state.own, placement))
+
+
+def map_rows(function: Callable[[Leaf], Leaf], state: DecodeState[Leaf]) -> DecodeState[Leaf]:
+    """`function` of every array of rows; the caches stay as they are."""
+    return dataclasses.replace(
+        state,
+        hidden=function(state.hidden),
+        tokens=function(state.tokens),
+        logprobs=function(state.logprobs),
+        lengths=function(state.lengths),
+        is_done=function(state.is_done),
+        keys=function(state.keys),
+    )
 
 
 @functools.partial(
     jax.jit, static_argnames=("graphdef", "sampling", "placement"), donate_argnames=("state",)
 )
 def decode_chunk(
-    graphdef: nnx.GraphDef,
-    states: tuple[nnx.State, ...],
+    graphdef: nnx.GraphDef[Policy],
+    states: tuple[Params, ...],
     prompts: PromptCache,
     rows: RowMap,
     state: DecodeState,
@@ -265,7 +282,7 @@ def _sample_step(
 
 def _forward_step(
     text: TextModel,
-    layers: list[nnx.State] | None,
+    layers: list[Params] | None,
     prompts: PromptCache,
     rows: RowMap,
     state: DecodeState,
@@ -279,7 +296,9 @@ def _forward_step(
     prompt_mask = jnp.arange(prompts.num_tokens)[None] < prompts.lengths[:, None]  # [P, S]
     own_mask = (jnp.arange(state.num_columns) <= state.step)[None, None, None]  # [1, 1, 1, C]
 
-    def attend_fn(q: Array, k: Array, v: Array, layer: Array | int, own: cache.Cache) -> Any:
+    def attend_fn(
+        q: Array, k: Array, v: Array, layer: Array | int, own: cache.Cache
+    ) -> tuple[Array, cache.Cache, None]:
         own = cache.write(own, cache.pack(k, v, cache.is_int8(own)), layer, state.step)
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [R, K, rep, A]
         parts = (
@@ -289,7 +308,9 @@ def _forward_step(
         return cache.join(parts).astype(q.dtype).reshape(q.shape), own, None
 
     hidden = text.embed(tokens)
-    hidden, own, _ = text.run(hidden, None, attend_fn, state.own, angles=angles, layers=layers)
+    if layers is not None:
+        return text.run_unstacked(layers, hidden, angles, attend_fn, state.own)
+    hidden, own, _ = text.run(hidden, angles, attend_fn, state.own)
     return hidden, own
 
 
@@ -318,10 +339,9 @@ def _prompt_part(
 @functools.partial(jax.jit, static_argnames="placement")
 def shrink(state: DecodeState, keep: Int[Array, " R2"], placement: Placement) -> DecodeState:
     """Keeps the rows `keep` (live ones and fillers), counted within each shard's block."""
-    small = dataclasses.replace(state, own=None, step=None)
-    small = jax.tree.map(lambda x: placement.take(x, keep), small)
+    small = map_rows(lambda x: placement.take(x, keep), state)
     own = cache.take_rows(state.own, keep, placement)
-    return _pin(dataclasses.replace(small, own=own, step=state.step), placement)
+    return _pin(dataclasses.replace(small, own=own), placement)
 
 
 @functools.partial(jax.jit, static_argnames=("num_columns", "placement"))
@@ -350,6 +370,6 @@ def keys_of_rows(
     return placement.rows(jax.random.key_data(keys))
 
 
-def merge_text(graphdef: nnx.GraphDef, *states: nnx.State) -> TextModel:
+def merge_text(graphdef: nnx.GraphDef[Policy], *states: Params) -> TextModel:
     """The language model of a policy taken apart."""
     return nnx.merge(graphdef, *states).text

@@ -18,12 +18,14 @@ from jaxtyping import Array, Float
 
 from speciarl_jax.data.collate import window_bucket
 from speciarl_jax.data.images import VisionArrays
+from speciarl_jax.devices.layout import Params
+from speciarl_jax.policy.model import Policy
 from speciarl_jax.policy.vision import encode_images
 
 
 def encode_by_size(
-    graphdef: nnx.GraphDef,
-    states: tuple[nnx.State, ...],
+    graphdef: nnx.GraphDef[Policy],
+    states: tuple[Params, ...],
     vision: VisionArrays,
     window_patches: int,
     buckets: Sequence[int] = (),
@@ -46,16 +48,19 @@ def encode_by_size(
     half = -(-count // 2)
     small = window_bucket(max(int(used[order[half - 1]]), 1), buckets) * window_patches
     if count < 2 or small >= length:
-        return encode_images(graphdef, states, vision.patches, vision.positions, vision.mask)
+        arrays = (vision.patches, vision.positions, vision.mask)
+        whole: Array = encode_images(graphdef, states, *arrays)
+        return whole
     tables = []
     for images, size in ((order[:half], small), (order[half:], length)):
-        parts = (x[images, :size] for x in (vision.patches, vision.positions, vision.mask))
-        table = encode_images(graphdef, states, *parts)
+        chosen = (x[images, :size] for x in (vision.patches, vision.positions, vision.mask))
+        table: Array = encode_images(graphdef, states, *chosen)
         tables.append(table.reshape(len(images), -1, table.shape[-1]))
-    return _join(*tables, np.argsort(order))
+    joined: Array = _join(*tables, np.argsort(order))
+    return joined
 
 
 @jax.jit
-def _join(small: Array, large: Array, order: np.ndarray) -> Array:
+def _join(small: Array, large: Array, order: Array) -> Array:
     small = jnp.pad(small, ((0, 0), (0, large.shape[1] - small.shape[1]), (0, 0)))
     return jnp.take(jnp.concatenate([small, large]), order, axis=0).reshape(-1, large.shape[-1])

@@ -17,14 +17,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from speciarl_jax.arch import TextArch
-from speciarl_jax.clock import num_compiled
-from speciarl_jax.config import RolloutConfig
+from speciarl_jax.config.schema import RolloutConfig
+from speciarl_jax.data.batch import PromptBatch
+from speciarl_jax.devices.layout import Params
+from speciarl_jax.policy.model import Policy
+from speciarl_jax.policy.vocabulary import Vocabulary
 from speciarl_jax.rollout import decode, layout, memory
-from speciarl_jax.rollout.decode import DecodeState, PromptCache, merge_text
-from speciarl_jax.rollout.finished import FinishedRow, Vocabulary, stop_string_length
+from speciarl_jax.rollout.decode import DecodeState, PromptCache, RowMap, merge_text
+from speciarl_jax.rollout.finished import FinishedRow, stop_string_length
 from speciarl_jax.rollout.placement import Placement
 from speciarl_jax.rollout.sampling import Sampling
-from speciarl_jax.types import PromptBatch
+from speciarl_jax.timing import num_compiled
 
 __all__ = ["FinishedRow", "RolloutEngine", "RolloutStats", "Vocabulary"]
 
@@ -69,7 +72,7 @@ class RolloutEngine:
 
     def __init__(
         self,
-        graphdef: nnx.GraphDef,
+        graphdef: nnx.GraphDef[Policy],
         config: RolloutConfig,
         vocabulary: Vocabulary,
         mesh: Mesh | None = None,
@@ -95,7 +98,7 @@ class RolloutEngine:
 
     def generate(
         self,
-        states: tuple[nnx.State, ...],
+        states: tuple[Params, ...],
         batch: PromptBatch,
         image_embeds: Array,
         *,
@@ -135,7 +138,7 @@ class RolloutEngine:
 
     def plan_waves(
         self,
-        states: tuple[nnx.State, ...],
+        states: tuple[Params, ...],
         batch: PromptBatch,
         table_rows: int,
         group_size: int,
@@ -166,7 +169,7 @@ class RolloutEngine:
 
     def start(
         self,
-        states: tuple[nnx.State, ...],
+        states: tuple[Params, ...],
         prompts: layout.PromptArrays,
         image_embeds: Array,
         group_size: int,
@@ -198,7 +201,7 @@ class RolloutEngine:
 
     def _decode_all(
         self,
-        states: tuple[nnx.State, ...],
+        states: tuple[Params, ...],
         wave: Wave,
         slots: int,
         sampling: Sampling,
@@ -222,9 +225,9 @@ class RolloutEngine:
 
     def advance(
         self,
-        states: tuple[nnx.State, ...],
+        states: tuple[Params, ...],
         wave: Wave,
-        row_map: object,
+        row_map: RowMap[np.ndarray],
         until: int,
         enough: int,
         sampling: Sampling,
@@ -270,7 +273,7 @@ class RolloutEngine:
         is_done, finished = is_stopped.copy(), []
         for row in np.flatnonzero(~was_free):
             sampled = tokens[row, : lengths[row]]
-            cut = stop_string_length(sampled, stops, self.vocabulary)
+            cut = stop_string_length(sampled, stops, self.vocabulary.decode)
             is_done[row] |= cut is not None or is_last
             if is_done[row]:
                 finished.append(

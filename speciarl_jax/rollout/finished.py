@@ -9,22 +9,6 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """What sampling must know of the tokenizer.
-
-    Attributes:
-        stop_ids: [stops] int32 ids that end a completion.
-        banned: [V] True for ids that must never be sampled: vision tokens and ids that the
-            tokenizer does not have (the embedding table is padded beyond it).
-        decode: token ids to text, special tokens left out.
-    """
-
-    stop_ids: np.ndarray
-    banned: np.ndarray
-    decode: Callable[[Sequence[int]], str]
-
-
-@dataclasses.dataclass(frozen=True)
 class FinishedRow:
     """One sampled answer: prompt and sample index, tokens and log-probs [C], how it ended."""
 
@@ -36,12 +20,12 @@ class FinishedRow:
 
 
 def stop_string_length(
-    tokens: np.ndarray, stops: Sequence[str], vocabulary: Vocabulary
+    tokens: np.ndarray, stops: Sequence[str], decode: Callable[[Sequence[int]], str]
 ) -> int | None:
     """Number of tokens up to the one that completes a stop string, None if there is none."""
 
     def is_stopped(count: int) -> bool:
-        text = vocabulary.decode(tokens[:count].tolist())
+        text = decode(tokens[:count].tolist())
         return any(stop in text for stop in stops)
 
     if not stops or not is_stopped(len(tokens)):

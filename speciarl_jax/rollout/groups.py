@@ -3,19 +3,78 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Array
+
+from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.judge.base import Outcome, Pair
 from speciarl_jax.judge.parse import extract_answer
-from speciarl_jax.rollout.engine import FinishedRow, Vocabulary
-from speciarl_jax.types import PromptBatch, Rollout
+from speciarl_jax.policy.flops import Counts
+from speciarl_jax.policy.vocabulary import Vocabulary
+from speciarl_jax.rollout.finished import FinishedRow
+from speciarl_jax.types import JsonObject, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Which prompts of the run's global order a step uses, so that they can be read again.
+
+    Attributes:
+        data: the loader's state before the first of them.
+        num_batches: batches read from there.
+        rows: [P] the prompts used, counted over those batches in order; None for all.
+    """
+
+    data: JsonObject
+    num_batches: int
+    rows: np.ndarray | None
+
+
+@dataclasses.dataclass
+class RolloutBatch:
+    """P groups for one step, labelled or waiting for their labels.
+
+    Attributes:
+        step: the step that learns from them.
+        sampled_after: finished steps of the policy that sampled them; step - 1 is on-policy.
+        batch: their prompts.
+        image_embeds: [I*M, D] of those prompts.
+        groups: in the order of the prompts, each in sample order.
+        pending: labels under way; empty once they are all there.
+        origin: where the prompts came from.
+        stats: metrics of sampling them.
+        sampled: tokens and patches of all that was sampled, dropped groups included.
+    """
+
+    step: int
+    sampled_after: int
+    batch: PromptBatch
+    image_embeds: Array
+    groups: Groups
+    pending: Pending
+    origin: Origin
+    stats: dict[str, float]
+    sampled: Counts
+
+    @property
+    def is_judged(self) -> bool:
+        """All labels have arrived."""
+        return all(future.done() for _, future in self.pending)
+
+
+Groups = list[list[Rollout]]
+
 
 Poll = Callable[[], None]
 _POLL_EVERY_S = 0.5
 Pending = list[tuple[list[Rollout], "concurrent.futures.Future[list[Outcome]]"]]
 
 
+@runtime_checkable
 class SubmitsPairs(Protocol):
     """The part of `judge.runner.JudgeThread` that collecting needs."""
 

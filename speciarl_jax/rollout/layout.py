@@ -17,8 +17,8 @@ import math
 
 import numpy as np
 
+from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.rollout.decode import RowMap
-from speciarl_jax.types import PromptBatch
 
 _QUARTERS, _HALVES = 6, 4
 
@@ -97,8 +97,7 @@ def waves(
             "the mesh (data x fsdp); pad it to a multiple"
         )
     blocks = np.arange(batch.num_prompts).reshape(num_shards, -1)
-    first_row = np.repeat(np.arange(num_shards) * (table_rows // num_shards), blocks.shape[1])
-    image_rows = np.where(batch.image_rows >= 0, batch.image_rows - first_row[:, None], -1)
+    image_rows = batch.table_rows(table_rows, num_shards)
     width = min(prompts_per_wave // num_shards, blocks.shape[1])
     found = []
     for start in range(0, blocks.shape[1], width):
@@ -107,7 +106,7 @@ def waves(
         index = np.pad(block, fill, mode="edge").reshape(-1)
         is_used = np.pad(np.ones_like(block, bool), fill).reshape(-1) & batch.is_real[index]
         if is_used.any():
-            found.append(_select(batch, image_rows.astype(np.int32), index, is_used))
+            found.append(_select(batch, image_rows, index, is_used))
     return found
 
 
@@ -156,7 +155,7 @@ class Rows:
     @property
     def per_shard(self) -> int:
         """Rows of a shard."""
-        return self.prompt.shape[1]
+        return int(self.prompt.shape[1])
 
     def flat_prompt(self, num_prompts: int) -> np.ndarray:
         """[R] index of each row's prompt in the wave."""
@@ -167,7 +166,7 @@ class Rows:
         """Unfinished rows of the fullest shard."""
         return int((~self.is_free).sum(axis=1).max())
 
-    def row_map(self, num_prompts: int, slots: int) -> RowMap:
+    def row_map(self, num_prompts: int, slots: int) -> RowMap[np.ndarray]:
         """Index maps between rows and each shard's grid; free rows share slot 0."""
         num_shards, per_shard = self.prompt.shape
         slot_rows = np.zeros((num_shards, num_prompts // num_shards, slots), np.int32)
@@ -184,9 +183,10 @@ class Rows:
         """The live rows of each shard, in order, and fillers; with the indices kept, [D * size]."""
         order = np.argsort(self.is_free, axis=1, kind="stable")
         keep = np.sort(order[:, :size], axis=1).astype(np.int32)
-        parts = (np.take_along_axis(x, keep, axis=1) for x in (self.prompt, self.sample))
-        is_free = np.take_along_axis(self.is_free, keep, axis=1)
-        return Rows(*parts, is_free), keep.reshape(-1)
+        prompt, sample, is_free = (
+            np.take_along_axis(x, keep, axis=1) for x in (self.prompt, self.sample, self.is_free)
+        )
+        return Rows(prompt, sample, is_free), keep.reshape(-1)
 
     def without(self, is_done: np.ndarray) -> Rows:
         """The same rows, those of `is_done` [R] free."""

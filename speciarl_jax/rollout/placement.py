@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from speciarl_jax.devices.layout import cache_sharding, prompt_sharding
+from speciarl_jax.devices.mesh import num_replicas
 from speciarl_jax.policy.text import TextModel
-from speciarl_jax.sharding import cache_sharding, num_replicas, prompt_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +52,16 @@ class Placement:
         """Pins an array whose leading axis is prompts or rows."""
         if self.mesh is None:
             return x
-        return jax.lax.with_sharding_constraint(x, prompt_sharding(self.mesh))
+        pinned: Array = jax.lax.with_sharding_constraint(x, prompt_sharding(self.mesh))
+        return pinned
 
     def cache(self, x: Array, *, is_stacked: bool) -> Array:
         """Pins [L, X, K, ...], without L if not stacked: X over the shards, heads over `tensor`."""
         if self.mesh is None:
             return x
         place = cache_sharding(self.mesh, is_stacked=is_stacked)
-        return jax.lax.with_sharding_constraint(x, place)
+        pinned: Array = jax.lax.with_sharding_constraint(x, place)
+        return pinned
 
     def take(self, x: Array, index: Int[Array, " n"], axis: int = 0) -> Array:
         """Elements of an axis, chosen within each shard's block.

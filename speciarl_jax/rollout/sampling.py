@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-NEG_INF = np.float32(-1e30)  # finite, so that 0 * NEG_INF is 0 and softmax of it is 0
+from speciarl_jax.config.schema import Config
+from speciarl_jax.policy.vocabulary import NEG_INF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +68,6 @@ def row_keys(
     return jax.vmap(fold)(prompt_index, sample_index)
 
 
-def allowed_logits(
-    logits: Float[Array, "... V"], banned: Bool[Array, " V"], temperature: float
-) -> Float[Array, "... V"]:
-    """Logits at a temperature with banned ids (vision tokens, ids beyond the tokenizer) removed.
-
-    Sampler and trainer both go through here, so that their log-probabilities agree.
-    """
-    scale = np.float32(1.0 / temperature if temperature else 1.0)
-    banned = jnp.reshape(banned, (1,) * (logits.ndim - 1) + banned.shape)
-    return jnp.where(banned, NEG_INF, logits * scale)
-
-
 def sample_tokens(
     logits: Float[Array, "R V"],
     uniforms: Float[Array, " R"],
@@ -99,6 +88,7 @@ def sample_tokens(
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     scores = logprobs
     if sampling.repetition_penalty != 1:
+        assert seen is not None, "a repetition penalty needs the tokens already seen"
         scores = jnp.where(seen, _penalised(logits, sampling.repetition_penalty), logits)
     if sampling.temperature == 0:
         tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
@@ -144,3 +134,15 @@ def _invert_cdf(scores: Float[Array, "R V"], uniforms: Float[Array, " R"]) -> In
     # Rounding can put the target on the total: the last token with any weight takes it.
     last = scores.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1).astype(jnp.int32)
     return jnp.minimum(index, last)
+
+
+def training_sampling(config: Config) -> Sampling:
+    """Sampling options of training rollouts."""
+    rollout = config.rollout
+    return Sampling(
+        rollout.temperature,
+        rollout.top_p,
+        rollout.top_k,
+        rollout.min_p,
+        rollout.repetition_penalty,
+    )

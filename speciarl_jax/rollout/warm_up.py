@@ -15,16 +15,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Array
 
 from speciarl_jax.arch import VisionArch
-from speciarl_jax.clock import num_compiled
+from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.images import VisionArrays
+from speciarl_jax.devices.layout import Params
 from speciarl_jax.rollout import decode, layout
 from speciarl_jax.rollout.engine import RolloutEngine, Wave
 from speciarl_jax.rollout.sampling import Sampling
-from speciarl_jax.types import PromptBatch
+from speciarl_jax.timing import num_compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ class BatchShapes:
 
 def warm_up(
     engine: RolloutEngine,
-    states: tuple[nnx.State, ...],
-    encode: Callable[[tuple[nnx.State, ...], PromptBatch], Array],
+    states: tuple[Params, ...],
+    encode: Callable[[tuple[Params, ...], PromptBatch], Array],
     vision: VisionArch,
     shapes: BatchShapes,
     *,
@@ -73,7 +73,6 @@ def warm_up(
     compiled, mesh = num_compiled(), engine.placement.mesh
     by_size = mesh is None or mesh.size == 1  # as `Session.encode`
     for windows in shapes.num_windows:
-        embeds = None
         for small in [s for s in shapes.num_windows if s == windows or (by_size and s < windows)]:
             batch = empty_batch(shapes, shapes.prompt_lengths[0], windows, vision)
             embeds = encode(states, with_sizes(batch, small, vision))
@@ -117,7 +116,7 @@ def with_sizes(batch: PromptBatch, small: int, vision: VisionArch) -> PromptBatc
 
 def _run_sizes(
     engine: RolloutEngine,
-    states: tuple[nnx.State, ...],
+    states: tuple[Params, ...],
     wave: Wave,
     slots: int,
     sampling: Sampling,

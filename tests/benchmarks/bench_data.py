@@ -22,14 +22,8 @@ import PIL
 from PIL import Image
 
 from speciarl_jax.arch import VisionArch
-from speciarl_jax.data.images import (
-    ImageLimits,
-    VisionArrays,
-    decode_image,
-    grid_of,
-    num_windows,
-    resize_image,
-)
+from speciarl_jax.data.decode import decode_image
+from speciarl_jax.data.images import ImageLimits, VisionArrays, grid_of, num_windows, resize_image
 
 SIZES = [(500, 375), (375, 500), (500, 333), (640, 480), (800, 600), (300, 400)]
 

@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from speciarl_jax.arch import Arch, TextArch, VisionArch
-from speciarl_jax.config import LoraConfig
+from speciarl_jax.config.schema import LoraConfig
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.lora import add_lora
 from speciarl_jax.policy.model import Policy, PolicyParts, split_policy

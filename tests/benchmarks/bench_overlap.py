@@ -22,18 +22,18 @@ import time
 
 import jax
 
-from speciarl_jax.checkpoint import TrainState
-from speciarl_jax.cli import load_recipe
-from speciarl_jax.config import Config
-from speciarl_jax.gather import RolloutBatch
-from speciarl_jax.judge.config import FIELD_GUIDE_TAXONOMY, JudgeConfig
+from speciarl_jax.algorithm.overlap import run_overlapped_step
+from speciarl_jax.algorithm.step import run_step
+from speciarl_jax.config.judge import FIELD_GUIDE_TAXONOMY, JudgeConfig
+from speciarl_jax.config.recipes import load_recipe
+from speciarl_jax.config.schema import Config
+from speciarl_jax.judge.offline.server import LocalJudgeServer
 from speciarl_jax.judge.runner import JudgeThread
-from speciarl_jax.judge.server import LocalJudgeServer
-from speciarl_jax.optim import init_optimizer, make_optimizer
-from speciarl_jax.overlap import run_overlapped_step
-from speciarl_jax.session import Session, open_session
-from speciarl_jax.step import run_step
-from speciarl_jax.train import open_train_loader
+from speciarl_jax.learner.optimizer import init_optimizer, make_optimizer
+from speciarl_jax.rollout.groups import RolloutBatch
+from speciarl_jax.run.opening import open_train_loader
+from speciarl_jax.run.session import Session, open_session
+from speciarl_jax.run.state import TrainState
 
 ROOT = pathlib.Path(__file__).parents[2]
 

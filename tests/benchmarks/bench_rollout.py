@@ -49,15 +49,16 @@ from random_policy import (
     write_checkpoint,
 )
 
-from speciarl_jax import flops
 from speciarl_jax.arch import Arch
-from speciarl_jax.config import RolloutConfig
+from speciarl_jax.config.schema import RolloutConfig
 from speciarl_jax.convert.loading import load_policy
 from speciarl_jax.data.collate import collate
+from speciarl_jax.policy import flops
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import count_parameters, split_policy
+from speciarl_jax.policy.vocabulary import Vocabulary
 from speciarl_jax.rollout.encode import encode_by_size
-from speciarl_jax.rollout.engine import RolloutEngine, RolloutStats, Vocabulary, Wave
+from speciarl_jax.rollout.engine import RolloutEngine, RolloutStats, Wave
 from speciarl_jax.rollout.sampling import Sampling
 
 

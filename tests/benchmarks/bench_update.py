@@ -39,17 +39,18 @@ from random_policy import (
     write_checkpoint,
 )
 
-from speciarl_jax import flops
 from speciarl_jax.arch import Arch
-from speciarl_jax.config import LoraConfig, OptimConfig
+from speciarl_jax.config.schema import LoraConfig, OptimConfig
 from speciarl_jax.convert.adapter import save_peft
 from speciarl_jax.convert.loading import load_policy
 from speciarl_jax.data.prompts import EncodedPrompt
-from speciarl_jax.optim import init_optimizer, make_optimizer
+from speciarl_jax.learner.logprobs import LossConfig, TrainBatch, TreeBatch
+from speciarl_jax.learner.optimizer import init_optimizer, make_optimizer
+from speciarl_jax.learner.update import update_step
+from speciarl_jax.policy import flops
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.lora import add_lora
 from speciarl_jax.policy.model import split_policy
-from speciarl_jax.update import LossConfig, TrainBatch, update_step
 
 GROUP_SIZE = 8
 LORA = LoraConfig(rank=16, alpha=16.0)  # as configs/cpu_smoke.py
@@ -118,14 +119,17 @@ def train_batch(data: Data, arch: Arch) -> TrainBatch:
     tokens = np.stack([prompt.tokens for prompt in data.prompts])
     lengths = np.full(len(tokens), tokens.shape[1], np.int32)
     is_image = tokens == arch.image_token_id
-    batch = TrainBatch(
-        tokens=tokens,
+    tree = TreeBatch(
+        prompt_tokens=tokens,
         prompt_lengths=lengths,
         positions=np.stack([prompt.positions for prompt in data.prompts]),
         next_position=lengths + np.array([p.delta for p in data.prompts], np.int32),
         image_rows=np.where(is_image, np.cumsum(is_image, axis=1) - 1, -1).astype(np.int32),
         images=data.images,
-        completions=data.completions,
+        completion_tokens=data.completions,
+    )
+    batch = TrainBatch(
+        tree=tree,
         weights=np.full(data.completions.shape, data.weight, np.float32),
         advantages=data.advantages,
     )

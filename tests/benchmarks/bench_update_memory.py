@@ -48,13 +48,14 @@ from flax import nnx
 from jax.experimental import topologies
 from jaxtyping import Array
 
-from speciarl_jax import flops
 from speciarl_jax.arch import Arch, TextArch, VisionArch
-from speciarl_jax.config import LoraConfig
+from speciarl_jax.config.schema import LoraConfig
+from speciarl_jax.learner.logprobs import LossConfig, TrainBatch, TreeBatch, token_logprobs
+from speciarl_jax.learner.update import batch_loss
+from speciarl_jax.policy import flops
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.lora import add_lora
 from speciarl_jax.policy.model import Policy, PolicyParts, split_policy
-from speciarl_jax.update import LossConfig, TrainBatch, batch_loss, token_logprobs
 
 SETTINGS = LossConfig(remat="full")
 
@@ -98,14 +99,17 @@ def make_batch(arch: Arch, sizes: Sizes, groups: int = 1) -> TrainBatch:
     rows = np.full((groups, sizes.prompt), -1, np.int32)
     rows[:, 10 : 10 + sizes.image] = np.arange(sizes.image)
     group = (groups, sizes.group, sizes.completion)
-    return TrainBatch(
-        tokens=rng.integers(0, 4096, (groups, sizes.prompt), dtype=np.int32),
+    tree = TreeBatch(
+        prompt_tokens=rng.integers(0, 4096, (groups, sizes.prompt), dtype=np.int32),
         prompt_lengths=np.full(groups, sizes.prompt, np.int32),
         positions=np.tile(np.arange(sizes.prompt, dtype=np.int32), (groups, 3, 1)),
         next_position=np.full(groups, sizes.prompt, np.int32),
         image_rows=rows,
         images=rng.normal(size=(groups, sizes.image, arch.text.hidden_size)).astype(np.float32),
-        completions=rng.integers(0, 4096, group, dtype=np.int32),
+        completion_tokens=rng.integers(0, 4096, group, dtype=np.int32),
+    )
+    return TrainBatch(
+        tree=tree,
         weights=np.full(group, 1 / (groups * sizes.group * sizes.completion), np.float32),
         advantages=rng.normal(size=(groups, sizes.group)).astype(np.float32),
     )
@@ -121,26 +125,28 @@ def tree_loss(policy: Policy, batch: TrainBatch, banned: Array) -> Array:
 
 def naive_loss(policy: Policy, batch: TrainBatch, banned: Array) -> Array:
     """The same number from N full sequences."""
-    groups, group, width = batch.completions.shape
-    prompt, images = batch.tokens.shape[1], batch.images.shape[1]
-    own = batch.next_position[:, None] + jnp.arange(width)[None]
-    ids = jnp.concatenate([batch.positions, jnp.tile(own[:, None], (1, 3, 1))], axis=2)
+    tree = batch.tree
+    groups, group, width = tree.completion_tokens.shape
+    prompt, images = tree.prompt_tokens.shape[1], tree.images.shape[1]
+    own = tree.next_position[:, None] + jnp.arange(width)[None]
+    ids = jnp.concatenate([tree.positions, jnp.tile(own[:, None], (1, 3, 1))], axis=2)
     tokens = jnp.concatenate(
-        [jnp.repeat(batch.tokens, group, axis=0), batch.completions.reshape(-1, width)], axis=1
+        [jnp.repeat(tree.prompt_tokens, group, axis=0), tree.completion_tokens.reshape(-1, width)],
+        axis=1,
     )
     offset = jnp.arange(groups, dtype=jnp.int32)[:, None] * images
-    rows = jnp.where(batch.image_rows >= 0, batch.image_rows + offset, -1)
+    rows = jnp.where(tree.image_rows >= 0, tree.image_rows + offset, -1)
     rows = jnp.pad(rows, ((0, 0), (0, width)), constant_values=-1)
     hidden = policy.hidden_states(
         tokens,
         jnp.repeat(ids, group, axis=0),
         jnp.full(groups * group, prompt + width),
         jnp.repeat(rows, group, axis=0),
-        batch.images.reshape(groups * images, -1),
+        tree.images.reshape(groups * images, -1),
         SETTINGS.remat,
     )
     predicting = hidden[:, prompt - 1 : -1].reshape(groups, group, width, -1)
-    logprobs, _ = token_logprobs(policy.text, predicting, batch.completions, banned, SETTINGS)
+    logprobs, _ = token_logprobs(policy.text, predicting, tree.completion_tokens, banned, SETTINGS)
     ratio = jnp.exp(logprobs - jax.lax.stop_gradient(logprobs))
     return -jnp.sum(batch.weights * batch.advantages[..., None] * ratio)
 

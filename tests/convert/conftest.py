@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
-from hf_reference import Spec, config_dict, random_model, save_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests.support.hf_reference import Spec, config_dict, random_model, save_model
 
 SPECIALS = {
     "<|image_pad|>": "image_token_id",

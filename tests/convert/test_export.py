@@ -7,25 +7,26 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hf_reference import Spec, random_model, save_model
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from speciarl_jax.config import LoraConfig
-from speciarl_jax.convert import commands
+from speciarl_jax.cli import convert
+from speciarl_jax.config.schema import LoraConfig
 from speciarl_jax.convert.adapter import adapted_layers, load_peft, save_peft
 from speciarl_jax.convert.export import save_hf
 from speciarl_jax.convert.loading import load_policy
-from speciarl_jax.convert.parity_report import max_rel_error
+from speciarl_jax.convert.parity.table import max_rel_error
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.lora import add_lora
 from speciarl_jax.policy.model import split_policy
+from tests.support.hf_reference import Spec, random_model, save_model
 
 # peft asks transformers for a property that transformers renames
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -48,7 +49,7 @@ def source(model, tmp_path_factory):
 
 def run(*argv):
     parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers())
+    convert.register(parser.add_subparsers())
     args = parser.parse_args([str(part) for part in argv])
     return args.handler(args)
 
@@ -56,8 +57,8 @@ def run(*argv):
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _forward(graphdef, state, tokens):
     policy = nnx.merge(graphdef, state)
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), (1, 3, tokens.shape[1]))
-    lengths = np.array([tokens.shape[1]])
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), (1, 3, tokens.shape[1]))
+    lengths = jnp.array([tokens.shape[1]])
     return policy.text.logits(policy.hidden_states(tokens, positions, lengths))
 
 
@@ -252,5 +253,5 @@ def test_export_says_what_is_missing(policy, source, tmp_path):
         save_peft(load_policy(source, Dtypes()), LORA, "base", tmp_path)
     with pytest.raises(ValueError, match="rank 4"):
         save_peft(policy, LoraConfig(rank=8, alpha=8.0), "base", tmp_path)
-    with pytest.raises(ValueError, match="not a directory that"):
+    with pytest.raises(ValueError, match="neither a directory that"):
         run("export", source, tmp_path, "--to=hf")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hf_reference import Spec, random_model, save_model
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +15,7 @@ from speciarl_jax.convert import loading
 from speciarl_jax.convert.loading import load_policy
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import abstract_policy
+from tests.support.hf_reference import Spec, random_model, save_model
 
 DEVICE_FILL_BYTES = 20_000  # larger parameters are written piece by piece into their final place
 

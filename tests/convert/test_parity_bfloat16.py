@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hf_reference import Spec, make_inputs, random_model, save_model
-from test_parity_components import ours_like_torch
 
 from speciarl_jax.convert.loading import load_policy
-from speciarl_jax.convert.torch_reference import capture_activations
+from speciarl_jax.convert.parity.torch_reference import capture_activations
 from speciarl_jax.policy.layers import Dtypes
+from tests.convert.test_parity_components import ours_like_torch
+from tests.support.hf_reference import Spec, make_inputs, random_model, save_model
 
 SPECS = [
     Spec(seed=5, window_px=56, grids=((10, 6), (4, 4), (2, 2)), full_blocks=(2,)),

@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hf_reference import Spec, make_inputs, random_model, save_model
 
-from speciarl_jax.convert.activations import (
+from speciarl_jax.convert.loading import load_policy
+from speciarl_jax.convert.parity.activations import (
     MERGER,
     PATCH_EMBED,
     VISION_BLOCKS,
     next_logits,
     policy_activations,
 )
-from speciarl_jax.convert.loading import load_policy
-from speciarl_jax.convert.parity_report import max_rel_error
-from speciarl_jax.convert.torch_reference import (
+from speciarl_jax.convert.parity.table import max_rel_error
+from speciarl_jax.convert.parity.torch_reference import (
     IMAGE_EMBEDS,
     capture_activations,
     greedy_tokens,
 )
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.vision import encode_images
+from tests.support.hf_reference import Spec, make_inputs, random_model, save_model
 
 TOLERANCE = 2e-5
 DEFAULT_SEEDS = (1, 2, 5, 11)  # the others take twice this time again, and run with `slow`

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from speciarl_jax.convert import commands
-from speciarl_jax.convert.parity_report import (
+from speciarl_jax.cli import convert
+from speciarl_jax.convert.parity.table import (
     CaseReport,
     ParityReport,
     kl_per_token,
@@ -24,7 +24,7 @@ from speciarl_jax.convert.parity_report import (
 
 def run(*argv):
     parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers())
+    convert.register(parser.add_subparsers())
     args = parser.parse_args([str(part) for part in argv])
     return args.handler(args)
 

@@ -18,13 +18,13 @@ import threading
 import time
 import zipfile
 
-import official
 import pytest
 import requests
 
-from speciarl_jax.data.builders import archives, base, benchmarks, layouts
-from speciarl_jax.data.builders.field_guide import FieldGuide, FieldGuideConfig
-from speciarl_jax.data.sources import open_source
+from speciarl_jax.data.field_guide.builder import FieldGuide, FieldGuideConfig
+from speciarl_jax.data.sources import archives, benchmarks, builder, layouts
+from speciarl_jax.data.sources.catalog import open_source
+from tests.support import official
 
 CASES = {
     "cub": (
@@ -110,7 +110,7 @@ def test_builds_from_official_layout(case, tmp_path):
     assert len(ids) == sum(map(len, expected.values()))
     with pytest.raises(ValueError, match="does not exist"):
         open_source(name, "nonsense", data_dir)
-    assert not (data_dir / base.BUILDING).exists()
+    assert not (data_dir / builder.BUILDING).exists()
 
 
 def test_official_numbers():
@@ -305,7 +305,7 @@ def test_downloads_with_checksums(server, tmp_path, monkeypatch):
     _served(server, tmp_path, monkeypatch)
     folder = benchmarks.build("tiny_flowers", tmp_path / "data")
     assert folder.parent.name == "full"
-    assert base.is_built(folder)
+    assert builder.is_built(folder)
     assert (tmp_path / "data" / "downloads").is_dir()
 
 
@@ -332,7 +332,7 @@ def test_no_connection_is_told_at_once_unless_all_is_there(server, tmp_path, mon
     monkeypatch.setitem(benchmarks.BENCHMARKS, "tiny_flowers", whole)
     shutil.rmtree(tmp_path / "www")  # built again from what was kept
     monkeypatch.setattr(requests, "get", None)
-    assert base.is_built(benchmarks.build("tiny_flowers", tmp_path / "data"))
+    assert builder.is_built(benchmarks.build("tiny_flowers", tmp_path / "data"))
 
 
 def test_failed_download_is_one_line(server, tmp_path, monkeypatch):
@@ -360,14 +360,14 @@ def test_killed_build_leaves_nothing_that_looks_like_data(tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     config = FieldGuideConfig.make("dogs", test=400)
-    assert not base.is_built(tmp_path / base.build_path(FieldGuide, config))
-    assert any((tmp_path / base.BUILDING).iterdir())
+    assert not builder.is_built(tmp_path / builder.build_path(FieldGuide, config))
+    assert any((tmp_path / builder.BUILDING).iterdir())
     small = FieldGuideConfig.make("dogs", test=4)
-    assert base.is_built(base.prepare(FieldGuide, tmp_path, small))
-    assert not (tmp_path / base.BUILDING).exists()
+    assert builder.is_built(builder.prepare(FieldGuide, tmp_path, small))
+    assert not (tmp_path / builder.BUILDING).exists()
 
 
 def test_unwritable_data_dir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"set data\.data_dir"):
-        base.prepare(FieldGuide, tmp_path / "file", FieldGuideConfig.make("dogs", test=1))
+        builder.prepare(FieldGuide, tmp_path / "file", FieldGuideConfig.make("dogs", test=1))

@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from speciarl_jax.data.decode import BadImageError, decode_image
 from speciarl_jax.data.images import (
-    BadImageError,
     ImageLimits,
     VisionArrays,
-    decode_image,
     image_patches,
     num_windows,
     resize_image,
@@ -261,6 +260,7 @@ def test_limits_from_both_config_styles(tmp_path, arch):
         ('{"patch_size": 16}', "patch_size=16"),
         ('{"resample": 2}', "resample=2"),
         ('{"rescale_factor": 0.5}', "rescale_factor"),
+        ('{"rescale_factor": null}', "rescale_factor=None"),
         ('{"min_pixels": 100, "max_pixels": 50}', "min_pixels=100"),
     ],
 )

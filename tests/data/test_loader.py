@@ -235,6 +235,8 @@ def test_state_of_other_data_is_refused(examples, builder):
             other.set_state(state)
     with pytest.raises(ValueError, match="multiple of 4"):
         PromptLoader(examples, builder, 4, seed=1).set_state({**state, "position": 3})
+    with pytest.raises(ValueError, match="multiple of 4"):
+        PromptLoader(examples, builder, 4, seed=1).set_state({**state, "position": None})
 
 
 def test_bad_images_are_skipped_listed_and_budgeted(make_examples, builder):

@@ -156,7 +156,7 @@ def test_collate_maps_every_image_token(builder, arch, limits, noise_image, enco
     flat_mask = batch.vision.mask[:, ::4].reshape(-1)
     for row, prompt in enumerate(prompts):
         is_image = prompt.tokens == arch.image_token_id
-        rows = batch.image_rows[row, : len(prompt.tokens)]
+        rows = batch.table_rows(len(flat_mask))[row, : len(prompt.tokens)]
         assert (rows[~is_image] == -1).all()
         assert flat_mask[rows[is_image]].all()
         expected = [
@@ -166,6 +166,9 @@ def test_collate_maps_every_image_token(builder, arch, limits, noise_image, enco
             for c in range(pixels.shape[1] // 28)
         ]
         np.testing.assert_array_equal(flat_positions[rows[is_image]], expected)
+        own = batch.image_rows[row, : len(prompt.tokens)][is_image]
+        assert own.min(initial=0) >= 0
+        assert own.max(initial=0) < len(flat_mask) // 3
     assert (batch.image_rows[2] == -1).all()
     assert batch.prompt_lengths.tolist()[2] == 1
     assert (batch.tokens[2] == 1).all()

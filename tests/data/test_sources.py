@@ -7,18 +7,18 @@ import json
 import pickle
 
 import numpy as np
-import official
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from speciarl_jax.config import DataConfig
+from speciarl_jax.config.schema import DataConfig
 from speciarl_jax.data import recipe
-from speciarl_jax.data.builders import benchmarks
-from speciarl_jax.data.folder import folder_taxonomy, open_folder
-from speciarl_jax.data.hf_dir import open_hf_dir
 from speciarl_jax.data.loader import PromptLoader
-from speciarl_jax.data.selection import (
+from speciarl_jax.data.sources import benchmarks
+from speciarl_jax.data.sources.catalog import list_sources, open_source
+from speciarl_jax.data.sources.folder import folder_taxonomy, open_folder
+from speciarl_jax.data.sources.hf_dir import open_hf_dir
+from speciarl_jax.data.sources.selection import (
     Mixture,
     Selection,
     divide,
@@ -26,7 +26,7 @@ from speciarl_jax.data.selection import (
     parse_mixture,
     select,
 )
-from speciarl_jax.data.sources import list_sources, open_source
+from tests.support import official
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_folder_with_splits(tmp_path, encode, noise_image):
 
 
 def test_folder_taxonomy_is_what_the_offline_judge_reads(photos, tmp_path):
-    from speciarl_jax.judge.taxonomy import TaxonomyJudge
+    from speciarl_jax.judge.offline.taxonomy import TaxonomyJudge
     from speciarl_jax.types import Category
 
     tree = folder_taxonomy(photos)

@@ -93,7 +93,11 @@ def open_trees(cache: pathlib.Path, base: str) -> tuple[Tree, Tree]:
     homes = [cache / commit]
     if not (homes[0] / "tree").is_dir():
         _copy(homes[0], git("archive", commit, *PARTS))
-    policy = homes[0] / "tree" / "speciarl_jax" / "tiny_policy"
+    package = homes[0] / "tree" / "speciarl_jax"
+    policy = next(
+        (p for p in (package / "convert" / "tiny_policy", package / "tiny_policy") if p.is_dir()),
+        package,
+    )
     if not (policy / "config.json").is_file():
         raise ValueError(f"--base={base}: no speciarl_jax/tiny_policy in it; give a later commit")
     packed = pack_working_tree()

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from speciarl_jax.cli import load_recipe, main
+from speciarl_jax.cli.main import main
+from speciarl_jax.config.recipes import load_recipe
 from speciarl_jax.plan.chips import open_topology
 from speciarl_jax.plan.make import open_plan
 from speciarl_jax.plan.measure import measure
-from speciarl_jax.plan.search import search
-from speciarl_jax.programs import (
+from speciarl_jax.plan.programs import (
     Program,
     decode_programs,
     device_bytes,
@@ -26,6 +26,7 @@ from speciarl_jax.programs import (
     learning_programs,
     step_programs,
 )
+from speciarl_jax.plan.search import search
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs" / "cpu_smoke.py")
@@ -101,9 +102,9 @@ def test_shrinking_needs_the_old_and_the_new_cache(planned):
 @pytest.mark.slow
 def test_the_run_calls_what_is_planned(tmp_path):
     """Shapes and types of a real first wave, against the plan's on one device."""
-    from speciarl_jax.gather import training_sampling
-    from speciarl_jax.session import open_session
-    from speciarl_jax.train import open_train_loader
+    from speciarl_jax.rollout.sampling import training_sampling
+    from speciarl_jax.run.opening import open_train_loader
+    from speciarl_jax.run.session import open_session
 
     config, folder = load_recipe(SMOKE, ["--config.mesh.data=1"])
     config.data.data_dir, config.data.num_train = str(tmp_path), 16
@@ -199,12 +200,14 @@ def test_a_program_that_jaxlib_cannot_read_is_one_line():
         measure(Program("update", Unreadable(compiled), (1.0,)))
 
 
-class Unreadable:
+class Unreadable(jax.stages.Lowered):
     """A jitted function whose HLO is of another version."""
 
     def __init__(self, compiled):
         self.compiled = compiled
-        self.memory_analysis = compiled.memory_analysis
+
+    def memory_analysis(self):
+        return self.compiled.memory_analysis()
 
     def lower(self, *args):
         return self
@@ -216,7 +219,7 @@ class Unreadable:
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
 
-class Refused:
+class Refused(jax.stages.Lowered):
     """A jitted function that the compiler does not take."""
 
     def __init__(self, message):

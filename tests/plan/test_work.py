@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from speciarl_jax.arch import Arch
-from speciarl_jax.cli import load_recipe
-from speciarl_jax.config import Config, micro_batch_prompts
+from speciarl_jax.config.recipes import load_recipe
+from speciarl_jax.config.schema import Config, micro_batch_prompts
 from speciarl_jax.plan.chips import CHIPS, parse_topology
 from speciarl_jax.plan.measure import count_collectives
 from speciarl_jax.plan.models import planned_arch

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speciarl_jax.config import MeshConfig
+from speciarl_jax.config.schema import MeshConfig
+from speciarl_jax.devices.mesh import make_mesh
 from speciarl_jax.policy import flash
 from speciarl_jax.policy.attention import attend, attend_shared, causal_mask
-from speciarl_jax.sharding import make_mesh
 
 
 def draw(*shape, seed):

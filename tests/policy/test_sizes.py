@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from speciarl_jax.arch import Arch
-from speciarl_jax.config import LoraConfig
+from speciarl_jax.config.schema import LoraConfig
 from speciarl_jax.policy.layers import Dtypes, LoRAParam
 from speciarl_jax.policy.lora import add_lora
 from speciarl_jax.policy.model import Policy, abstract_policy, count_parameters, split_policy

@@ -11,9 +11,8 @@ import pytest
 
 from speciarl_jax.report.load import load_run
 from speciarl_jax.report.page import ReportOptions, build_page
-
-from .browser import chromium, is_available
-from .synthetic import HOSTILE, make_run
+from tests.support.browser import chromium, is_available
+from tests.support.synthetic_run import HOSTILE, make_run
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="no chromium, chromedriver or selenium")
 

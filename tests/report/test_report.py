@@ -19,10 +19,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from speciarl_jax import scoring
-from speciarl_jax.judge.taxonomy import Node
-from speciarl_jax.predictions import Prediction, read_predictions, write_predictions
-from speciarl_jax.report import commands, html, sections, thumbnails
+from speciarl_jax.cli import report
+from speciarl_jax.judge.offline.name_trees import Node
+from speciarl_jax.report import html, sections, thumbnails
 from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
 from speciarl_jax.report.gallery import build_gallery
 from speciarl_jax.report.levels import NameTree
@@ -30,10 +29,11 @@ from speciarl_jax.report.load import load_run, load_runs, read_series
 from speciarl_jax.report.page import ReportOptions, build_page
 from speciarl_jax.report.plots import plot_training
 from speciarl_jax.report.tables import comparison_table, format_value, metrics_table
-from speciarl_jax.text_metrics import score_text
+from speciarl_jax.scoring.metrics import metrics_json
+from speciarl_jax.scoring.predictions import Prediction, read_predictions, write_predictions
+from speciarl_jax.scoring.text_metrics import score_text
 from speciarl_jax.types import Category
-
-from .synthetic import HOSTILE, make_run
+from tests.support.synthetic_run import HOSTILE, make_run
 
 BUDGET = 5_000_000
 
@@ -50,7 +50,7 @@ def page(run: Path) -> str:
 
 def call(*argv: str) -> int:
     parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers(required=True))
+    report.register(parser.add_subparsers(required=True))
     args = parser.parse_args(argv)
     return args.handler(args)
 
@@ -300,7 +300,7 @@ def test_comparing_other_data_sets(run: Path) -> None:
 def test_csv_and_latex() -> None:
     rows = [Prediction(f"b/test/{i}", "=cmd|a_b & c", "", "x", "", "y", Category(i), 0.0, 0)
             for i in range(6)]  # fmt: skip
-    metrics = scoring.metrics_json(rows)
+    metrics = metrics_json(rows)
     table = list(csv.DictReader(io.StringIO(headline_csv({"run": metrics}))))
     assert table[0]["data_set"] == "'=cmd|a_b & c"
     assert float(table[0]["correctness"]) == pytest.approx(5 / 6, abs=1e-6)
@@ -395,7 +395,7 @@ def test_compare_verb(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_no_jax_here() -> None:
     code = (
-        "import sys, speciarl_jax.report.page, speciarl_jax.report.commands, "
-        "speciarl_jax.text_metrics; sys.exit('jax' in sys.modules)"
+        "import sys, speciarl_jax.report.page, speciarl_jax.cli.report, "
+        "speciarl_jax.scoring.text_metrics; sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

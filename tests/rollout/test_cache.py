@@ -13,8 +13,8 @@ from speciarl_jax.policy.model import abstract_policy
 from speciarl_jax.rollout import cache, decode
 from speciarl_jax.rollout.placement import Placement
 from speciarl_jax.rollout.sampling import Sampling
-from tests.rollout.test_rollout_memory import generate
-from tests.tiny_policy import full_logits, open_small_session, small_batch
+from tests.rollout.test_memory import generate
+from tests.support.tiny_policy import full_logits, open_small_session, small_batch
 
 
 def exact_attention(q, k, v, mask):
@@ -38,7 +38,9 @@ def test_two_parts_make_one_softmax(is_int8, tolerance):
     kv = cache.pack(jnp.asarray(k), jnp.asarray(v), is_int8)
     parts = [
         cache.partial_softmax(
-            q, cache.store(jax.tree.map(lambda x, s=s: x[:, s], kv)), mask[..., s]
+            jnp.asarray(q),
+            cache.store(jax.tree.map(lambda x, s=s: x[:, s], kv)),
+            jnp.asarray(mask[..., s]),
         )
         for s in (slice(0, 5), slice(5, 9))
     ]
@@ -62,12 +64,12 @@ def decode_jaxpr(session, is_int8):
         hidden = jnp.zeros((prompts, arch.text.hidden_size), jnp.bfloat16)
         ones = jnp.ones(prompts, jnp.int32)
         prompt_cache = decode.PromptCache(empty[0], ones, hidden, ones)
-        row = np.arange(rows, dtype=np.int32)
+        row = jnp.arange(rows, dtype=jnp.int32)
         maps = decode.RowMap(row // 3, row, row.reshape(2, 3))
-        keys, free = np.zeros((rows, 2), np.uint32), np.zeros(rows, bool)
+        keys, free = jnp.zeros((rows, 2), jnp.uint32), jnp.zeros(rows, bool)
         start = decode.start(prompt_cache, maps, keys, free, columns, Placement())
-        banned, stops = np.zeros(arch.text.vocab_size, bool), np.array([1], np.int32)
-        limits = (np.int32(4), np.int32(0))
+        banned, stops = jnp.zeros(arch.text.vocab_size, bool), jnp.array([1], jnp.int32)
+        limits = (jnp.int32(4), jnp.int32(0))
         return decode.decode_chunk(
             graphdef,
             (state,),

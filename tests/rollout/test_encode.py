@@ -7,7 +7,7 @@ import pytest
 
 from speciarl_jax.policy.vision import encode_images
 from speciarl_jax.rollout.encode import encode_by_size
-from tests.tiny_policy import open_small_session, small_batch, states
+from tests.support.tiny_policy import open_small_session, small_batch, states
 
 
 @pytest.mark.parametrize(

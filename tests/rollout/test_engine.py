@@ -6,7 +6,7 @@ import pytest
 
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.sampling import Sampling
-from tests.tiny_policy import full_logits, jolt, open_small_session, small_batch, states
+from tests.support.tiny_policy import full_logits, jolt, open_small_session, small_batch, states
 
 
 @pytest.fixture(scope="module")

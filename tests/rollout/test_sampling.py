@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from speciarl_jax.rollout.sampling import NEG_INF, Sampling, allowed_logits, sample_tokens
+from speciarl_jax.policy.vocabulary import NEG_INF, allowed_logits
+from speciarl_jax.rollout.sampling import Sampling, sample_tokens
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0, 4.0, 0.2], np.float32)
 BANNED = np.array([0, 0, 0, 0, 0, 0, 1, 0], bool)
@@ -55,7 +56,9 @@ def exact_probs(sampling: Sampling, seen=()) -> np.ndarray:
 )
 def test_frequencies_match_exact_probabilities(sampling):
     draws = 40_000
-    logits = np.asarray(allowed_logits(LOGITS, BANNED, sampling.temperature))
+    logits = np.asarray(
+        allowed_logits(jnp.asarray(LOGITS), jnp.asarray(BANNED), sampling.temperature)
+    )
     seen_tokens = (0, 4) if sampling.repetition_penalty != 1 else ()
     seen = np.zeros((draws, len(LOGITS)), bool)
     seen[:, list(seen_tokens)] = True
@@ -73,7 +76,7 @@ def test_frequencies_match_exact_probabilities(sampling):
 
 
 def test_logprob_is_before_truncation():
-    logits = allowed_logits(LOGITS[None], BANNED, 1.0)
+    logits = allowed_logits(jnp.asarray(LOGITS[None]), jnp.asarray(BANNED), 1.0)
     token, logprob = sample_tokens(logits, jnp.array([0.99]), Sampling(top_k=1))
     weights = np.exp(np.where(BANNED, -np.inf, LOGITS.astype(np.float64)))
     assert int(token[0]) == 0
@@ -82,7 +85,9 @@ def test_logprob_is_before_truncation():
 
 def test_greedy_takes_the_best_allowed_token():
     token, _ = sample_tokens(
-        allowed_logits(LOGITS[None], BANNED, 0.0), jnp.array([0.9]), Sampling(temperature=0)
+        allowed_logits(jnp.asarray(LOGITS[None]), jnp.asarray(BANNED), 0.0),
+        jnp.array([0.9]),
+        Sampling(temperature=0),
     )
     assert int(token[0]) == 0  # 6 has the largest logit and is banned
 

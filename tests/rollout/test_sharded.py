@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from speciarl_jax.clock import num_compiled
+from speciarl_jax.devices.layout import image_sharding, param_shardings
 from speciarl_jax.policy.vision import encode_images
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.sampling import Sampling
-from speciarl_jax.sharding import image_sharding, param_shardings
-from tests.tiny_policy import jolt, open_small_session, small_batch
+from speciarl_jax.timing import num_compiled
+from tests.support.tiny_policy import jolt, open_small_session, small_batch
 
 
 @pytest.fixture(scope="module")

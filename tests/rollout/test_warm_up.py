@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from speciarl_jax.clock import num_compiled
-from speciarl_jax.config import Config
+from speciarl_jax.config.schema import Config
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.rollout.warm_up import BatchShapes, warm_up
-from tests.tiny_policy import open_small_session, small_batch, states
+from speciarl_jax.timing import num_compiled
+from tests.support.tiny_policy import open_small_session, small_batch, states
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from speciarl_jax.data.field_guide.scene import (
-    PALETTE,
-    Canvas,
-    Colour,
-    Look,
-    oval,
-    poly,
-    tube,
-)
+from speciarl_jax.data.field_guide.scene import PALETTE, Canvas, Colour, Look, oval, poly, tube
 
 _METAL: Colour = (96, 102, 112)
 _METAL_EDGE: Colour = (40, 44, 52)

@@ -1,0 +1,259 @@
+"""Gathers the answers that one step learns from: one generation batch, or as many as it takes.
+
+prompts -> encode -> sample; finished answers go to the judge at once
+algo.dynamic_sampling:  -> labels -> groups whose raw rewards differ are kept
+                        -> again, until train.prompts_per_step are kept -> joined to one batch
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from speciarl_jax.algorithm.credit import check_failed_budget, has_lesson, label_codes
+from speciarl_jax.config.schema import Config
+from speciarl_jax.data.batch import PromptBatch
+from speciarl_jax.data.loader import PromptLoader
+from speciarl_jax.devices import processes
+from speciarl_jax.devices.layout import Params
+from speciarl_jax.errors import TrainingStopped
+from speciarl_jax.judge.runner import JudgeThread
+from speciarl_jax.learner import batches
+from speciarl_jax.objective.reward import dropped_groups
+from speciarl_jax.policy.flops import Counts, count_tokens
+from speciarl_jax.rollout.finished import FinishedRow
+from speciarl_jax.rollout.groups import (
+    Groups,
+    Origin,
+    Pending,
+    Poll,
+    RolloutBatch,
+    await_verdicts,
+    collect_groups,
+    no_poll,
+)
+from speciarl_jax.rollout.sampling import training_sampling
+from speciarl_jax.run.session import Session
+from speciarl_jax.run.state import TrainState
+from speciarl_jax.timing import Clock, num_compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One generation batch and the work it took; programs that it had to wait for."""
+
+    batch: PromptBatch
+    image_embeds: Array
+    groups: Groups
+    pending: Pending
+    slot_steps: int
+    live_steps: int
+    recompilations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampler:
+    """What sampling for one step holds on to, and `poll`, called between chunks of decoding."""
+
+    session: Session
+    judge: JudgeThread
+    states: tuple[Params, ...]
+    policy_version: int
+    loader: PromptLoader
+    step: int
+    clock: Clock
+    poll: Poll
+
+
+def gather_rollouts(
+    session: Session,
+    judge: JudgeThread,
+    state: TrainState,
+    loader: PromptLoader,
+    step: int,
+    clock: Clock,
+    poll: Poll = no_poll,
+) -> RolloutBatch:
+    """Samples G answers for each prompt of a step; without dynamic sampling labels come later.
+
+    Args:
+        session: model and engine.
+        judge: labels answers in the background.
+        state: the policy that samples.
+        loader: the next prompts.
+        step: the step that will learn from the answers; part of their randomness.
+        clock: gets laps data, rollout and judge.
+        poll: called between chunks of decoding and while labels are awaited; starts other work
+            (`train.async_steps`) or raises to leave the step.
+
+    Raises:
+        TrainingStopped: dynamic sampling found too few groups to learn from, or the judge leaves
+            too many answers without a label.
+        JudgeError: the judge gave up.
+    """
+    states = session.local_states(state.trainable)
+    version = int(state.optim.num_updates)
+    sampler = _Sampler(session, judge, states, version, loader, step, clock, poll)
+    start = loader.get_state()
+    if session.config.algo.dynamic_sampling:
+        parts, rows, stats = _sample_until_full(sampler)
+        groups = [group for part in parts for group in part.groups]
+        groups = [groups[row] for row in rows]
+    else:
+        parts, rows, stats = [_sample_part(sampler)], None, {}
+        groups = parts[0].groups
+    batch, image_embeds = join_prompts(session, [(p.batch, p.image_embeds) for p in parts], rows)
+    slot_steps = sum(part.slot_steps for part in parts)
+    live_steps = sum(part.live_steps for part in parts)
+    return RolloutBatch(
+        step=step,
+        sampled_after=state.step,
+        batch=batch,
+        image_embeds=image_embeds,
+        groups=groups,
+        pending=[] if session.config.algo.dynamic_sampling else parts[0].pending,
+        origin=Origin(start, len(parts), rows),
+        stats={
+            "rollout/slot_utilization": live_steps / slot_steps,
+            "rollout/recompilations": float(sum(part.recompilations for part in parts)),
+            **stats,
+        },
+        sampled=sum((count_batch(session, p.batch, p.groups) for p in parts), Counts()),
+    )
+
+
+def _sample_part(sampler: _Sampler) -> _Part:
+    """One generation batch; its labels are already on their way."""
+    session, config = sampler.session, sampler.session.config
+    batch = next(sampler.loader)
+    sampler.clock.lap("data")
+    compiled = num_compiled()
+    image_embeds = session.encode(sampler.states, batch)
+    compiled = num_compiled() - compiled
+    finished: Iterable[list[FinishedRow]] = session.engine.generate(
+        sampler.states,
+        batch,
+        image_embeds,
+        group_size=config.rollout.group_size,
+        sampling=training_sampling(config),
+        seed=config.seed,
+        step=sampler.step,
+    )
+    groups, pending = collect_groups(
+        _polling(finished, sampler.poll),
+        batch,
+        config.rollout.group_size,
+        session.vocabulary,
+        sampler.judge,
+        step=sampler.step,
+        policy_version=sampler.policy_version,
+    )
+    sampler.clock.lap("rollout")
+    work = session.engine.stats
+    compiled += work.recompilations
+    return _Part(batch, image_embeds, groups, pending, work.slot_steps, work.live_steps, compiled)
+
+
+def count_batch(session: Session, batch: PromptBatch, groups: Groups) -> Counts:
+    """Real tokens and patches of prompts and their answers, for `flops`."""
+    lengths = np.array([[len(r.completion_tokens) for r in group] for group in groups])
+    mask = batch.vision.mask
+    windows = mask.reshape(len(mask), -1, session.arch.vision.window_patches).sum(axis=2)
+    return count_tokens(batch.prompt_lengths[batch.is_real], lengths, windows)
+
+
+def _polling(finished: Iterable[list[FinishedRow]], poll: Poll) -> Iterator[list[FinishedRow]]:
+    for rows in finished:
+        yield rows
+        poll()
+
+
+def _sample_until_full(
+    sampler: _Sampler,
+) -> tuple[list[_Part], np.ndarray, dict[str, float]]:
+    """DAPO's dynamic sampling.
+
+    Every process fills its own share, as a group stays where it was sampled, and all go on until
+    the last one has: they see the same number of batches.
+
+    Returns:
+        (generation batches, rows [P] kept of them, metrics). Of more kept groups than needed the
+        first in the order of the prompts are used and the rest is dropped.
+    """
+    config, step = sampler.session.config, sampler.step
+    needed = config.train.prompts_per_step // jax.process_count()
+    parts: list[_Part] = []
+    codes: list[np.ndarray] = []
+    keep = np.zeros(0, bool)
+    while processes.any_process(keep.sum() < needed):
+        if len(parts) == config.algo.max_generation_batches:
+            everywhere = processes.gather_prompts(keep)
+            raise TrainingStopped(_too_few_lessons(config, step, codes, everywhere))
+        part = _sample_part(sampler)
+        await_verdicts(part.pending, sampler.poll)
+        sampler.clock.lap("judge")
+        parts.append(part)
+        own = label_codes(config, part.groups, part.batch.global_index, step)
+        keep = np.concatenate([keep, has_lesson(config, own)])
+        codes.append(processes.gather_prompts(own))
+        check_failed_budget(config, codes, step)
+    dropped = dropped_groups(np.concatenate(codes), config.algo.failed_quorum_frac)
+    kept = float(processes.gather_prompts(keep).mean())
+    stats = {
+        "rollout/generation_batches": float(len(parts)),
+        "group/kept_frac": kept,
+        "group/zero_std_frac": 1.0 - kept,
+        "group/dropped_frac": float(dropped.mean()),
+    }
+    return parts, np.flatnonzero(keep)[:needed], stats
+
+
+def _too_few_lessons(config: Config, step: int, codes: list[np.ndarray], keep: np.ndarray) -> str:
+    dropped = int(dropped_groups(np.concatenate(codes), config.algo.failed_quorum_frac).sum())
+    equal = len(keep) - int(keep.sum()) - dropped
+    return (
+        f"step {step}: {len(codes)} generation batches gave {int(keep.sum())} of "
+        f"{config.train.prompts_per_step} groups whose rewards differ (of {len(keep)}, {equal} had "
+        f"equal rewards, {dropped} too few labels); raise algo.max_generation_batches="
+        f"{config.algo.max_generation_batches}, algo.generation_prompts or rollout.group_size, "
+        "take harder or more varied data, or set algo.dynamic_sampling=false, then --resume"
+    )
+
+
+def join_prompts(
+    session: Session, parts: list[tuple[PromptBatch, Array]], rows: np.ndarray | None
+) -> tuple[PromptBatch, Array]:
+    """The prompts `rows` of several generation batches as one batch, with their embeddings.
+
+    None takes the one batch as it is.
+    """
+    if rows is None:
+        (whole,) = parts
+        return whole
+    pad_id = int(session.vocabulary.stop_ids[0])
+    joined, embeds = batches.join_batches(parts, rows, session.arch.vision.merge_unit, pad_id)
+    assert embeds is not None, "parts with embeddings are joined with them"
+    return joined, embeds
+
+
+def read_again(
+    session: Session, state: TrainState, loader: PromptLoader, origin: Origin
+) -> tuple[PromptBatch, Array]:
+    """The prompts of an earlier `gather_rollouts` and their embeddings, bit for bit.
+
+    The loader then stands where it stood after that call.
+
+    Raises:
+        ValueError: the data are not those of the saved position.
+    """
+    loader.set_state(origin.data)
+    states = session.local_states(state.trainable)
+    parts = []
+    for _ in range(origin.num_batches):
+        batch = next(loader)
+        parts.append((batch, session.encode(states, batch)))
+    return join_prompts(session, parts, origin.rows)

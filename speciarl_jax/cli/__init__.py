@@ -1,0 +1,1 @@
+"""The command line: a page per verb, and the one place where errors become exit codes."""

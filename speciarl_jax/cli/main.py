@@ -1,0 +1,58 @@
+"""`speciarl <verb>`: parses and calls; errors become one line and an exit code.
+
+0 done, 1 failed, 2 bad usage, 75 stopped by pre-emption and saved, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from speciarl_jax import errors
+from speciarl_jax.cli import convert, data, eval, judge, plan, report, sample, tiny, train
+
+# A page has `register(verbs)`: its verbs with a `handler` each, a function args -> exit code.
+# Handlers import what they call: jax, flax and orbax take seconds that other verbs do not pay.
+PAGES = (train, eval, sample, tiny, data, judge, report, convert, plan)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code."""
+    # transformers announces that torch is missing; nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    parser = make_parser()
+    try:
+        overrides = [a for a in arguments if a.startswith("--config.")]
+        args = parser.parse_args([a for a in arguments if a not in overrides])
+        if overrides and not hasattr(args, "config"):
+            raise ValueError(f"{overrides[0]}: this verb takes no recipe")
+        args.overrides = overrides
+        return int(args.handler(args))
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else errors.EXIT_USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return errors.EXIT_INTERRUPTED
+    except errors.EXPECTED as error:
+        if is_debug:
+            raise
+        print(f"speciarl: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return errors.exit_code(error)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="speciarl",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="--debug on any verb shows the whole traceback of an error",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for page in PAGES:
+        page.register(verbs)
+    return parser

@@ -1,0 +1,145 @@
+"""`speciarl report` and `speciarl compare`: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from speciarl_jax.cli.flags import Verbs
+from speciarl_jax.files import write_whole
+from speciarl_jax.monitor.tables import make_console
+from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
+from speciarl_jax.report.load import Run, load_runs
+from speciarl_jax.report.tables import comparison_table
+from speciarl_jax.scoring.bootstrap import FORMAT_RULES
+from speciarl_jax.scoring.results import Evaluation
+
+
+def register(subparsers: Verbs) -> None:
+    """Adds the verbs `report` and `compare`; each sets `handler`, a function args -> exit code.
+
+    Handlers raise ValueError for user errors, one line each.
+    """
+    report = subparsers.add_parser("report", help="one static HTML page from run directories")
+    report.add_argument("runs", nargs="+", metavar="DIR", help="run directories")
+    report.add_argument("--out", default="report.html", help="page to write")
+    report.add_argument("--title", default="", help="heading; the first run's name if none")
+    report.add_argument("--taxonomy", default="", help="tree of names for the confusion by level")
+    report.add_argument("--max_rollouts", type=int, default=20_000, help="rows in the gallery")
+    report.add_argument("--max_mb", type=float, default=25.0, help="size of the page at most, MB")
+    _add_exports(report)
+    report.set_defaults(handler=run_report)
+
+    pair = subparsers.add_parser("compare", help="two runs in the terminal, second minus first")
+    pair.add_argument("first", metavar="DIR", help="run, or one evaluation of it: RUN/eval/base")
+    pair.add_argument("second", metavar="DIR", help="likewise")
+    pair.add_argument("--stage", default="", help="evaluation of both runs; trained if none")
+    pair.add_argument("--format_failures", default="wrong", choices=FORMAT_RULES)
+    pair.add_argument("--bootstrap_samples", type=int, default=2000)
+    pair.add_argument("--seed", type=int, default=0, help="of the resampling")
+    _add_exports(pair)
+    pair.set_defaults(handler=run_compare)
+
+
+def _add_exports(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csv", default="", help="also write the headline table as CSV here")
+    parser.add_argument("--latex", default="", help="also write it as a LaTeX tabular here")
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write: {error.strerror}") from None
+
+
+def _export(args: argparse.Namespace, evaluations: dict[str, Evaluation]) -> None:
+    if args.csv:
+        _write(Path(args.csv), headline_csv(evaluations))
+    if args.latex:
+        _write(Path(args.latex), headline_latex(evaluations))
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Writes the page and prints where it is.
+
+    Raises:
+        ValueError: a directory or file that cannot be read, a page that cannot be written.
+    """
+    from speciarl_jax.report.page import (
+        ReportOptions,
+        build_page,  # matplotlib takes its time
+    )
+
+    runs = load_runs(args.runs)
+    options = ReportOptions(
+        title=args.title or runs[0].name,
+        taxonomy=_taxonomy(args.taxonomy, runs[0]),
+        max_rollouts=args.max_rollouts,
+        max_mb=args.max_mb,
+    )
+    page = build_page(runs, options)
+    out = Path(args.out)
+    _write(out, page)
+    _export(args, {f"{r.name} {s.name}": s.metrics for r in runs for s in r.stages})
+    size_mb = out.stat().st_size / 1e6
+    if args.json:
+        print(json.dumps({"out": str(out), "size_mb": size_mb, "runs": [r.name for r in runs]}))
+    else:
+        print(f"{out}  {size_mb:.1f} MB, open it in a browser")
+    return 0
+
+
+def _taxonomy(path: str, run: Run) -> Path | None:
+    """The tree given, else the one the run was judged by, else the field guide's."""
+    from speciarl_jax.config.judge import FIELD_GUIDE_TAXONOMY
+
+    if path:
+        if not Path(path).exists():
+            raise ValueError(f"--taxonomy={path}: no such file")
+        return Path(path)
+    judge = run.config.get("judge")
+    named = judge.get("taxonomy") if isinstance(judge, dict) else None
+    if isinstance(named, str) and named:
+        return Path(named)
+    is_field_guide = any(
+        name.startswith("field_guide") for s in run.stages for name in s.metrics["datasets"]
+    )
+    return FIELD_GUIDE_TAXONOMY if is_field_guide else None
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Prints values, differences and paired intervals.
+
+    Raises:
+        ValueError: a directory without an evaluation, or no common image.
+    """
+    name_a, rows_a, in_domain_a = load_evaluation(args.first, args.stage)
+    name_b, rows_b, in_domain_b = load_evaluation(args.second, args.stage)
+    compared = compare(
+        rows_a,
+        rows_b,
+        sorted({*in_domain_a, *in_domain_b}),
+        args.format_failures,
+        args.bootstrap_samples,
+        args.seed,
+    )
+    _export(args, {name_a: compared["a"], name_b: compared["b"]})
+    if args.json:
+        print(json.dumps({"names": [name_a, name_b], **compared}, allow_nan=False))
+        return 0
+    console = make_console()
+    title = f"{name_b} against {name_a}"
+    console.print(
+        comparison_table(
+            compared["a"], compared["b"], title, (name_a, name_b), compared["differences"]
+        )
+    )
+    if compared["left_out"]:
+        print(f"not compared, only one has them: {', '.join(compared['left_out'])}",
+              file=sys.stderr)  # fmt: skip
+    return 0

@@ -1,0 +1,40 @@
+"""`speciarl train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from speciarl_jax.cli.flags import Verbs, add_config, add_processes, join_job
+from speciarl_jax.config.recipes import load_recipe
+
+
+def register(verbs: Verbs) -> None:
+    """Adds the verb `train`."""
+    train = verbs.add_parser("train", help="train a recipe")
+    add_config(train)
+    train.add_argument("--resume", action="store_true", help="go on with the run in --workdir")
+    train.add_argument("--overwrite", action="store_true", help="delete the run in --workdir first")
+    train.add_argument(
+        "--profile", default="", help="steps=FIRST:LAST: XProf trace in WORKDIR/profile"
+    )
+    add_processes(train)
+    train.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`speciarl train`."""
+    from speciarl_jax import train
+    from speciarl_jax.monitor import watch
+
+    config, recipe_dir = load_recipe(args.config, args.overrides)
+    profile = watch.parse_profile(args.profile)
+    join_job(args)
+    train.main(
+        config,
+        args.workdir,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        recipe_dir=recipe_dir,
+        profile=profile,
+    )
+    return 0

@@ -1,0 +1,432 @@
+"""Schema of a recipe: plain mutable dataclasses, one comment with the unit per field.
+
+A recipe under ``configs/`` builds a `Config`; the command line overrides single fields
+(``--config.train.num_steps=6``). `Config.validate` turns impossible combinations into one line
+that says what to set. Sub-configs go down to their rooms, never the whole config.
+
+No postponed annotations here: ml_collections reads the field types to parse overrides.
+"""
+
+import dataclasses
+
+from speciarl_jax.config.judge import JudgeConfig
+
+OBJECTIVES = ("grpo", "dr_grpo", "dapo", "gspo", "rloo", "sft")
+AGGREGATIONS = (
+    "token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+)
+REWARDS = ("dynamic", "single", "binary", "scale1", "scale2", "scale3")
+
+
+def _require(is_ok: bool, message: str) -> None:
+    if not is_ok:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Which policy, and how it computes."""
+
+    path: str = "tiny"  # Hugging Face directory or hub id; "tiny" is the checkpoint in the package
+    param_dtype: str = "float32"  # storage of the frozen base: float32 or bfloat16
+    compute_dtype: str = "float32"  # activations: float32 or bfloat16
+    remat: str = "none"  # none, dots (keep matmul outputs) or full (keep block inputs only)
+    train_base: bool = False  # True: full fine-tuning of the language model, no adapter
+    train_vision: bool = False  # True: gradients reach the vision tower and merger too
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of one activation."""
+        return 4 if self.compute_dtype == "float32" else 2
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """Low-rank adapter on linear layers."""
+
+    rank: int = 64  # r; 0 disables the adapter (only with model.train_base)
+    alpha: float = 32.0  # the update is scaled by alpha / rank
+    targets: str = r"^text/blocks/(.*/)?(q|k|v|o|gate|up|down)_proj$"  # regex on module paths
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where prompts come from and how images become patches."""
+
+    source: str = "field_guide_birds"  # a source name of `speciarl data list`
+    split: str = "train"
+    eval_sources: tuple[str, ...] = ("field_guide_birds",)
+    eval_split: str = "test"
+    in_domain: tuple[str, ...] = ("field_guide_birds",)  # averaged as in_domain in reports
+    num_train: int = 0  # images taken from the split, 0 for all
+    num_eval: int = 0  # images per evaluation source, 0 for all
+    data_dir: str = ""  # root of prepared data sets; "" for ~/.cache/speciarl/data
+    prompt: str = "specific"  # file name under configs/prompts/ (without .txt) or a path
+    min_pixels: int = 0  # image area limits, px; 0 takes the model's preprocessor_config.json
+    max_pixels: int = 0
+    max_prompt_tokens: int = 2048  # longer prompts are filtered out, image tokens included
+    num_workers: int = 0  # Grain worker processes
+    bad_image_budget_frac: float = 0.05  # stop if a larger share of images cannot be read
+    include_classes: tuple[str, ...] = ()  # train on these ground truths only
+    exclude_classes: tuple[str, ...] = ()  # but not on these
+    select_seed: int = 42  # of the subset; a smaller subset is part of a larger one
+    num_threads: int = 2  # decoding threads
+    cache_mb: int = 256  # resized images kept between epochs, MiB (num_workers=0 only)
+    prefetch_batches: int = 2  # finished batches held ready
+    prompt_buckets: tuple[int, ...] = ()  # padded prompt lengths, tokens; () multiples of 32
+    window_buckets: tuple[int, ...] = ()  # padded windows per image; () steps of a third
+
+
+@dataclasses.dataclass
+class RolloutConfig:
+    """Sampling."""
+
+    group_size: int = 10  # N, rollouts per prompt
+    max_completion_tokens: int = 2048
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()  # e.g. ("</answer>",)
+    chunk_tokens: int = 32  # decode steps between two looks at which rollouts have finished
+    compact: bool = True  # drop finished rows from the decode batch between chunks
+    early_exit: bool = True  # end a chunk when enough rows are done; needs collectives in a process
+    kv_cache_dtype: str = "compute"  # or int8: half of bfloat16's cache; log-probs move < 1e-2
+    max_cache_mb: int = 0  # of a rollout on a device, MiB; beyond it waves of prompts; 0: no limit
+    warm_up: bool = False  # compile every shape before step one; needs data.*_buckets
+
+
+@dataclasses.dataclass
+class AlgoConfig:
+    """Reward, advantage and loss."""
+
+    name: str = "grpo"  # one of OBJECTIVES, or a dotted path to an advantage function
+    reward: str = "dynamic"  # one of REWARDS, or a dotted path to a reward function
+    bar_support: float = 1.0  # m: answers that must reach the bar; below 1 a share of the group
+    label_noise: float = 0.0  # probability that a label moves one rung
+    failed_quorum_frac: float = 0.2  # a group with more failed labels than this share is dropped
+    failed_budget_frac: float = 0.5  # a step with more failed labels than this share stops the run
+    aggregation: str = "token-mean"
+    normalization: str = "global"  # or "verl": means per micro-batch, as verl computes them
+    verl_micro_batch: int = 0  # sequences in a verl micro-batch
+    verl_ranks: int = 1
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.2
+    clip_dual: float = 3.0  # c; 0 disables the dual clip
+    kl_coef: float = 0.01
+    entropy_coef: float = 0.0
+    norm_by_std: bool = True
+    overlong_buffer_tokens: int = 0  # DAPO: linear penalty over the last tokens; 0 disables
+    dynamic_sampling: bool = False  # DAPO: drop groups without spread, sample more
+    generation_prompts: int = 0  # prompts generated at a time; 0: train.prompts_per_step
+    max_generation_batches: int = 10  # dynamic sampling stops the run beyond that many
+    old_logprobs: str = "recompute"  # or "rollout": the sampler's own log-probs
+    importance_cap: float = 0.0  # truncated importance sampling, sampler to trainer; 0 is off
+
+
+@dataclasses.dataclass
+class OptimConfig:
+    """AdamW."""
+
+    learning_rate: float = 3e-5
+    schedule: str = "constant"  # constant, cosine or linear (to 0 at train.num_steps)
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    max_skipped_updates: int = 10  # non-finite gradients in a row before the run stops
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """The loop."""
+
+    num_steps: int = 165  # rollout batches (sft: updates); 0 scores the base and trains nothing
+    prompts_per_step: int = 256  # P
+    prompts_per_update: int = 128  # mini-batch; prompts_per_step / this many updates per step
+    prompts_per_micro_batch: int = 8  # prompts in one forward-backward of a replica, at most
+    micro_batch_tokens: int = 0  # padded tokens at once per replica, packed; 0: fixed micro-batches
+    async_steps: int = 0  # 1: the next rollout overlaps this update
+    table_every: int = 10  # steps between printed rollout tables, 0 for never
+    save_every: int = 10  # steps between checkpoints
+    keep_checkpoints: int = 3  # newest ones
+    keep_best: int = 0  # beside them: those with the highest eval/all/hm at their validation
+    eval_every: int = 0  # steps between validations, 0 for none
+    sft_target: str = "answer"  # answer, field_guide, or a dotted path (objective sft only)
+    logprob_chunk_tokens: int = 1024  # tokens whose logits exist at once
+    mismatch_gate: float = 1e-3  # stop at step one if sampler and trainer disagree by more
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """Scoring before, during and after training."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
+    samples: int = 1
+    max_completion_tokens: int = 2048
+    prompts_per_batch: int = 64
+    format_failures: str = "wrong"  # wrong, separate or drop
+    bootstrap_samples: int = 2000
+    score_base: bool = True  # score before training, into eval/base
+    score_trained: bool = True  # score after training, into eval/trained
+    best_of: int = 0  # N of the base's best-of-N upper bound; 0 skips it
+    best_of_temperature: float = 1.0
+    best_of_top_p: float = 1.0
+    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
+    use_train_judge: bool = True  # False: score with eval.judge instead of judge
+
+
+@dataclasses.dataclass
+class LoggingConfig:
+    """Where numbers go beside ``metrics.jsonl`` and TensorBoard."""
+
+    wandb_project: str = ""  # Weights & Biases project (needs the `wandb` extra); "" for none
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Device mesh; -1 takes what the other axes leave. See `speciarl_jax.devices.mesh`."""
+
+    data: int = -1  # replicas: prompts are spread over them, weights are copied
+    fsdp: int = 1  # prompts are spread over it too, weights are cut
+    tensor: int = 1  # heads, MLP columns and vocabulary are spread over it
+    auto: bool = False  # choose the smallest replica that holds the model; says why
+
+
+@dataclasses.dataclass
+class Config:
+    """One recipe."""
+
+    name: str = "unnamed"
+    seed: int = 0
+    compile_cache_dir: str = "~/.cache/speciarl/xla"  # compiled programs, kept for later; "" for no
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
+    algo: AlgoConfig = dataclasses.field(default_factory=AlgoConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+
+    @property
+    def has_adapter(self) -> bool:
+        """A low-rank adapter is trained, not the base."""
+        return self.lora.rank > 0 and not self.model.train_base
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser updates of a step: mini-batches of its rollouts."""
+        return self.train.prompts_per_step // self.train.prompts_per_update
+
+    @property
+    def num_updates(self) -> int:
+        """Optimiser updates of the whole run."""
+        return self.train.num_steps * self.updates_per_step
+
+    @property
+    def generation_prompts(self) -> int:
+        """Prompts sampled at a time, which is what the loader puts into one batch."""
+        return self.algo.generation_prompts or self.train.prompts_per_step
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """The trainer's own log-probs of the sampled tokens are needed before the first update.
+
+        With one update a step they are the update's own, so exactly on-policy; several updates
+        move away from them, and the importance weights compare them with the sampler's.
+        """
+        algo = self.algo
+        moves_away = self.updates_per_step > 1 and algo.old_logprobs == "recompute"
+        return moves_away or algo.importance_cap > 0
+
+    def validate(self) -> None:
+        """Checks every field against its range and the fields against each other.
+
+        Raises:
+            ValueError: one line naming the field, its value, and what to set.
+        """
+        _check_model(self)
+        _check_algo(self)
+        _check_train(self)
+        self.judge.validate()
+        if not self.eval.use_train_judge:
+            self.eval.judge.validate()
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{field}={value!r}: expected one of {', '.join(choices)}")
+
+
+def _check_model(config: Config) -> None:
+    _check_choice("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
+    _check_choice("model.compute_dtype", config.model.compute_dtype, ("float32", "bfloat16"))
+    _check_choice("model.remat", config.model.remat, ("none", "dots", "full"))
+    _require(
+        config.lora.rank > 0 or config.model.train_base,
+        f"lora.rank={config.lora.rank}: nothing would be trained; set lora.rank >= 1 or "
+        "model.train_base=true",
+    )
+
+
+def _check_algo(config: Config) -> None:
+    algo = config.algo
+    if "." not in algo.name:
+        _check_choice("algo.name", algo.name, OBJECTIVES)
+    if "." not in algo.reward:
+        _check_choice("algo.reward", algo.reward, REWARDS)
+    _check_choice("algo.aggregation", algo.aggregation, AGGREGATIONS)
+    _check_definition(algo)
+    _check_choice("algo.normalization", algo.normalization, ("global", "verl"))
+    _check_choice("algo.old_logprobs", algo.old_logprobs, ("recompute", "rollout"))
+    _require(
+        algo.normalization == "global" or algo.verl_micro_batch > 0,
+        "algo.normalization='verl': set algo.verl_micro_batch to verl's sequences per micro-batch",
+    )
+    _require(algo.bar_support > 0, f"algo.bar_support={algo.bar_support}: set a number > 0")
+    _require(
+        0 <= algo.label_noise <= 1, f"algo.label_noise={algo.label_noise}: set it between 0 and 1"
+    )
+    _require(
+        algo.clip_dual == 0 or algo.clip_dual > 1,
+        f"algo.clip_dual={algo.clip_dual}: set it above 1, or 0 for no dual clip",
+    )
+    _require(
+        not (algo.importance_cap and algo.old_logprobs == "rollout"),
+        f"algo.importance_cap={algo.importance_cap} with algo.old_logprobs='rollout': the ratio to "
+        "the sampler would be applied twice; set importance_cap=0 or old_logprobs=recompute",
+    )
+    _check_sampling(config)
+    size = config.rollout.group_size
+    if algo.name != "sft":
+        _require(
+            size >= 2,
+            f"rollout.group_size={size}: every advantage would be 0; set rollout.group_size >= 2",
+        )
+
+
+def _check_definition(algo: AlgoConfig) -> None:
+    """Refuses what contradicts the definition of the algorithm that `algo.name` promises."""
+    _require(
+        not (algo.norm_by_std and algo.name in ("dr_grpo", "rloo")),
+        f"algo.name={algo.name} never divides by the group's std: set algo.norm_by_std=false",
+    )
+    _require(
+        algo.name != "dr_grpo" or algo.aggregation.startswith("seq-mean-token-sum"),
+        f"algo.name=dr_grpo with algo.aggregation={algo.aggregation!r}: it divides by lengths, "
+        "which Dr.GRPO does not; set algo.aggregation=seq-mean-token-sum-norm",
+    )
+    _require(
+        algo.name != "gspo" or algo.aggregation == "seq-mean-token-mean",
+        f"algo.name=gspo with algo.aggregation={algo.aggregation!r}: its loss is one number a "
+        "sequence; set algo.aggregation=seq-mean-token-mean",
+    )
+
+
+def _check_sampling(config: Config) -> None:
+    """Dynamic sampling, and rollouts that are a step old."""
+    algo, train = config.algo, config.train
+    _require(train.async_steps in (0, 1), f"train.async_steps={train.async_steps}: set 0 or 1")
+    is_sft = algo.name == "sft"
+    _require(
+        not (is_sft and (algo.dynamic_sampling or train.async_steps or algo.importance_cap)),
+        "algo.name=sft samples nothing: leave algo.dynamic_sampling, train.async_steps and "
+        "algo.importance_cap off",
+    )
+    _require(
+        algo.dynamic_sampling or not algo.generation_prompts,
+        f"algo.generation_prompts={algo.generation_prompts}: only with algo.dynamic_sampling=true",
+    )
+    _require(
+        algo.generation_prompts >= 0 and algo.max_generation_batches >= 1,
+        f"algo.generation_prompts={algo.generation_prompts}, algo.max_generation_batches="
+        f"{algo.max_generation_batches}: set them to at least 0 and 1",
+    )
+    most = (algo.generation_prompts or train.prompts_per_step) * algo.max_generation_batches
+    _require(
+        not algo.dynamic_sampling or most >= train.prompts_per_step,
+        f"algo.max_generation_batches={algo.max_generation_batches} of {algo.generation_prompts} "
+        f"prompts cannot fill train.prompts_per_step={train.prompts_per_step}; raise one of them",
+    )
+    _require(
+        not train.async_steps or algo.importance_cap > 0 or algo.old_logprobs == "rollout",
+        "train.async_steps=1: rollouts are a step old and need a correction; set "
+        "algo.importance_cap (2 is usual) or algo.old_logprobs=rollout",
+    )
+
+
+def _check_train(config: Config) -> None:
+    train, rollout = config.train, config.rollout
+    _require(
+        train.num_steps >= 0,
+        f"train.num_steps={train.num_steps}: set it above 0, or to 0 to score the base only",
+    )
+    for field in ("prompts_per_step", "prompts_per_update", "prompts_per_micro_batch"):
+        value = getattr(train, field)
+        _require(value >= 1, f"train.{field}={value}: set it to at least 1")
+    _require(
+        train.prompts_per_step % train.prompts_per_update == 0,
+        f"train.prompts_per_step={train.prompts_per_step} is not a multiple of "
+        f"train.prompts_per_update={train.prompts_per_update}",
+    )
+    _require(
+        train.prompts_per_update % train.prompts_per_micro_batch == 0,
+        f"train.prompts_per_update={train.prompts_per_update} is not a multiple of "
+        f"train.prompts_per_micro_batch={train.prompts_per_micro_batch}",
+    )
+    largest = config.data.max_prompt_tokens + rollout.group_size * rollout.max_completion_tokens
+    _require(
+        train.micro_batch_tokens == 0 or train.micro_batch_tokens >= largest,
+        f"train.micro_batch_tokens={train.micro_batch_tokens}: one group takes up to {largest} "
+        "(data.max_prompt_tokens + rollout.group_size x rollout.max_completion_tokens); set at "
+        "least that, or 0",
+    )
+    _require(
+        rollout.max_completion_tokens >= 1,
+        f"rollout.max_completion_tokens={rollout.max_completion_tokens}: set it to at least 1",
+    )
+    _require(
+        rollout.temperature > 0,
+        f"rollout.temperature={rollout.temperature}: training samples; set it above 0",
+    )
+    _require(
+        rollout.chunk_tokens > 0, f"rollout.chunk_tokens={rollout.chunk_tokens}: set it above 0"
+    )
+    _check_choice("rollout.kv_cache_dtype", rollout.kv_cache_dtype, ("compute", "int8"))
+    _require(
+        rollout.max_cache_mb >= 0,
+        f"rollout.max_cache_mb={rollout.max_cache_mb}: set MiB, or 0 for no limit",
+    )
+    _require(
+        not rollout.warm_up or bool(config.data.prompt_buckets and config.data.window_buckets),
+        "rollout.warm_up=true: set data.prompt_buckets and data.window_buckets, the shapes that "
+        "are compiled before step one",
+    )
+    _check_choice(
+        "eval.format_failures", config.eval.format_failures, ("wrong", "separate", "drop")
+    )
+
+
+def micro_batch_prompts(train: TrainConfig, num_replicas: int) -> int:
+    """Prompts in one forward-backward of a replica: the most that cut its share evenly.
+
+    Args:
+        train: ``prompts_per_update`` divides over the replicas; ``prompts_per_micro_batch`` is the
+            limit.
+        num_replicas: of the mesh.
+    """
+    share = train.prompts_per_update // num_replicas
+    return next(
+        size
+        for size in range(min(train.prompts_per_micro_batch, share), 0, -1)
+        if share % size == 0
+    )

@@ -1,0 +1,1 @@
+"""Our policy against transformers', component by component."""

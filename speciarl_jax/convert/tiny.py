@@ -1,0 +1,211 @@
+"""The small policy: real Qwen2.5-VL architecture, its own tokenizer, under 2 M parameters.
+
+`make_tiny_dir` writes a Hugging Face directory with random weights; the recipe
+``configs/tiny_sft.py`` warms it up (``make tiny``). The result ships in
+``speciarl_jax/convert/tiny_policy/``.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer
+
+from speciarl_jax.arch import Arch
+from speciarl_jax.data.field_guide.answers import answer_text
+from speciarl_jax.data.field_guide.specimens import draw_specimens
+from speciarl_jax.data.field_guide.taxonomy import load_taxonomy
+from speciarl_jax.files import write_whole
+from speciarl_jax.types import JsonObject, JsonValue
+
+PROMPTS = ("field_guide", "field_guide_exact")  # wordings that the warm-up teaches
+MAX_VOCAB_SIZE = 1024  # the field guide's texts need fewer
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+# Qwen2.5-VL's chat layout in its plainest form: default system turn, images where they stand.
+CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' -%}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{%- endif -%}"
+    "{%- for message in messages -%}<|im_start|>{{ message['role'] }}\n"
+    "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- else -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}<|im_end|>\n"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+)
+
+
+def tiny_config(tokenizer: Tokenizer) -> JsonObject:
+    """``config.json`` of the small policy, in the hub's flat style.
+
+    Like the released models, the embedding table is padded beyond the tokenizer.
+    """
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    vocab_size = -(-(tokenizer.get_vocab_size() + 1) // 64) * 64
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        "max_position_embeddings": 2048,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "eos_token_id": ids["<|im_end|>"],
+        "bos_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_config": {
+            "model_type": "qwen2_5_vl",
+            "depth": 4,
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_heads": 4,
+            "out_hidden_size": 128,
+            "fullatt_block_indexes": [1, 3],
+            "window_size": 56,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "in_channels": 3,
+            "hidden_act": "silu",
+        },
+    }
+
+
+def train_tokenizer(prompts: list[str], vocab_size: int = MAX_VOCAB_SIZE) -> Tokenizer:
+    """A byte-level BPE tokenizer of the field guide's texts, Qwen's special tokens at the end.
+
+    Args:
+        prompts: prompt wordings it should encode well.
+        vocab_size: upper bound, special tokens included.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    # Digits stay single, words keep their leading space, tags split off from words.
+    split = Regex(r" ?[a-z]+|[A-Z][a-z]+|\d| ?[^\sa-zA-Z\d]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(split, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(prompts), trainer)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def _texts(prompts: list[str]) -> list[str]:
+    answers = [
+        answer_text(specimen, level)
+        for domain in load_taxonomy().domains
+        for specimen in draw_specimens(domain, "warmup", 48)
+        for level in ("domain", "family", "genus", "species")
+    ]
+    turns = ["<|im_start|>", "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    return [*answers, *(200 * (prompts + turns))]
+
+
+def make_tiny_dir(out: pathlib.Path, prompts: list[str], seed: int = 0) -> None:
+    """Writes the randomly initialised policy as a Hugging Face directory.
+
+    Args:
+        out: created; existing files are overwritten.
+        prompts: prompt wordings for the tokenizer.
+        seed: of the weights.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    from speciarl_jax.convert.export import save_hf
+    from speciarl_jax.policy.layers import Dtypes
+    from speciarl_jax.policy.model import Policy
+
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer_object = train_tokenizer(prompts)
+    config = tiny_config(tokenizer_object)
+    _write_json(out / "config.json", config)
+    _write_json(
+        out / "generation_config.json",
+        {"eos_token_id": [config["eos_token_id"], config["bos_token_id"]], "do_sample": False},
+    )
+    _write_json(out / "preprocessor_config.json", _preprocessor_config())
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer_object,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer.save_pretrained(out)
+    policy = Policy(Arch.from_hf(config), dtypes=Dtypes(), rngs=nnx.Rngs(seed))
+    _scale_init(policy)
+    save_hf(policy, out, out, dtype="bfloat16")
+
+
+def _preprocessor_config() -> JsonObject:
+    """Image settings: the released mean and std; areas of 56 x 56 to 112 x 112 px."""
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "min_pixels": 56 * 56,
+        "max_pixels": 112 * 112,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+
+
+def _scale_init(policy: nnx.Module) -> None:
+    """Widens the N(0, 0.02) kernels to 1/sqrt(fan-in): at width 128 the default learns slowly."""
+    for _, module in nnx.iter_modules(policy):
+        kernel = getattr(module, "kernel", None)
+        if kernel is not None:
+            fan_in = kernel.shape[-2]
+            kernel[...] = kernel[...] * np.float32(1 / (0.02 * np.sqrt(fan_in)))
+
+
+def _write_json(path: pathlib.Path, value: JsonValue) -> None:
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def shipped_tiny_dir() -> pathlib.Path:
+    """The directory of the warmed-up policy inside the package.
+
+    Raises:
+        ValueError: this installation lacks it.
+    """
+    path = pathlib.Path(__file__).parent / "tiny_policy"
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: the small policy is missing; run `make tiny` to make it again")
+    return path

@@ -1,1 +1,0 @@
-"""TFDS builders that write ArrayRecord files without TensorFlow."""

@@ -1,0 +1,97 @@
+"""TFDS builder of the rendered field guide: draws its pictures and writes them to ArrayRecord."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+
+import tensorflow_datasets as tfds
+
+from speciarl_jax.data import field_guide
+from speciarl_jax.data.field_guide.specimens import draw_specimens, encode_png
+from speciarl_jax.data.sources.builder import Examples, ImageBuilder
+
+DOMAINS = {"birds": "bird", "flowers": "flower", "aircraft": "aircraft", "dogs": "dog"}
+
+
+@dataclasses.dataclass(eq=False)
+class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
+    """Which part of the guide to draw.
+
+    Attributes:
+        domain: birds, flowers, aircraft or dogs.
+        num_train, num_test: pictures per split; a split of 0 does not exist.
+        seed: of the pictures.
+        hard_frac: share of pictures on which the species cannot be told.
+    """
+
+    domain: str = "birds"
+    num_train: int = 2000
+    num_test: int = 240
+    seed: int = 0
+    hard_frac: float = 0.2
+
+    @classmethod
+    def make(cls, domain: str, **options: float) -> FieldGuideConfig:
+        """Config of a domain; its name holds the options and the version of the drawing code.
+
+        Raises:
+            ValueError: unknown domain or option.
+        """
+        if domain not in DOMAINS:
+            raise ValueError(f"field guide domain {domain!r}: expected one of {', '.join(DOMAINS)}")
+        defaults: dict[str, float] = {
+            "train": 2000 if domain == "birds" else 0,
+            "test": 240,
+            "seed": 0,
+            "hard_frac": 0.2,
+        }
+        unknown = set(options) - set(defaults)
+        if unknown:
+            raise ValueError(
+                f"field guide option {min(unknown)!r}: expected one of {', '.join(defaults)}"
+            )
+        values = defaults | options
+        suffix = "".join(f"-{key}{values[key]:g}" for key in sorted(options))
+        return cls(
+            name=f"{domain}{suffix}-{drawing_version()}",
+            domain=domain,
+            num_train=int(values["train"]),
+            num_test=int(values["test"]),
+            seed=int(values["seed"]),
+            hard_frac=float(values["hard_frac"]),
+        )
+
+
+@functools.cache
+def drawing_version() -> str:
+    """Hash of the drawing code and taxonomy: pictures of an older version are never reused."""
+    folder = pathlib.Path(field_guide.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".py", ".json"):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+class FieldGuide(ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Rendered pictures; the label is the species, ``name`` is SPLIT-NUMBER."""
+
+    BUILDER_CONFIGS = ()
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
+        config = self.builder_config
+        counts = {"train": config.num_train, "test": config.num_test}
+        return {split: self._generate_examples(split, n) for split, n in counts.items() if n}
+
+    def _generate_examples(self, split: str, count: int) -> Examples:
+        config = self.builder_config
+        specimens = draw_specimens(
+            DOMAINS[config.domain], split, count, seed=config.seed, hard_frac=config.hard_frac
+        )
+        for number, specimen in enumerate(specimens):
+            name = f"{split}-{number:05d}"
+            label = specimen.species.name
+            yield name, {"image": encode_png(specimen), "label": label, "name": name}

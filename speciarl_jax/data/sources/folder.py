@@ -1,0 +1,243 @@
+"""A folder of images, or a manifest that lists them, as a source.
+
+Class folders: every folder that holds images is a class; the folders above it are coarser names,
+which the offline judge reads as a taxonomy. Folders ``train``, ``validation`` (or ``val``) and
+``test`` at the top are splits; without them a fixed part of every class is set aside for testing.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+
+from speciarl_jax.data.sources.layouts import clean_label
+from speciarl_jax.types import IMAGE_SUFFIXES, Example, Taxon
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+MANIFEST_SUFFIXES = (".csv", ".jsonl", ".parquet")
+_IMAGE_COLUMNS = ("image", "image_path", "path", "file", "file_name", "filename")
+_LABEL_COLUMNS = ("label", "ground_truth", "class", "class_name", "category", "species")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """One labelled file.
+
+    Attributes:
+        path: the file.
+        key: unique within the source; relative path.
+        labels: names from coarse to fine; the last is the ground truth.
+        split: train, validation, test; "" if the source has no splits of its own.
+    """
+
+    path: pathlib.Path
+    key: str
+    labels: tuple[str, ...]
+    split: str
+
+
+class FileSource:
+    """Labelled image files; bytes are read when asked for."""
+
+    def __init__(self, dataset: str, split: str, files: list[ImageFile]) -> None:
+        """Takes files that are already of this split."""
+        self.dataset, self.split, self.files = dataset, split, files
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Example:
+        """The index-th image; a file that cannot be read has no bytes, and so is a bad image."""
+        file = self.files[index]
+        try:
+            data = file.path.read_bytes()
+        except OSError:
+            data = b""
+        return Example(
+            image=data,
+            ground_truth=file.labels[-1],
+            dataset=self.dataset,
+            split=self.split,
+            prompt_id=f"{self.dataset}/{self.split}/{file.key}",
+            image_name=file.key,
+        )
+
+    def labels(self) -> list[str]:
+        """Ground truth of every example, without reading images."""
+        return [file.labels[-1] for file in self.files]
+
+    def fingerprint(self) -> str:
+        """Changes with names, labels, sizes and times of the files."""
+        digest = hashlib.sha256(f"{self.dataset}/{self.split}".encode())
+        for file in self.files:
+            status = file.path.stat() if file.path.exists() else None
+            stamp = (status.st_size, status.st_mtime_ns) if status else None
+            digest.update(repr((str(file.path), file.labels, stamp)).encode())
+        return digest.hexdigest()
+
+
+def open_folder(path: str | pathlib.Path, split: str, test_frac: float = 0.2) -> FileSource:
+    """Opens class folders or a manifest.
+
+    Args:
+        path: a folder, or a ``.csv``, ``.jsonl`` or ``.parquet`` file with a column of image paths
+            (relative to the file) and one of labels, perhaps one named ``split``.
+        split: train, validation or test.
+        test_frac: part of every class that is set aside for testing, if there are no splits.
+
+    Raises:
+        ValueError: nothing there, no images, columns missing, or no images in this split.
+    """
+    root = pathlib.Path(path)
+    if not root.exists():
+        raise ValueError(f"folder source {root}: no such file or folder")
+    files = _read_manifest(root) if root.is_file() else _read_folders(root)
+    if not files:
+        raise ValueError(
+            f"folder source {root}: no images; expected CLASS/IMAGE files ending in one of "
+            f"{' '.join(IMAGE_SUFFIXES)}"
+        )
+    if not any(file.split for file in files):
+        files = _divide(files, test_frac)
+    chosen = [file for file in files if file.split == split]
+    if not chosen:
+        known = ", ".join(sorted({file.split for file in files}))
+        raise ValueError(f"folder source {root}: no images in split {split!r}; it has {known}")
+    return FileSource(dataset_name(root), split, chosen)
+
+
+def dataset_name(path: pathlib.Path) -> str:
+    """Name of a folder or manifest, safe for ids and file names."""
+    name = path.resolve().stem if path.is_file() else path.resolve().name
+    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "folder"
+
+
+def _read_folders(root: pathlib.Path) -> list[ImageFile]:
+    files: list[ImageFile] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        parts = pathlib.Path(folder).relative_to(root).parts
+        split = SPLIT_NAMES.get(parts[0].lower(), "") if parts else ""
+        labels = tuple(clean_label(part) for part in (parts[1:] if split else parts))
+        for name in sorted(names):
+            is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+            if is_image and labels and labels[-1]:
+                key = "/".join((*parts, name))
+                files.append(ImageFile(pathlib.Path(folder, name), key, labels, split))
+    return files
+
+
+def _read_manifest(file: pathlib.Path) -> list[ImageFile]:
+    rows = _rows(file)
+    if not rows:
+        raise ValueError(f"manifest {file}: holds no rows")
+    image = _column(file, rows[0], _IMAGE_COLUMNS, "image path")
+    label = _column(file, rows[0], _LABEL_COLUMNS, "label")
+    files: list[ImageFile] = []
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        if not row.get(image) or not row.get(label):
+            raise ValueError(f"manifest {file}, row {number}: empty {image!r} or {label!r}")
+        split = str(row.get("split") or "").lower()
+        if split and split not in SPLIT_NAMES:
+            raise ValueError(f"manifest {file}, row {number}: split {split!r} is unknown")
+        key = str(row[image])
+        if (first := seen.setdefault(key, number)) != number:
+            raise ValueError(
+                f"manifest {file}, rows {first} and {number}: both name {key!r}; list an image "
+                "once, or it is in two splits or has two labels"
+            )
+        labels = (clean_label(str(row[label])),)
+        files.append(ImageFile(file.parent / key, key, labels, SPLIT_NAMES.get(split, "")))
+    return files
+
+
+def _rows(file: pathlib.Path) -> list[dict[str, object]]:
+    try:
+        if file.suffix == ".csv":
+            with file.open(newline="", encoding="utf-8-sig") as stream:
+                return [dict(row) for row in csv.DictReader(stream)]
+        if file.suffix == ".jsonl":
+            lines = file.read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("a line is not an object")
+            return rows
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"manifest {file}: cannot be read ({error})") from error
+    if file.suffix != ".parquet":
+        raise ValueError(f"manifest {file}: expected one of {' '.join(MANIFEST_SUFFIXES)}")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table: list[dict[str, object]] = pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"manifest {file}: cannot be read ({error})") from error
+    return table
+
+
+def _column(
+    file: pathlib.Path, row: dict[str, object], candidates: tuple[str, ...], what: str
+) -> str:
+    for name in candidates:
+        if name in row:
+            return name
+    raise ValueError(
+        f"manifest {file}: no column for the {what}; expected one of {', '.join(candidates)}, got "
+        f"{', '.join(map(str, row))}"
+    )
+
+
+def _divide(files: list[ImageFile], test_frac: float) -> list[ImageFile]:
+    """Sets aside part of every class: the files whose hashed keys come first, never all of them."""
+    by_class: dict[tuple[str, ...], list[ImageFile]] = {}
+    for file in files:
+        by_class.setdefault(file.labels, []).append(file)
+    is_test: set[str] = set()
+    for members in by_class.values():
+        count = min(math.ceil(len(members) * test_frac), len(members) - 1)
+        members.sort(key=lambda file: hashlib.sha256(file.key.encode()).digest())
+        is_test.update(file.key for file in members[:count])
+    return [
+        dataclasses.replace(file, split="test" if file.key in is_test else "train")
+        for file in files
+    ]
+
+
+def folder_taxonomy(path: str | pathlib.Path) -> list[Taxon]:
+    """Nested class folders as a tree of names, for the offline judge (``judge.taxonomy``).
+
+    Returns:
+        Roots of ``{"name", "level", "children"}``, coarse to fine.
+
+    Raises:
+        ValueError: no images.
+    """
+    files = _read_folders(pathlib.Path(path))
+    if not files:
+        raise ValueError(f"folder source {path}: no images below class folders")
+    roots: list[Taxon] = []
+    for labels in sorted({file.labels for file in files}):
+        level = roots
+        for depth, name in enumerate(labels):
+            node = next((node for node in level if node["name"] == name), None)
+            if node is None:
+                node = {"name": name, "level": f"level{depth + 1}", "children": []}
+                level.append(node)
+            level = node["children"]
+    return roots

@@ -1,0 +1,1 @@
+"""Endpoints that are asked: requests, limits, keys, prompts."""

@@ -1,0 +1,85 @@
+"""Counters of the judge's client and the metrics made of them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+from speciarl_jax.judge.base import Outcome
+from speciarl_jax.judge.remote.request import AskError, Reply
+from speciarl_jax.types import FailureKind, Verdict
+
+
+@dataclasses.dataclass
+class ClientStats:
+    """Running totals.
+
+    Attributes:
+        requests: HTTP requests made.
+        retries: requests made once more.
+        labels: pairs asked for, duplicates included.
+        cached: pairs that needed no request.
+        wait_s: seconds callers spent waiting for labels, summed over calls.
+        request_s: seconds of all requests that brought a reply.
+        replies: requests that brought a reply.
+        prompt_tokens, completion_tokens: as the endpoints report them.
+        failed: pairs without a label, by kind.
+        errors: failed requests, by kind (most are repeated and succeed).
+    """
+
+    requests: int = 0
+    retries: int = 0
+    labels: int = 0
+    cached: int = 0
+    wait_s: float = 0.0
+    request_s: float = 0.0
+    replies: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    failed: collections.Counter[FailureKind] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    errors: collections.Counter[FailureKind] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+
+    def request(self, seconds: float, result: Reply | AskError) -> None:
+        """Counts one request."""
+        self.requests += 1
+        if isinstance(result, AskError):
+            self.errors[result.kind] += 1
+            return
+        self.replies += 1
+        self.request_s += seconds
+        self.prompt_tokens += result.prompt_tokens
+        self.completion_tokens += result.completion_tokens
+
+    def count(self, outcomes: Sequence[Outcome]) -> None:
+        """Counts the outcomes of one call."""
+        self.labels += len(outcomes)
+        for outcome in outcomes:
+            if isinstance(outcome, Verdict):
+                self.cached += outcome.is_cached
+            else:
+                self.failed[outcome.kind] += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Totals and shares under `judge/`."""
+        labels = max(1, self.labels)
+        metrics = {
+            "judge/requests": float(self.requests),
+            "judge/retries": float(self.retries),
+            "judge/labels": float(self.labels),
+            "judge/failed": float(self.failed.total()),
+            "judge/failed_frac": self.failed.total() / labels,
+            "judge/cache_hit_frac": self.cached / labels,
+            "judge/wait_s": self.wait_s,
+            "judge/latency_s": self.request_s / max(1, self.replies),
+            "judge/prompt_tokens": float(self.prompt_tokens),
+            "judge/completion_tokens": float(self.completion_tokens),
+        }
+        for kind in FailureKind:
+            metrics[f"judge/failed_{kind.value}"] = float(self.failed[kind])
+            metrics[f"judge/error_{kind.value}"] = float(self.errors[kind])
+        return metrics

@@ -1,0 +1,1 @@
+"""What lasts of a judge's work: verdicts, logs, recordings."""

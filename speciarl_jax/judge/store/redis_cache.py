@@ -1,0 +1,202 @@
+"""Verdicts on a Redis server, so that hosts and runs share what any of them has asked.
+
+A label is one key: a fixed prefix and the 16 bytes of `KeyMaker`; its value is a JSON list of the
+rest of the row, category and judge first. Labels are written with NX, so the first one stays
+whoever writes it. Other keys on the server are never touched.
+
+The password is read from the environment (REDIS_PASSWORD): a recipe is saved with its run, so a
+URL that holds one is refused.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+from speciarl_jax.config.judge import check_url
+from speciarl_jax.errors import JudgeError
+from speciarl_jax.judge.store.base import Row, VerdictCache
+from speciarl_jax.types import Category, JsonObject
+
+_PREFIX = b"speciarl:verdict:"
+_CHUNK = 5_000  # keys in one round trip
+_SOCKET_TIMEOUT_S = 5.0
+_RETRIES = 5  # of a command while the server restarts; waits .1 to 2 s, about 5 s in all
+
+
+@runtime_checkable
+class _Pipeline(contextlib.AbstractContextManager["_Pipeline"], Protocol):
+    """What is used of redis' transactions."""
+
+    def set(self, name: bytes, value: str, *, nx: bool) -> object: ...
+
+    def execute(self) -> list[bool | None]: ...
+
+
+@runtime_checkable
+class _Client(Protocol):
+    """What is used of redis' client."""
+
+    def ping(self) -> object: ...
+
+    def set_retry(self, retry: object) -> None: ...
+
+    def mget(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
+
+    def scan_iter(self, *, match: bytes, count: int) -> Iterator[bytes]: ...
+
+    def pipeline(self, *, transaction: bool) -> _Pipeline: ...
+
+    def unlink(self, *names: bytes) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class RedisCache(VerdictCache):
+    """A map on a Redis server; one MGET per batch of pairs, one SET per new verdict."""
+
+    def __init__(self, url: str, memory_entries: int = 500_000) -> None:
+        """Connects.
+
+        Args:
+            url: redis://HOST:PORT/DB, or rediss:// for TLS; without a password.
+            memory_entries: labels held in memory at most; older ones are fetched again.
+
+        Raises:
+            ValueError: the package redis is not installed, or the URL is not of that form.
+            JudgeError: the server does not answer or refuses the password.
+        """
+        super().__init__(url, memory_entries)
+        check_url(url)
+        self._redis, self._errors, retry = _connect(url)
+        with self._guarded():
+            self._redis.ping()  # at once: a wrong address or password does not mend itself
+        self._redis.set_retry(retry)
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turns what the client library raises into one line.
+
+        Raises:
+            JudgeError: the server is gone, full, read-only, or holds something else there.
+        """
+        try:
+            yield
+        except self._errors as error:
+            raise JudgeError(
+                f"judge cache {self.place}: {error}; see that the server runs and takes writes, "
+                "or set judge.cache_path to a file"
+            ) from error
+
+    def _fetch(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int, str]]:
+        for chunk in _chunks(keys):
+            with self._guarded():
+                values = self._redis.mget([_PREFIX + key for key in chunk])
+            for key, value in zip(chunk, values, strict=True):
+                if value is not None:
+                    category, judge, *_ = json.loads(value)
+                    yield key, category, judge
+
+    def _insert(self, rows: Sequence[Row]) -> int:
+        if not rows:
+            return 0
+        with self._guarded(), self._redis.pipeline(transaction=True) as pipeline:
+            for key, *rest in rows:
+                pipeline.set(_PREFIX + key, json.dumps(rest), nx=True)
+            return sum(reply is True for reply in pipeline.execute())
+
+    def _values(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, value) of ours, in no order; one SCAN over the server."""
+        with self._guarded():
+            names = set(self._redis.scan_iter(match=_PREFIX + b"*", count=_CHUNK))
+        for chunk in _chunks(names):
+            with self._guarded():
+                values = self._redis.mget(chunk)
+            for name, value in zip(chunk, values, strict=True):
+                if value is not None:  # deleted in between
+                    yield name.removeprefix(_PREFIX), value
+
+    def _rows(self) -> Iterator[Row]:
+        for key, value in self._values():
+            category, judge, truth, answer, scope, created = json.loads(value)
+            yield key, category, judge, truth, answer, scope, created
+
+    def _scan(self) -> Iterator[Row]:
+        yield from sorted(self._rows(), key=lambda row: (row[3], row[4], row[0]))
+
+    def __len__(self) -> int:
+        """Number of labels."""
+        with self._guarded():
+            return len(set(self._redis.scan_iter(match=_PREFIX + b"*", count=_CHUNK)))
+
+    def stats(self) -> JsonObject:
+        """Number of labels in all, by category, by judge and by scope; bytes of keys and values."""
+        counts: dict[str, collections.Counter[str]] = {
+            name: collections.Counter() for name in ("by_category", "by_judge", "by_scope")
+        }
+        labels = size = 0
+        for key, value in self._values():
+            category, judge, _, _, scope, _ = json.loads(value)
+            labels, size = labels + 1, size + len(_PREFIX) + len(key) + len(value)
+            counts["by_category"][Category(category).label] += 1
+            counts["by_judge"][judge] += 1
+            counts["by_scope"][scope] += 1
+        by_name = {name: dict(sorted(count.items())) for name, count in counts.items()}
+        return {"labels": labels, "bytes": size, **by_name}
+
+    def purge(self, judge: str = "", older_than_s: float = 0.0) -> int:
+        """Deletes labels of a judge (all judges if empty) older than an age; returns how many."""
+        before = time.time() - older_than_s
+        doomed = [
+            _PREFIX + row[0] for row in self._rows() if judge in ("", row[2]) and row[6] <= before
+        ]
+        self._memory.clear()
+        count = 0
+        for chunk in _chunks(doomed):
+            with self._guarded():
+                count += self._redis.unlink(*chunk)
+        return count
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._redis.close()
+
+
+def _connect(url: str) -> tuple[_Client, tuple[type[Exception], ...], object]:
+    """A client, what it may raise, and how it is to repeat commands over a short outage.
+
+    Raises:
+        ValueError: the package redis is not installed.
+    """
+    try:
+        redis = importlib.import_module("redis")
+        backoff = importlib.import_module("redis.backoff")
+        retry = importlib.import_module("redis.retry")
+    except ImportError as error:
+        raise ValueError(
+            f"judge.cache_path={url} needs the package redis ({error}): "
+            "pip install 'speciarl-jax[redis]'"
+        ) from error
+    client = redis.Redis.from_url(
+        url,
+        password=os.environ.get("REDIS_PASSWORD") or None,
+        socket_timeout=_SOCKET_TIMEOUT_S,
+        socket_connect_timeout=_SOCKET_TIMEOUT_S,
+        retry=retry.Retry(backoff.NoBackoff(), 0),
+    )
+    waits = backoff.ExponentialBackoff(cap=2.0, base=0.1)
+    return client, (redis.RedisError,), retry.Retry(waits, _RETRIES)
+
+
+def _chunks(items: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Lists of at most `_CHUNK` items."""
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, _CHUNK)):
+        yield chunk

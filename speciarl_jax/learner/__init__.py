@@ -1,0 +1,1 @@
+"""The device learns: log-probs on the shared-prefix tree, micro-batches, the update."""

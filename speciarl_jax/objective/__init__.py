@@ -1,0 +1,1 @@
+"""The paper's mathematics, pure: rewards, advantages, token weights, losses."""

@@ -1,0 +1,385 @@
+"""Every jitted program of a step, with the shapes and places of its arguments; allocates nothing.
+
+    encode -> prefill -> decode (shrink when rows have finished) -> old and reference log-probs
+    -> update
+
+The functions are those that a run calls; here they meet ShapeDtypeStructs instead of arrays, laid
+out as `devices.layout` says. Sampling programs run on the devices of one process, the others
+on the whole mesh. Rollout and update share one layout, so no program moves weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, Sharding
+from jax.stages import Lowered
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
+
+from speciarl_jax.arch import Arch
+from speciarl_jax.config.schema import Config
+from speciarl_jax.devices.layout import (
+    Params,
+    cache_sharding,
+    image_sharding,
+    prompt_sharding,
+    replicated,
+)
+from speciarl_jax.devices.mesh import local_mesh
+from speciarl_jax.learner.logprobs import LossConfig, TrainBatch, TreeBatch, batch_logprobs
+from speciarl_jax.learner.opening import abstract_optim, abstract_parts, place_shapes
+from speciarl_jax.learner.optimizer import OptimState, make_optimizer
+from speciarl_jax.learner.update import update_step
+from speciarl_jax.plan.shapes import StepShapes
+from speciarl_jax.policy.model import PolicyParts
+from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.rollout import decode, layout
+from speciarl_jax.rollout.decode import DecodeState, PromptCache, RowMap, map_rows
+from speciarl_jax.rollout.placement import Placement
+from speciarl_jax.rollout.sampling import training_sampling
+
+Abstract: TypeAlias = PyTree[jax.ShapeDtypeStruct]
+
+
+@runtime_checkable
+class Jitted(Protocol):
+    """The part of a jitted function that a plan needs."""
+
+    def lower(self, *args: object, **kwargs: object) -> Lowered:
+        """Traces it for the devices of its arguments."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One call of a jitted function.
+
+    Attributes:
+        name: as in the plan's table.
+        function: jitted.
+        args, kwargs: static values and ShapeDtypeStructs with shardings.
+        others: what else is alive on the devices meanwhile.
+    """
+
+    name: str
+    function: Jitted
+    args: tuple[object, ...]
+    kwargs: dict[str, object] = dataclasses.field(default_factory=dict)
+    others: tuple[Abstract, ...] = ()
+
+    def lower(self) -> Lowered:
+        """Traces it for the devices of its arguments."""
+        return self.function.lower(*self.args, **self.kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractSession:
+    """A session without arrays: what `speciarl_jax.run.session.Session` opens, by shape.
+
+    Attributes:
+        config: the recipe.
+        arch: its model.
+        mesh: devices of the job.
+        local: those of one process.
+        parts: the policy; `trainable` and `frozen` are laid out on `mesh`.
+        optimizer: the run's; jit compares it by identity.
+        optim: its state.
+    """
+
+    config: Config
+    arch: Arch
+    mesh: Mesh
+    local: Mesh
+    parts: PolicyParts
+    optimizer: optax.GradientTransformation
+    optim: OptimState
+
+    @property
+    def states(self) -> tuple[Params, Params]:
+        """(trainable, frozen) as one process sees them."""
+        parts, local = self.parts, self.local
+        return place_shapes(parts.trainable, local), place_shapes(parts.frozen, local)
+
+
+def abstract_session(
+    config: Config, arch: Arch, mesh: Mesh, local: Mesh | None = None
+) -> AbstractSession:
+    """Shapes and places of policy and optimiser.
+
+    Args:
+        config: a validated recipe.
+        arch: its model.
+        mesh: from `sharding.make_mesh`, real or planned devices.
+        local: devices that stand for one process's; None for those of process 0 in `mesh`.
+    """
+    parts = abstract_parts(config, arch, mesh)
+    optimizer = make_optimizer(config.optim, config.num_updates)
+    optim = abstract_optim(optimizer, parts.trainable, mesh)
+    local = local or local_mesh(mesh)
+    return AbstractSession(config, arch, mesh, local, parts, optimizer, optim)
+
+
+def _array(shape: tuple[int, ...], dtype: DTypeLike, place: Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
+
+
+def device_bytes(tree: PyTree) -> int:
+    """Bytes that the arrays of a tree take on one device; static values take none."""
+    arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+
+
+def step_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:
+    """The programs of one step at one set of shapes, in the order of the step."""
+    return [
+        encode_program(session, shapes),
+        prefill_program(session, shapes),
+        *decode_programs(session, shapes),
+        *learning_programs(session, shapes),
+    ]
+
+
+def encode_program(session: AbstractSession, shapes: StepShapes) -> Program:
+    """The vision tower over one process's images."""
+    images = _images(session, shapes, shapes.host_prompts, _image_place(session, shapes))
+    args = (session.parts.graphdef, session.states, *images, session.local)
+    return Program("encode", encode_images, args, others=(session.optim,))
+
+
+def _image_place(session: AbstractSession, shapes: StepShapes) -> Sharding:
+    return image_sharding(session.local, shapes.host_prompts)
+
+
+def _images(
+    session: AbstractSession, shapes: StepShapes, lead: int | tuple[int, ...], place: Sharding
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Patches, positions, mask."""
+    vision = session.arch.vision
+    patches = shapes.windows * vision.window_patches
+    lead = (lead,) if isinstance(lead, int) else lead
+    return (
+        _array((*lead, patches, vision.patch_dim), jnp.float32, place),
+        _array((*lead, patches, 2), jnp.int32, place),
+        _array((*lead, patches), jnp.bool_, place),
+    )
+
+
+def _table_rows(session: AbstractSession, shapes: StepShapes) -> int:
+    """Merged tokens of one image, padded."""
+    return shapes.windows * session.arch.vision.window_patches // session.arch.vision.merge_unit
+
+
+def image_table(session: AbstractSession, shapes: StepShapes) -> jax.ShapeDtypeStruct:
+    """Embeddings of one process's images, [I*M, D]."""
+    rows = shapes.host_prompts * _table_rows(session, shapes)
+    width = session.arch.text.hidden_size
+    return _array((rows, width), session.config.model.compute_dtype, _image_place(session, shapes))
+
+
+def _host_array(session: AbstractSession) -> Callable[..., jax.ShapeDtypeStruct]:
+    """Arrays that the host hands to a sampling program."""
+    return functools.partial(_array, place=replicated(session.local))
+
+
+def prefill_program(session: AbstractSession, shapes: StepShapes) -> Program:
+    """One wave of prompts, read once."""
+    prompts, tokens = shapes.wave_prompts, shapes.prompt_tokens
+    host = _host_array(session)
+    arrays = (
+        host((prompts, tokens), jnp.int32),
+        host((prompts, 3, tokens), jnp.int32),
+        host((prompts,), jnp.int32),
+        host((prompts,), jnp.int32),
+        host((prompts, tokens), jnp.int32),
+        image_table(session, shapes),
+    )
+    args = (session.parts.graphdef, session.states, *arrays)
+    kwargs = {"is_int8": _is_int8(session), "placement": _placement(session)}
+    return Program("prefill", decode.prefill, args, kwargs, others=(session.optim,))
+
+
+def _is_int8(session: AbstractSession) -> bool:
+    return session.config.rollout.kv_cache_dtype == "int8"
+
+
+def _prompt_cache(
+    session: AbstractSession, shapes: StepShapes
+) -> PromptCache[jax.ShapeDtypeStruct]:
+    program = prefill_program(session, shapes)
+    cache: PromptCache[jax.ShapeDtypeStruct] = jax.eval_shape(
+        functools.partial(decode.prefill, *program.args[:1], **program.kwargs), *program.args[1:]
+    )
+    return dataclasses.replace(_on_prompts(session, cache), kv=_on_heads(session, cache.kv))
+
+
+def _on_prompts(session: AbstractSession, tree: Abstract) -> Abstract:
+    place = prompt_sharding(session.local)
+    return jax.tree.map(lambda x: _array(x.shape, x.dtype, place), tree)
+
+
+def _placement(session: AbstractSession) -> Placement:
+    return Placement(session.local, session.config.rollout.early_exit)
+
+
+def _on_heads(session: AbstractSession, tree: Abstract) -> Abstract:
+    place = cache_sharding(session.local, is_stacked=not isinstance(tree, tuple))
+    return jax.tree.map(lambda x: _array(x.shape, x.dtype, place), tree)
+
+
+def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:
+    """The decode loop at its largest caches, and the move to fewer rows from there."""
+    placement, host = _placement(session), _host_array(session)
+    rows = shapes.wave_prompts * shapes.group_size
+    prompts = _prompt_cache(session, shapes)
+    row_map = RowMap[jax.ShapeDtypeStruct](
+        host((rows,), jnp.int32),
+        host((rows,), jnp.int32),
+        host((shapes.wave_prompts, shapes.group_size), jnp.int32),
+    )
+    keys, is_done = host((rows, 2), jnp.uint32), host((rows,), jnp.bool_)
+    state = _decode_state(session, shapes, (prompts, row_map, keys, is_done))
+    vocabulary = host((session.arch.text.vocab_size,), jnp.bool_)
+    scalar = host((), jnp.int32)
+    args = (
+        session.parts.graphdef,
+        session.states,
+        prompts,
+        row_map,
+        state,
+        is_done,
+        host((2,), jnp.int32),
+        vocabulary,
+        scalar,
+        scalar,
+        training_sampling(session.config),
+        placement,
+    )
+    table = image_table(session, shapes)
+    found = [Program("decode", decode.decode_chunk, args, others=(session.optim, table))]
+    per_shard = rows // placement.num_shards
+    smaller = layout.next_rows(per_shard, per_shard)
+    if session.config.rollout.compact and smaller:
+        keep = host((smaller * placement.num_shards,), jnp.int32)
+        alive = (session.states, session.optim, table, prompts)
+        found.append(Program("shrink", decode.shrink, (state, keep, placement), others=alive))
+    return found
+
+
+def _decode_state(
+    session: AbstractSession, shapes: StepShapes, arrays: tuple[Abstract, ...]
+) -> DecodeState[jax.ShapeDtypeStruct]:
+    start = functools.partial(
+        decode.start, num_columns=shapes.completion_tokens, placement=_placement(session)
+    )
+    state: DecodeState[jax.ShapeDtypeStruct] = jax.eval_shape(start, *arrays)
+    place = prompt_sharding(session.local)
+    rest = map_rows(lambda x: _array(x.shape, x.dtype, place), state)
+    step = _host_array(session)((), jnp.int32)
+    return dataclasses.replace(rest, own=_on_heads(session, state.own), step=step)
+
+
+def learning_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:
+    """Old and reference log-probs, where the recipe needs them, and the update."""
+    algo, parts, mesh = session.config.algo, session.parts, session.mesh
+    settings = LossConfig.of(session.config, session.mesh)
+    vocabulary = _array((session.arch.text.vocab_size,), jnp.bool_, replicated(mesh))
+    found = []
+    whole = dataclasses.replace(
+        shapes, num_micro=shapes.num_micro * _updates_at_once(session, shapes)
+    )
+    plain = tree_batch(session, whole)
+    if session.config.needs_old_logprobs:
+        states = (parts.trainable, parts.frozen)
+        old = (parts.graphdef, states, plain, vocabulary, settings)
+        found.append(Program("old log-probs", batch_logprobs, old, others=(session.optim,)))
+    if algo.kl_coef:
+        ref = (parts.reference_graphdef, (parts.frozen,), plain, vocabulary, settings)
+        alive = (session.optim, parts.trainable)
+        found.append(Program("reference log-probs", batch_logprobs, ref, others=alive))
+    has_old = session.config.needs_old_logprobs or algo.old_logprobs == "rollout"
+    batch = train_batch(
+        session,
+        shapes,
+        old_logprobs=has_old,
+        ref_logprobs=bool(algo.kl_coef),
+        importance=algo.importance_cap > 0,
+    )
+    args = (
+        parts.graphdef,
+        parts.trainable,
+        parts.frozen,
+        session.optim,
+        batch,
+        vocabulary,
+        session.optimizer,
+        settings,
+    )
+    return [*found, Program("update", update_step, args)]
+
+
+def _updates_at_once(session: AbstractSession, shapes: StepShapes) -> int:
+    """Log-probs of all mini-batches are one program, unless groups are packed."""
+    return 1 if session.config.train.micro_batch_tokens else shapes.num_updates
+
+
+def tree_batch(session: AbstractSession, shapes: StepShapes) -> TreeBatch[jax.ShapeDtypeStruct]:
+    """Groups as [U, P, ...] leaves spread over the replicas."""
+    make, tokens = _group_array(session, shapes), shapes.prompt_tokens
+    width, dtype = session.arch.text.hidden_size, session.config.model.compute_dtype
+    table = make(_table_rows(session, shapes), width, dtype=dtype)
+    lead = (shapes.num_micro, shapes.micro_prompts)
+    patches = _images(session, shapes, lead, prompt_sharding(session.mesh, axis=1))
+    return TreeBatch[jax.ShapeDtypeStruct](
+        prompt_tokens=make(tokens),
+        prompt_lengths=make(),
+        positions=make(3, tokens),
+        next_position=make(),
+        image_rows=make(tokens),
+        images=patches if session.config.model.train_vision else table,
+        completion_tokens=make(shapes.group_size, shapes.completion_tokens),
+    )
+
+
+def train_batch(
+    session: AbstractSession,
+    shapes: StepShapes,
+    *,
+    old_logprobs: bool = False,
+    ref_logprobs: bool = False,
+    importance: bool = False,
+) -> TrainBatch[jax.ShapeDtypeStruct]:
+    """`tree_batch` with what the loss needs, with or without optional fields."""
+    make = _group_array(session, shapes)
+    group = (shapes.group_size, shapes.completion_tokens)
+
+    def make_if(is_there: bool) -> jax.ShapeDtypeStruct | None:
+        return make(*group, dtype=np.float32) if is_there else None
+
+    return TrainBatch[jax.ShapeDtypeStruct](
+        tree=tree_batch(session, shapes),
+        weights=make(*group, dtype=np.float32),
+        advantages=make(shapes.group_size, dtype=np.float32),
+        old_logprobs=make_if(old_logprobs),
+        ref_logprobs=make_if(ref_logprobs),
+        importance=make_if(importance),
+    )
+
+
+def _group_array(
+    session: AbstractSession, shapes: StepShapes
+) -> Callable[..., jax.ShapeDtypeStruct]:
+    place = prompt_sharding(session.mesh, axis=1)
+    lead = (shapes.num_micro, shapes.micro_prompts)
+
+    def make(*tail: int, dtype: DTypeLike = np.int32) -> jax.ShapeDtypeStruct:
+        return _array((*lead, *tail), dtype, place)
+
+    return make

@@ -1,0 +1,240 @@
+"""What a run, an evaluation or a sampling session opens once: model, tokenizer, engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import sys
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from speciarl_jax.arch import Arch
+from speciarl_jax.config.schema import Config, MeshConfig
+from speciarl_jax.convert.loading import load_policy, resolve_checkpoint
+from speciarl_jax.convert.tiny import shipped_tiny_dir
+from speciarl_jax.data.batch import PromptBatch
+from speciarl_jax.data.prompts import PromptBuilder
+from speciarl_jax.data.recipe import make_builder
+from speciarl_jax.devices import layout
+from speciarl_jax.devices.layout import Params
+from speciarl_jax.devices.mesh import check_mesh, choose_mesh, local_mesh, make_mesh, num_replicas
+from speciarl_jax.files import FETCH_MODEL, read_json
+from speciarl_jax.learner.opening import model_dtypes, open_optim, open_parts, with_adapter
+from speciarl_jax.policy.model import (
+    Policy,
+    PolicyParts,
+    abstract_policy,
+    count_parameters,
+)
+from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.policy.vocabulary import Vocabulary, make_vocabulary
+from speciarl_jax.rollout.encode import encode_by_size
+from speciarl_jax.rollout.engine import RolloutEngine
+from speciarl_jax.run.state import TrainState
+from speciarl_jax.types import JsonObject
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
+
+_CACHED_COMPILE_S = 0.2  # programs that compile faster are not worth a file
+
+
+@dataclasses.dataclass
+class Session:
+    """A loaded policy and what is needed to talk to it.
+
+    Attributes:
+        config: the recipe.
+        model_dir: local directory of the base model.
+        arch: its architecture.
+        tokenizer: transformers tokenizer.
+        vocabulary: stop ids, banned ids, detokenizer.
+        builder: examples to prompts.
+        parts: the policy taken apart; `trainable` is the starting point of training.
+        engine: samples answers.
+        mesh: devices of the job; parameters lie on it as `speciarl_jax.devices.layout` says.
+        local: the part of the mesh that this process samples on.
+    """
+
+    config: Config
+    model_dir: pathlib.Path
+    arch: Arch
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    builder: PromptBuilder
+    parts: PolicyParts
+    engine: RolloutEngine
+    mesh: Mesh
+    local: Mesh
+
+    def local_states(self, trainable: Params) -> tuple[Params, Params]:
+        """(trainable, frozen) on this process's devices, for encoding and sampling; no copy."""
+        return layout.local_view((trainable, self.parts.frozen), self.local)
+
+    def encode(self, states: tuple[Params, ...], batch: PromptBatch) -> Array:
+        """Image embeddings of this process's batch, [I*M, D]; once per rollout batch.
+
+        Args:
+            states: from `local_states`.
+            batch: prompts.
+        """
+        vision = batch.vision
+        if self.local.size == 1:
+            unit, buckets = self.arch.vision.window_patches, self.config.data.window_buckets
+            return encode_by_size(self.parts.graphdef, states, vision, unit, buckets)
+        place = layout.image_sharding(self.local, len(vision.patches))
+        images = jax.device_put((vision.patches, vision.positions, vision.mask), place)
+        table: Array = encode_images(self.parts.graphdef, states, *images, self.local)
+        return table
+
+
+def enable_compile_cache(directory: str) -> None:
+    """Keeps compiled programs in a folder, so that the next process loads them.
+
+    A cache that the user has set through jax (``JAX_COMPILATION_CACHE_DIR``) stays. Whoever can
+    write to the folder can run code in later processes.
+
+    Args:
+        directory: ``~`` and ``gs://`` are understood; "" leaves jax as it is.
+    """
+    if not directory or jax.config.values["jax_compilation_cache_dir"]:
+        return
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_COMPILE_S)
+    compilation_cache.reset_cache()  # else a program compiled before now has settled it: no cache
+
+
+def open_session(config: Config, recipe_dir: pathlib.Path | None = None) -> Session:
+    """Loads tokenizer and weights, adds the adapter, prepares prompts and sampling.
+
+    Args:
+        config: a validated recipe.
+        recipe_dir: folder of the recipe, where its prompt files are looked for first.
+
+    Raises:
+        ValueError: no such model, or a checkpoint, tokenizer or prompt that does not fit it.
+    """
+    model_dir = find_model(config.model.path)
+    arch = Arch.from_dir(model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    dtypes = model_dtypes(config.model)
+    mesh = open_mesh(config, arch)
+    places = layout.param_shardings(nnx.state(abstract_policy(arch, dtypes)), mesh)
+    policy = with_adapter(config, load_policy(model_dir, dtypes, places))
+    return assemble_session(config, model_dir, arch, tokenizer, policy, recipe_dir, mesh)
+
+
+def open_mesh(config: Config, arch: Arch) -> Mesh:
+    """The job's devices, cut as ``config.mesh`` says or, with ``mesh.auto``, as the model needs.
+
+    Raises:
+        ValueError: see `sharding.make_mesh`, `sharding.check_mesh` and `sharding.choose_mesh`; or
+            the batch sizes do not divide over the replicas.
+    """
+    shape = config.mesh
+    if shape.auto:
+        size = jnp.dtype(config.model.param_dtype).itemsize
+        text = nnx.state(abstract_policy(arch, model_dtypes(config.model)).text)
+        stats = jax.local_devices()[0].memory_stats()
+        memory = stats.get("bytes_limit") if stats else None
+        shape, reason = choose_mesh(
+            arch,
+            count_parameters(text) * size,
+            jax.device_count(),
+            jax.local_device_count(),
+            memory,
+        )
+        print(f"mesh.auto: {reason}", file=sys.stderr)  # stdout may be one JSON object
+    mesh = make_mesh(shape)
+    check_mesh(mesh, arch)
+    check_batch(config, mesh)
+    return mesh
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Refuses batch sizes that leave replicas idle.
+
+    Raises:
+        ValueError: ``train.prompts_per_update`` does not divide over the replicas.
+    """
+    size, replicas = config.train.prompts_per_update, num_replicas(mesh)
+    if size % replicas:
+        raise ValueError(
+            f"train.prompts_per_update={size} is not a multiple of {replicas} replicas "
+            f"(mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}); change one of them"
+        )
+
+
+def assemble_session(
+    config: Config,
+    model_dir: pathlib.Path,
+    arch: Arch,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: Policy,
+    recipe_dir: pathlib.Path | None = None,
+    mesh: Mesh | None = None,
+) -> Session:
+    """Joins a policy that is already in memory with the rest; without a mesh on one device."""
+    mesh = mesh or make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    vocabulary = make_vocabulary(tokenizer, arch, read_stop_ids(tokenizer, model_dir))
+    parts = open_parts(config, policy, mesh)
+    builder = make_builder(config.data, tokenizer, arch, model_dir, config.seed, recipe_dir)
+    local = local_mesh(mesh)
+    engine = RolloutEngine(parts.graphdef, config.rollout, vocabulary, local)
+    return Session(
+        config, model_dir, arch, tokenizer, vocabulary, builder, parts, engine, mesh, local
+    )
+
+
+def initial_state(
+    session: Session, optimizer: optax.GradientTransformation, position: JsonObject
+) -> TrainState:
+    """Step 0, or what a checkpoint is restored into; moments lie where their parameters do.
+
+    Args:
+        session: model and mesh.
+        optimizer: see `optim.make_optimizer`.
+        position: of the data loader.
+    """
+    trainable = session.parts.trainable
+    return TrainState(trainable, open_optim(optimizer, trainable, session.mesh), 0, position)
+
+
+def find_model(path: str) -> pathlib.Path:
+    """The model's local directory; ``tiny`` is the small policy inside the package."""
+    return shipped_tiny_dir() if path == "tiny" else resolve_checkpoint(path)
+
+
+def load_tokenizer(model_dir: pathlib.Path) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        ValueError: the directory holds none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model_dir}: no usable tokenizer ({error})") from error
+
+
+def read_stop_ids(tokenizer: PreTrainedTokenizerBase, model_dir: pathlib.Path) -> set[int]:
+    """Ids that end a completion: ``generation_config.json``, else the tokenizer's own."""
+    file = model_dir / "generation_config.json"
+    stop: int | list[int] | None = None
+    if file.is_file():
+        stop = read_json(file, FETCH_MODEL).get("eos_token_id")
+    if stop is None:
+        stop = tokenizer.eos_token_id
+    if stop is None:
+        return set()
+    return {int(token) for token in (stop if isinstance(stop, list) else [stop])}

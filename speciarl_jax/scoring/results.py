@@ -1,0 +1,119 @@
+"""The content of ``metrics.json`` and of comparisons, field by field."""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired, TypeAlias, TypedDict
+
+MainMetric: TypeAlias = Literal["correctness", "specificity", "hm"]
+
+
+Metric: TypeAlias = Literal[
+    "correctness", "specificity", "hm", "format_failure_rate", "judge_failure_rate"
+]
+
+
+TextMetric: TypeAlias = Literal["text_inclusion", "semantic_similarity", "concept_similarity"]
+
+
+Estimate: TypeAlias = dict[str, float | None]  # value, low, high; None where undefined
+
+
+class MainScores(TypedDict):
+    """The metrics of an evaluation on one data set, or on an average of several."""
+
+    correctness: Estimate
+    specificity: Estimate
+    hm: Estimate
+    n: int
+
+
+class Scores(MainScores):
+    """An entry of ``datasets`` or ``averages`` in ``metrics.json``."""
+
+    format_failure_rate: Estimate
+    judge_failure_rate: Estimate
+    hm_of_means: NotRequired[Estimate]  # averages
+    datasets: NotRequired[list[str]]  # averages
+    n_images: NotRequired[int]
+    category_fracs: NotRequired[dict[str, float]]
+    completion_words: NotRequired[float | None]
+
+
+class CurvePoint(TypedDict):
+    """What the best of k answers would score."""
+
+    k: int
+    correctness: Estimate
+    specificity: Estimate
+    hm: Estimate
+    format_failure_rate: Estimate
+    hm_of_means: NotRequired[Estimate]
+    images_short: NotRequired[int]
+
+
+class BestOf(TypedDict):
+    """Best of k on one data set: the most samples of an image, their best, the curve."""
+
+    n: int
+    best: Scores
+    curve: list[CurvePoint]
+
+
+class BestOfs(TypedDict):
+    """``best_of`` in ``metrics.json``."""
+
+    datasets: dict[str, BestOf]
+    averages: dict[str, list[CurvePoint]]
+
+
+class ScoringSettings(TypedDict):
+    """How rows become metrics; `scoring.score_dataset` says what they mean."""
+
+    format_failures: str
+    bootstrap_samples: int
+    seed: int
+
+
+class MetricsSettings(ScoringSettings):
+    """``settings`` in ``metrics.json``."""
+
+    confidence: float
+    in_domain: list[str]
+
+
+class TextScores(TypedDict):
+    """Text metrics of one data set or average."""
+
+    text_inclusion: Estimate
+    semantic_similarity: NotRequired[Estimate]
+    concept_similarity: NotRequired[Estimate]
+    n: int
+
+
+class TextMetrics(TypedDict):
+    """``text`` in ``metrics.json``."""
+
+    datasets: dict[str, TextScores]
+    averages: dict[str, TextScores]
+
+
+class Evaluation(TypedDict):
+    """The content of ``metrics.json``."""
+
+    datasets: dict[str, Scores]
+    averages: dict[str, Scores]
+    settings: MetricsSettings
+    best_of: NotRequired[BestOfs]
+    text: NotRequired[TextMetrics]
+
+
+class Difference(TypedDict):
+    """Evaluation of one evaluation minus those of another on the same images."""
+
+    correctness: Estimate
+    specificity: Estimate
+    hm: Estimate
+    format_failure_rate: Estimate
+    judge_failure_rate: Estimate
+    hm_of_means: Estimate
+    n_images: int
