@@ -76,7 +76,7 @@ class TrainBatch(Generic[Leaf]):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Static part of the loss; hashable. Fields as in `config.AlgoConfig`."""
+    """Static part of the loss; hashable. Fields as in `schema.AlgoConfig`."""
 
     objective: str = "policy"  # policy, gspo or sft
     clip_eps_low: float = 0.2

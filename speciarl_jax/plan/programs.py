@@ -117,7 +117,7 @@ def abstract_session(
     Args:
         config: a validated recipe.
         arch: its model.
-        mesh: from `sharding.make_mesh`, real or planned devices.
+        mesh: from `devices.mesh.make_mesh`, real or planned devices.
         local: devices that stand for one process's; None for those of process 0 in `mesh`.
     """
     parts = abstract_parts(config, arch, mesh)

@@ -118,7 +118,7 @@ class Training:
         train_vision: the tower runs forward and backward in the update.
         num_old: forward passes for old log-probs, 0 or 1.
         num_reference: forward passes of the adapter-off policy, 0 or 1.
-        remat: of `config.ModelConfig`: none, dots or full.
+        remat: of `schema.ModelConfig`: none, dots or full.
     """
 
     adapter_params: int = 0

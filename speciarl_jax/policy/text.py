@@ -144,7 +144,7 @@ class TextModel(nnx.Module):
             angles: rotary angles, see `rope.text_angles`.
             attend_fn: attention of one layer, see `AttendFn`.
             carry: threaded through the layers (a key-value cache updated in place).
-            remat: see `speciarl_jax.policy.remat`.
+            remat: see `checkpointed`.
 
         Returns:
             (normed hidden states, final carry, per-layer results stacked on a leading axis).

@@ -127,7 +127,7 @@ class VisionTower(nnx.Module):
             patches: normalised pixels in padded window order; 0 at padding.
             positions: (row, column) of each patch, in patches; 0 at padding.
             mask: True for real patches.
-            remat: see `speciarl_jax.policy.remat`.
+            remat: see `checkpointed`.
             mesh: where the images lie; chooses the attention kernel. None for the plain form.
 
         Returns:

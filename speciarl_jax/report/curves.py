@@ -1,6 +1,6 @@
 """Curves over training steps. Every function draws into given axes and says whether it drew.
 
-`runs` maps a run's name to its series (`series.read_series`); with one run the lines of a panel
+`runs` maps a run's name to its series (`read_series`); with one run the lines of a panel
 are its metrics, with several each run has its own colour.
 """
 

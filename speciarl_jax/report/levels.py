@@ -36,7 +36,7 @@ class NameTree:
     """Look-up of names and of what two of them have in common."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        """Indexes the nodes (`judge.taxonomy_files.read_any` reads them)."""
+        """Indexes the nodes (`offline.name_trees.read_any` reads them)."""
         self._nodes = nodes
         self._by_name: dict[str, list[int]] = {}
         for index, node in enumerate(nodes):

@@ -133,7 +133,7 @@ def comparison_table(
         trained: content of the second.
         title: above the table.
         names: headings of the two runs.
-        differences: by data set or ``mean <average>``, as `scoring.paired_differences` returns
+        differences: by data set or ``mean <average>``, as `metrics.paired_differences` returns
             them; a difference whose interval excludes 0 is coloured. None prints plain differences.
     """
     table = Table(

@@ -124,7 +124,7 @@ def prefill(
 
     Args:
         graphdef, states: the policy taken apart.
-        tokens, positions, lengths, position_deltas: see `types.PromptBatch`.
+        tokens, positions, lengths, position_deltas: see `data.batch.PromptBatch`.
         image_rows: as there, but counted from the start of the shard's block of the table.
         image_embeds: the encoder's table of merged tokens.
         is_int8: store the cache in int8; the prompt itself attends exactly.

@@ -58,7 +58,7 @@ class PromptArrays:
 
     Attributes:
         origin: [P] index in the batch, -1 for padding.
-        tokens, positions, lengths, position_deltas: as in `types.PromptBatch`.
+        tokens, positions, lengths, position_deltas: as in `data.batch.PromptBatch`.
         image_rows: [P, S] rows of the image table, counted from the start of the shard's block.
         global_index: [P] int32.
     """

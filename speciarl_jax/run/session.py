@@ -136,8 +136,8 @@ def open_mesh(config: Config, arch: Arch) -> Mesh:
     """The job's devices, cut as ``config.mesh`` says or, with ``mesh.auto``, as the model needs.
 
     Raises:
-        ValueError: see `sharding.make_mesh`, `sharding.check_mesh` and `sharding.choose_mesh`; or
-            the batch sizes do not divide over the replicas.
+        ValueError: see `devices.mesh`, where the mesh is made, checked and chosen; or the batch
+            sizes do not divide over the replicas.
     """
     shape = config.mesh
     if shape.auto:
@@ -201,7 +201,7 @@ def initial_state(
 
     Args:
         session: model and mesh.
-        optimizer: see `optim.make_optimizer`.
+        optimizer: see `optimizer.make_optimizer`.
         position: of the data loader.
     """
     trainable = session.parts.trainable

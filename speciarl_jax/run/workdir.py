@@ -128,7 +128,7 @@ def claim_workdir(run_dir: RunDir, config: Config, *, resume: bool, overwrite: b
     """`prepare_workdir` by the first process; all of them end if it refuses.
 
     Raises:
-        ValueError: see `workdir.prepare_workdir`.
+        ValueError: see `prepare_workdir`.
     """
     problem = None
     if processes.is_first():

@@ -67,7 +67,7 @@ class BestOfs(TypedDict):
 
 
 class ScoringSettings(TypedDict):
-    """How rows become metrics; `scoring.score_dataset` says what they mean."""
+    """How rows become metrics; `metrics.score_dataset` says what they mean."""
 
     format_failures: str
     bootstrap_samples: int

@@ -4,8 +4,8 @@
     semantic similarity   cosine of the embeddings of truth and answer
     concept similarity    highest cosine of the truth and any run of 1 to 3 words of the answer
 
-Similarities need an `Embedder`, which is not shipped, such as `text_model.SentenceModel`. A format
-failure has cosine 0.
+Similarities need an `Embedder`, which is not shipped, such as `sentence_model.SentenceModel`. A
+format failure has cosine 0.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def capture_activations(model: TorchModel, inputs: Inputs) -> dict[str, np.ndarr
         inputs: its keyword arguments, torch tensors.
 
     Returns:
-        Arrays under the names of `speciarl_jax.convert.activations`, blocks stacked; vision rows as
+        Arrays under the names of `convert.parity.activations`, blocks stacked; vision rows as
         transformers holds them (patch embedding in raster, blocks and merger in window order),
         and ``vision/image_embeds`` in raster order.
     """

@@ -328,7 +328,7 @@ def build(
     paths: Sequence[str | pathlib.Path] = (),
     allow_partial: bool = False,
 ) -> pathlib.Path:
-    """Builds a benchmark unless it is there; see `base.prepare`.
+    """Builds a benchmark unless it is there; see `builder.prepare`.
 
     Args:
         name: key of `BENCHMARKS`.

@@ -17,7 +17,7 @@ class RecordSource:
         """Opens a finished build.
 
         Args:
-            directory: see `builders.base.prepare`.
+            directory: see `sources.builder.prepare`.
             dataset: name that examples carry.
             split: one that the build has.
 
