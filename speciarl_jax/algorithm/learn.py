@@ -265,7 +265,8 @@ def check_agreement(config: Config, metrics: Metrics, step: int) -> None:
     """
     name = "max" if config.model.compute_dtype == "float32" else "mean"
     gap = metrics[f"mismatch/logprob_{name}_abs"]
-    if step == 1 and gap > config.train.mismatch_gate:
+    is_within = gap <= config.train.mismatch_gate  # False for NaN
+    if step == 1 and not is_within:
         raise TrainingStopped(
             f"step 1: log-probs of sampler and trainer differ by {gap:.2e} ({name}), "
             f"train.mismatch_gate allows {config.train.mismatch_gate:.0e}; rewards would train "
