@@ -107,9 +107,8 @@ def open_judge(
         num_hosts=max(judge.num_hosts, num_processes),
     )
     if pathlib.Path(judge.log_path).is_file():
-        log = VerdictLog(judge.log_path)
-        log.cut_back(step)
-        log.close()
+        with contextlib.closing(VerdictLog(judge.log_path)) as log:
+            log.cut_back(step)
     with contextlib.ExitStack() as undo:
         thread = undo.enter_context(JudgeThread(judge))
         thread.check_health(_JUDGE_STARTUP_S)

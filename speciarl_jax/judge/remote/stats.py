@@ -16,16 +16,13 @@ class ClientStats:
     """Running totals.
 
     Attributes:
-        requests: HTTP requests made.
-        retries: requests made once more.
-        labels: pairs asked for, duplicates included.
-        cached: pairs that needed no request.
-        wait_s: seconds callers spent waiting for labels, summed over calls.
-        request_s: seconds of all requests that brought a reply.
-        replies: requests that brought a reply.
+        requests: HTTP requests made, `retries` among them.
+        labels: pairs asked for, duplicates included; `cached` needed no request.
+        wait_s: spent by callers waiting for labels, summed over calls.
+        request_s: spent on the requests that brought a reply, of which there were `replies`.
         prompt_tokens, completion_tokens: as the endpoints report them.
-        failed: pairs without a label, by kind.
-        errors: failed requests, by kind (most are repeated and succeed).
+        failed: pairs without a label.
+        errors: failed requests (most are repeated and succeed).
     """
 
     requests: int = 0
