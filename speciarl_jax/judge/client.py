@@ -90,8 +90,7 @@ class JudgeClient:
             temperature=config.temperature, structured=config.structured,
             thinking=config.thinking, max_reply_tokens=config.max_reply_tokens,
         )  # fmt: skip
-        self._cascade = Cascade.from_file(config.synonyms) if config.synonyms else Cascade()
-        self._judge_name = config.model
+        self._cascade = Cascade(config.synonyms)
         self._stats = ClientStats()
         self._jitter = random.Random()
         self._queue: collections.deque[_Job] = collections.deque()
@@ -291,8 +290,8 @@ class JudgeClient:
         labels = read_labels(self._prompt, reply, len(job.asks))
         if labels is not None:
             for ask, category in zip(job.asks, labels, strict=True):
-                self._cache.put(ask.key, ask.pair, category, self._judge_name, self._keys.scope)
-                self._finish(ask, Verdict(category, self._judge_name))
+                self._cache.put(ask.key, ask.pair, category, self._config.model, self._keys.scope)
+                self._finish(ask, Verdict(category, self._config.model))
             return
         job.unparsable += 1
         if job.unparsable <= self._config.unparsable_retries:

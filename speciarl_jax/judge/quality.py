@@ -102,7 +102,7 @@ class QualityReport:
 
 
 def measure(items: Sequence[dict[str, str]], outcomes: Sequence[Outcome]) -> QualityReport:
-    """A report without the fields that are not about labels (seconds, tokens).
+    """A report of what depends on labels only; seconds and tokens stay 0.
 
     Args:
         items: objects with a hand-made `category`, perhaps `domain` and `trick`.

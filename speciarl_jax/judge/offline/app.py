@@ -34,7 +34,6 @@ class PairJudge(Protocol):
 
     def category(self, ground_truth: str, answer: str) -> Category:
         """Label of one pair; `JudgeError` if it cannot be judged."""
-        ...
 
 
 class JudgeApp:
@@ -104,16 +103,18 @@ class JudgeApp:
             self._answered.update(pair for pair in pairs if pair.ground_truth != pair.answer)
         is_binary = bool(choices) and set(choices) == set(BINARY_NAMES)
         names = [_spell(category, is_binary or _asks_binary(body)) for category in categories]
-        if _wants_json(body):
-            return json.dumps({"categories": names} if is_batch else {"category": names[0]})
+        match body:
+            case {"response_format": {"type": "json_schema"}}:
+                return json.dumps({"categories": names} if is_batch else {"category": names[0]})
         return json.dumps(names) if is_batch else names[0]
 
     async def _fail(self, fault: str, request: web.Request) -> web.StreamResponse:
         """Plays one fault."""
         assert self._plan is not None
         if fault.isdigit():
-            wait = {"Retry-After": f"{self._plan.retry_after:g}"}
-            return _error(int(fault), "injected fault", wait if fault in ("429", "503") else None)
+            headers = {"Retry-After": f"{self._plan.retry_after:g}"}
+            has_wait = fault in ("429", "503")
+            return _error(int(fault), "injected fault", headers if has_wait else None)
         if fault == "garbage":
             return web.Response(body=b"\xff\xfe<html>garbage", content_type="application/json")
         if fault == "hang":
@@ -172,14 +173,6 @@ def _asks_binary(body: JsonObject) -> bool:
     match body:
         case {"messages": [{"content": str(text)}, *_]}:
             return "incorrect" in text and "less_specific" not in text
-    return False
-
-
-def _wants_json(body: JsonObject) -> bool:
-    """True if the request constrains the reply by a JSON schema."""
-    match body:
-        case {"response_format": {"type": "json_schema"}}:
-            return True
     return False
 
 

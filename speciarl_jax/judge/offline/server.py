@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class LocalJudgeServer:
-    """The offline judge in a child process on a free loopback port; a context manager.
+    """The offline judge in a child process on a loopback port; a context manager.
 
     Example:
         with LocalJudgeServer("taxonomy.json") as server:
@@ -79,13 +79,7 @@ class LocalJudgeServer:
     """
 
     def __init__(self, taxonomy: str | Path, port: int = 0, faults: str = "") -> None:
-        """Describes the server; `start` (or `with`) starts it.
-
-        Args:
-            taxonomy: tree the judge reads.
-            port: TCP port; 0 takes a free one.
-            faults: what goes wrong on purpose, see `FaultPlan.parse`.
-        """
+        """Describes the server; `port` 0 takes a free one, `faults` is for `FaultPlan.parse`."""
         self._taxonomy = Path(taxonomy)
         self._port = port
         self._faults = faults
@@ -94,7 +88,7 @@ class LocalJudgeServer:
 
     @property
     def pid(self) -> int:
-        """Process id of the running child, 0 if there is none."""
+        """Process id of the child, 0 if none runs."""
         return self._process.pid if self._process else 0
 
     def start(self, deadline_s: float = 30.0) -> str:

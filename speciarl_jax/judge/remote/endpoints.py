@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -48,15 +49,12 @@ class Breaker:
         self.num_successes += 1
 
     def record_failure(self, reason: str, num_in_flight: int, is_hard: bool = False) -> bool:
-        """A request failed.
+        """A request failed; returns True if this failure opened it.
 
         Args:
             reason: one line, shown while the breaker is open.
             num_in_flight: requests under way at this endpoint.
             is_hard: certain evidence of an outage; opens at once.
-
-        Returns:
-            True if this failure opened it.
         """
         self._failures_in_a_row += 1
         is_run = self._failures_in_a_row >= max(self._threshold, num_in_flight)
@@ -135,7 +133,9 @@ class Endpoint:
         async with self._lock:
             if self._constraint:
                 return None
-            for constraint in CONSTRAINTS[1 if self._prompt.is_batch else 0 :]:  # choice: one label
+            for constraint in CONSTRAINTS:
+                if constraint == "choice" and self._prompt.is_batch:
+                    continue  # it constrains one label
                 result = await self._try_constraint(constraint)
                 if isinstance(result, AskError):
                     return result
@@ -252,10 +252,8 @@ class EndpointPool:
                 "judge.pause_budget_s"
             )
         self._changed.clear()
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout=left)
-        except TimeoutError:
-            return
 
     def renew(self) -> None:
         """Grants a fresh pause budget: somebody asks again after the judge was given up."""
@@ -267,8 +265,7 @@ class EndpointPool:
         endpoint.num_in_flight -= 1
         if error is None or not (error.is_retryable or error.is_hard):
             endpoint.breaker.record_success()  # it answered, if only to refuse this very pair
-            if endpoint.breaker.is_open:
-                self._rejoin(endpoint)
+            self._rejoin(endpoint)
             return
         is_hard = error.is_hard
         if error.retry_after_s > RETRY_AFTER_MAX_S:
@@ -317,9 +314,9 @@ class EndpointPool:
         )  # fmt: skip
 
     def _rejoin(self, endpoint: Endpoint) -> None:
-        """Takes an endpoint back into use."""
+        """Takes an endpoint back into use, unless a probe or a late reply has done so already."""
         if not endpoint.breaker.is_open:
-            return  # a request that was still under way brought it back before the probe
+            return
         endpoint.breaker.close()
         if self._down_since is not None:
             self.pause_s += time.monotonic() - self._down_since
@@ -343,10 +340,8 @@ class EndpointPool:
                 "HTTP" in e.message and (e.is_hard or not e.is_retryable) for e in errors
             )
             if is_final or time.monotonic() > until:
-                reasons = "; ".join(
-                    f"{endpoint.url}: {error.message}"
-                    for endpoint, error in zip(self.endpoints, errors, strict=True)
-                )
+                both = zip(self.endpoints, errors, strict=True)
+                reasons = "; ".join(f"{endpoint.url}: {error.message}" for endpoint, error in both)
                 raise JudgeError(
                     f"judge does not answer ({reasons}); check judge.endpoints, judge.model and "
                     "judge.api_key_env, and that the server runs"

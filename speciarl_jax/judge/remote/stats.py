@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 from speciarl_jax.judge.base import Outcome
@@ -34,12 +34,8 @@ class ClientStats:
     replies: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    failed: collections.Counter[FailureKind] = dataclasses.field(
-        default_factory=collections.Counter
-    )
-    errors: collections.Counter[FailureKind] = dataclasses.field(
-        default_factory=collections.Counter
-    )
+    failed: Counter[FailureKind] = dataclasses.field(default_factory=Counter)
+    errors: Counter[FailureKind] = dataclasses.field(default_factory=Counter)
 
     def request(self, seconds: float, result: Reply | AskError) -> None:
         """Counts one request."""
