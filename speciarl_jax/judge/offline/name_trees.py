@@ -111,7 +111,7 @@ def read_csv(path: Path) -> list[Node]:
         if way and names:
             leaf = nodes[index[way]]
             merged = tuple(dict.fromkeys(leaf.synonyms + names))
-            nodes[index[way]] = Node(leaf.name, merged, leaf.level, leaf.parents)
+            nodes[index[way]] = dataclasses.replace(leaf, synonyms=merged)
     return nodes
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import email.utils
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -194,22 +196,13 @@ def parse_retry_after(headers: Mapping[str, str]) -> float:
 
     Source: RFC 9110 section 10.2.3, and the `retry-after-ms` header of OpenAI and Azure.
     """
-    if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
-        return max(0.0, milliseconds / 1000)
-    text = headers.get("retry-after")
-    if (seconds := _number(text)) is not None:
-        return max(0.0, seconds)
+    for name, divisor in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        with contextlib.suppress(ValueError):
+            seconds = float(headers.get(name, "")) / divisor
+            if math.isfinite(seconds):
+                return max(0.0, seconds)
     try:
-        date = email.utils.parsedate_to_datetime(text or "")
+        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
     except ValueError:
         return 0.0
     return max(0.0, date.timestamp() - time.time())
-
-
-def _number(text: str | None) -> float | None:
-    """A finite number, or None."""
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if value == value and abs(value) != float("inf") else None

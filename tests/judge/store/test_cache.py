@@ -221,13 +221,13 @@ def test_verdict_log(number_judge, fast_config, tmp_path):
 def test_bad_synonyms(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(JudgeError, match=message):
-        Cascade.from_file(str(tmp_path / name))
+        Cascade(str(tmp_path / name))
 
 
 def test_synonyms_json(tmp_path):
     path = tmp_path / "s.json"
     path.write_text(json.dumps([["Snowy Owl", "Bubo scandiacus"], ["dog", "hound"]]))
-    cascade = Cascade.from_file(str(path))
+    cascade = Cascade(str(path))
     assert cascade.decide(Pair("bubo scandiacus", "snowy owl")) == (Category.SPECIFIC, "synonym")
     assert cascade.decide(Pair("dog", "snowy owl")) is None
 
