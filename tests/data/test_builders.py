@@ -344,9 +344,9 @@ def test_failed_download_is_one_line(server, tmp_path, monkeypatch):
 
 KILLED = """
 import sys
-from speciarl_jax.data.builders import base
-from speciarl_jax.data.builders.field_guide import FieldGuide, FieldGuideConfig
-base.prepare(FieldGuide, sys.argv[1], FieldGuideConfig.make("dogs", test=400))
+from speciarl_jax.data.field_guide.builder import FieldGuide, FieldGuideConfig
+from speciarl_jax.data.sources import builder
+builder.prepare(FieldGuide, sys.argv[1], FieldGuideConfig.make("dogs", test=400))
 """
 
 
