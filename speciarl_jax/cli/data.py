@@ -14,12 +14,12 @@ from typing import TypedDict
 
 from speciarl_jax.cli.flags import Verbs
 from speciarl_jax.data.sources.catalog import (
-    BENCHMARK_SPLITS,
     FIELD_GUIDE_DOMAINS,
     list_sources,
     open_source,
     resolve_data_dir,
 )
+from speciarl_jax.data.sources.releases import BENCHMARKS
 from speciarl_jax.data.sources.selection import Selection, labels_of, open_selected
 from speciarl_jax.types import Example
 
@@ -93,7 +93,7 @@ def run_build(args: argparse.Namespace) -> int:
         ValueError: unknown name, or the builder refuses its input.
     """
     root = resolve_data_dir(args.data_dir)
-    if args.name in BENCHMARK_SPLITS:
+    if args.name in BENCHMARKS:
         from speciarl_jax.data.sources import benchmarks
 
         benchmarks.build(args.name, root, args.archive, args.allow_partial)
@@ -101,7 +101,7 @@ def run_build(args: argparse.Namespace) -> int:
     elif args.name.partition(":")[0] in ("field_guide", *_expand("field_guide")):
         names = _expand(args.name)
     else:
-        known = ", ".join([*BENCHMARK_SPLITS, *_expand("field_guide"), "field_guide"])
+        known = ", ".join([*BENCHMARKS, *_expand("field_guide"), "field_guide"])
         raise ValueError(f"data build {args.name!r}: expected one of {known}")
     counts = {name: _counts(name, args.data_dir) for name in names}
     text = "\n".join(
