@@ -10,7 +10,6 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping
-from typing import TypedDict
 
 from speciarl_jax.cli.flags import Verbs
 from speciarl_jax.data.sources.catalog import (
@@ -24,14 +23,14 @@ from speciarl_jax.data.sources.selection import Selection, labels_of, open_selec
 from speciarl_jax.types import Example
 
 _SPLITS = ("train", "validation", "test")
+_STATS_LINE = (
+    "{images} images, {classes} classes ({smallest_class} to {largest_class} images each), median "
+    "{median_width_px} x {median_height_px} px, {unreadable} of {measured} unreadable"
+)
 
 
 def register(subparsers: Verbs) -> None:
-    """Adds the verb `data` and its own verbs; each sets `handler`, a function args -> exit code.
-
-    Handlers raise ValueError for everything the user can repair; the command line turns it into
-    one line.
-    """
+    """Adds the verb `data` and its own verbs; each sets `handler`, a function args -> exit code."""
     data = subparsers.add_parser("data", help="list, build and look at data sources")
     verbs = data.add_subparsers(dest="data_verb", required=True)
     listing = verbs.add_parser("list", help="all sources, and whether they are built")
@@ -178,33 +177,17 @@ def run_stats(args: argparse.Namespace) -> int:
         ValueError: unknown source or split.
     """
     splits = [args.split] if args.split else _splits_of(args.name, args.data_dir)
-    stats = {split: _split_stats(args, split) for split in splits}
-    lines = []
-    for split, values in stats.items():
-        lines.append(
-            f"{split}: {values['images']} images, {values['classes']} classes "
-            f"({values['smallest_class']} to {values['largest_class']} images each), median "
-            f"{values['median_width_px']} x {values['median_height_px']} px, "
-            f"{values['unreadable']} of {values['measured']} unreadable"
-        )
-        counts = values["class_counts"]
-        lines += [f"    {count:6d}  {label}" for label, count in counts.items()]
-    return _print(args, {"source": args.name, "splits": stats}, "\n".join(lines))
+    content, lines = {}, []
+    for split in splits:
+        numbers, class_counts = _split_stats(args, split)
+        content[split] = {**numbers, "class_counts": class_counts}
+        lines.append(f"{split}: {_STATS_LINE.format_map(numbers)}")
+        lines += [f"    {count:6d}  {label}" for label, count in class_counts.items()]
+    return _print(args, {"source": args.name, "splits": content}, "\n".join(lines))
 
 
-class _SplitStats(TypedDict):
-    images: int
-    classes: int
-    smallest_class: int
-    largest_class: int
-    median_width_px: int
-    median_height_px: int
-    measured: int
-    unreadable: int
-    class_counts: dict[str, int]
-
-
-def _split_stats(args: argparse.Namespace, split: str) -> _SplitStats:
+def _split_stats(args: argparse.Namespace, split: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Numbers of a split, and the images of each class."""
     import numpy as np
 
     from speciarl_jax.data.decode import BadImageError, decode_image
@@ -218,7 +201,7 @@ def _split_stats(args: argparse.Namespace, split: str) -> _SplitStats:
         except BadImageError:
             unreadable += 1
     width, height = np.median(sizes, axis=0).tolist() if sizes else (0, 0)
-    return {
+    numbers = {
         "images": len(source),
         "classes": len(counts),
         "smallest_class": min(counts.values()),
@@ -227,5 +210,5 @@ def _split_stats(args: argparse.Namespace, split: str) -> _SplitStats:
         "median_height_px": round(height),
         "measured": len(sizes) + unreadable,
         "unreadable": unreadable,
-        "class_counts": dict(sorted(counts.items())),
     }
+    return numbers, dict(sorted(counts.items()))

@@ -145,7 +145,6 @@ def encode_prompts(
                 prompt_id=name,
                 ground_truth="",
                 dataset="",
-                image_name=name,
                 tokens=tokens,
                 longest_tokens=len(tokens),
                 positions=positions,

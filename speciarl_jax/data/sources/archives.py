@@ -51,19 +51,11 @@ def collect(paths: Iterable[str | pathlib.Path], target: pathlib.Path) -> list[p
 
 
 def unpack(archive: pathlib.Path, target: pathlib.Path, max_bytes: int = MAX_UNPACKED_BYTES) -> int:
-    """Unpacks regular files of a tar or zip archive into `target`.
-
-    Args:
-        archive: the file.
-        target: existing directory.
-        max_bytes: refuse to write more than this.
-
-    Returns:
-        Number of files written.
+    """Unpacks regular files of a tar or zip archive into an existing `target`; counts them.
 
     Raises:
-        ValueError: a member whose path would leave `target`, too much content, or a damaged
-            archive.
+        ValueError: a member whose path would leave `target`, more than `max_bytes` of content, or
+            a damaged archive.
     """
     written = count = 0
     try:

@@ -195,11 +195,7 @@ def _class_folders(tree: FileTree, split: str) -> list[Entry]:
 
 
 def _mat(path: pathlib.Path) -> dict[str, MatValue]:
-    """A MATLAB file with records as objects.
-
-    Raises:
-        ValueError: damaged.
-    """
+    """A MATLAB file with records as objects."""
     import scipy.io
 
     try:
