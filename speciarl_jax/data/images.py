@@ -156,39 +156,8 @@ def grid_of(pixels: np.ndarray, arch: VisionArch) -> tuple[int, int, int]:
     return 1, height // arch.patch_size_px, width // arch.patch_size_px
 
 
-@dataclasses.dataclass(frozen=True)
-class ImagePatches:
-    """One image as HF's processor returns it.
-
-    Attributes:
-        patches: [N, patch_dim] float32, raster of merge blocks; within a patch channel, time, row,
-            column.
-        grid: (1, rows, columns) in patches.
-    """
-
-    patches: np.ndarray
-    grid: tuple[int, int, int]
-
-
-def image_patches(image: Image.Image, arch: VisionArch, limits: ImageLimits) -> ImagePatches:
-    """Resizes, normalises and cuts up one RGB image, in HF's patch order.
-
-    The training path (`fill_windows`) does not go through this array; it is the reference that
-    parity tests and `speciarl parity` compare with.
-
-    Raises:
-        BadImageError: see `smart_resize`.
-    Source: transformers Qwen2VLImageProcessorPil._preprocess and patchify.
-    """
-    pixels = resize_image(image, arch, limits)
-    blocks = _pixel_patches(pixels, arch)
-    patches = np.empty((len(blocks), arch.patch_dim), np.float32)
-    _normalise_into(blocks, patches, arch, limits)
-    return ImagePatches(patches, grid_of(pixels, arch))
-
-
 def _pixel_patches(pixels: np.ndarray, arch: VisionArch) -> np.ndarray:
-    """[h, w, C] uint8 to [N, C, patch px] uint8, raster of merge blocks."""
+    """[h, w, C] uint8 to [N, C, patch px] uint8, HF's order: raster of merge blocks."""
     _, rows, cols = grid_of(pixels, arch)
     merge, side = arch.spatial_merge_size, arch.patch_size_px
     blocks = pixels.reshape(rows // merge, merge, side, cols // merge, merge, side, -1)
@@ -304,7 +273,10 @@ class VisionArrays:
     def fill_windows(
         self, slot: int, pixels: np.ndarray, arch: VisionArch, limits: ImageLimits
     ) -> WindowLayout:
-        """Writes one resized image, [h, w, 3] uint8, into image slot `slot`; returns its layout."""
+        """Writes one resized image, [h, w, 3] uint8, into image slot `slot`; returns its layout.
+
+        Source: transformers Qwen2VLImageProcessorPil._preprocess and patchify; the order is ours.
+        """
         layout = window_layout(grid_of(pixels, arch), arch)
         length = len(layout.source)
         is_real = layout.source >= 0

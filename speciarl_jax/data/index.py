@@ -7,6 +7,7 @@ memory within a budget, so that the first epoch does not do the work again.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -147,20 +148,21 @@ def build_index(
         _save_rows(file, rows)
     _check_unique(row.prompt_id for row in rows)
     bad = [Skipped(r.prompt_id, r.image_name, r.error) for r in rows if r.error]
-    over_long = [
-        Skipped(r.prompt_id, r.image_name, f"{r.tokens} prompt tokens > {data.max_prompt_tokens}")
-        for r in rows
-        if not r.error and r.tokens > data.max_prompt_tokens
-    ]
     _check_budget(bad, len(rows), data.bad_image_budget_frac)
-    kept = [i for i, r in enumerate(rows) if not r.error and r.tokens <= data.max_prompt_tokens]
+    limit = data.max_prompt_tokens
+    readable = [i for i, row in enumerate(rows) if not row.error]
+    kept = [i for i in readable if rows[i].tokens <= limit]
     if not kept:
-        shortest = min(r.tokens for r in rows if not r.error)
+        shortest = min(rows[i].tokens for i in readable)
         raise ValueError(
-            f"no prompt fits into data.max_prompt_tokens={data.max_prompt_tokens}: the shortest "
-            f"has {shortest} tokens, image included; raise data.max_prompt_tokens or lower "
-            "data.max_pixels"
+            f"no prompt fits into data.max_prompt_tokens={limit}: the shortest has {shortest} "
+            "tokens, image included; raise data.max_prompt_tokens or lower data.max_pixels"
         )
+    over_long = [
+        Skipped(row.prompt_id, row.image_name, f"{row.tokens} prompt tokens > {limit}")
+        for row in rows
+        if row.tokens > limit
+    ]
     digest = hashlib.sha256("\n".join(rows[i].prompt_id for i in kept).encode())
     return PromptIndex(
         kept=np.asarray(kept, np.int64),
@@ -194,14 +196,12 @@ def _measure(
 
 
 def _check_unique(prompt_ids: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for prompt_id in prompt_ids:
-        if prompt_id in seen:
-            raise ValueError(
-                f"prompt id {prompt_id!r} occurs twice in the data: a group would mix two prompts; "
-                "rename one of the images, or do not list a source twice"
-            )
-        seen.add(prompt_id)
+    (prompt_id, times), *_ = collections.Counter(prompt_ids).most_common(1)
+    if times > 1:
+        raise ValueError(
+            f"prompt id {prompt_id!r} occurs twice in the data: a group would mix two prompts; "
+            "rename one of the images, or do not list a source twice"
+        )
 
 
 def _check_budget(bad: list[Skipped], total: int, budget_frac: float) -> None:

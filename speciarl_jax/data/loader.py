@@ -163,7 +163,7 @@ class PromptLoader:
             data: limits, buckets, workers and cache; not the source. Threads of this process
                 (num_workers=0) decode a few hundred images a second, for Pillow releases the
                 interpreter lock.
-            source: examples with random access.
+            source: the examples.
             builder: encodes them.
             batch_size: prompts per batch over all hosts; each host gets batch_size / process_count.
             seed: of the order, with `shuffle`.
@@ -172,9 +172,7 @@ class PromptLoader:
                 `shuffle` says.
             num_epochs: epochs until the iterator ends; None for no end.
             pad_id: token past the end of a prompt.
-            process_index: number of this host.
-            process_count: number of hosts.
-            num_blocks: see `host_rows`.
+            process_index: of this host; with `process_count` and `num_blocks` see `host_rows`.
 
         Raises:
             ValueError: see `build_index`; or sizes that do not fit each other.

@@ -95,10 +95,9 @@ def _members(archive: pathlib.Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 def _inside(target: pathlib.Path, name: str, archive: pathlib.Path) -> pathlib.Path:
     parts = pathlib.PurePosixPath(name.replace("\\", "/")).parts
-    if not parts or ".." in parts or parts[0] == "/" or ":" in parts[0] or "\0" in name:
-        raise ValueError(f"archive {archive}: member {name!r} would be written outside the target")
     path = target.joinpath(*parts)
-    if not path.resolve().is_relative_to(target.resolve()):
+    is_odd = not parts or ".." in parts or parts[0] == "/" or ":" in parts[0] or "\0" in name
+    if is_odd or not path.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"archive {archive}: member {name!r} would be written outside the target")
     return path
 

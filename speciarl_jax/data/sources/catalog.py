@@ -67,10 +67,7 @@ def list_sources(data_dir: str | pathlib.Path | None = None) -> list[SourceInfo]
 def open_source(spec: str, split: str, data_dir: str | pathlib.Path | None = None) -> Source:
     """Opens a source, rendering it first if it is a field guide that is not there yet.
 
-    Args:
-        spec: NAME or NAME:ARGUMENT, see the module; no mixture.
-        split: train, validation or test, as far as the source has it.
-        data_dir: see `resolve_data_dir`.
+    The spec is NAME or NAME:ARGUMENT, see the module, and no mixture.
 
     Raises:
         ValueError: unknown name, argument or split; data that is missing or damaged.
