@@ -17,7 +17,7 @@ from rich.console import Console
 from speciarl_jax.config.schema import Config
 from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.loader import PromptLoader
-from speciarl_jax.data.recipe import make_loader, open_eval_source
+from speciarl_jax.data.recipe import open_eval_source
 from speciarl_jax.devices import processes
 from speciarl_jax.devices.mesh import num_replicas
 from speciarl_jax.files import read_json, write_whole
@@ -196,7 +196,7 @@ def _open_loader(session: Session, name: str, console: Console) -> PromptLoader:
     config = session.config
     source = open_eval_source(config.data, name)
     size = min(config.eval.prompts_per_batch, len(source))
-    loader = make_loader(
+    loader = PromptLoader(
         config.data,
         source,
         session.builder,

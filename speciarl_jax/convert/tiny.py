@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from speciarl_jax.arch import Arch
 from speciarl_jax.data.field_guide.answers import answer_text
 from speciarl_jax.data.field_guide.specimens import draw_specimens
-from speciarl_jax.data.field_guide.taxonomy import load_taxonomy
+from speciarl_jax.data.field_guide.taxonomy import load_species
 from speciarl_jax.files import write_whole
 from speciarl_jax.types import JsonObject, JsonValue
 
@@ -127,7 +127,7 @@ def train_tokenizer(prompts: list[str], vocab_size: int = MAX_VOCAB_SIZE) -> Tok
 def _texts(prompts: list[str]) -> list[str]:
     answers = [
         answer_text(specimen, level)
-        for domain in load_taxonomy().domains
+        for domain in load_species()
         for specimen in draw_specimens(domain, "warmup", 48)
         for level in ("domain", "family", "genus", "species")
     ]

@@ -17,12 +17,12 @@ from speciarl_jax.data.decode import BadImageError, decode_image
 from speciarl_jax.data.images import (
     ImageLimits,
     VisionArrays,
-    image_patches,
     num_windows,
     resize_image,
     smart_resize,
     window_layout,
 )
+from tests.support.hf_order import hf_order
 
 SIZES = [
     (28, 28), (29, 27), (56, 560), (560, 56), (84, 168), (100, 37), (112, 112), (113, 225),
@@ -43,9 +43,9 @@ def _hf_processor(limits: ImageLimits):
 def test_patches_equal_hf(width, height, limits, arch, noise_image):
     image = noise_image(width, height)
     expected = _hf_processor(limits)(images=[image], return_tensors="np")
-    got = image_patches(image, arch.vision, limits)
-    assert got.grid == tuple(expected["image_grid_thw"][0])
-    np.testing.assert_allclose(got.patches, expected["pixel_values"], rtol=0, atol=1e-6)
+    patches, grid = hf_order(image, arch.vision, limits)
+    assert grid == tuple(expected["image_grid_thw"][0])
+    np.testing.assert_allclose(patches, expected["pixel_values"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "CMYK"])
@@ -53,8 +53,8 @@ def test_colour_modes_equal_hf(mode, arch, limits, noise_image, encode):
     image = noise_image(90, 70, mode=mode)
     kind = {"CMYK": "TIFF"}.get(mode, "PNG")
     expected = _hf_processor(limits)(images=[image], return_tensors="np")
-    got = image_patches(decode_image(encode(image, kind)), arch.vision, limits)
-    np.testing.assert_allclose(got.patches, expected["pixel_values"], rtol=0, atol=1e-6)
+    patches, _ = hf_order(decode_image(encode(image, kind)), arch.vision, limits)
+    np.testing.assert_allclose(patches, expected["pixel_values"], rtol=0, atol=1e-6)
 
 
 @given(
@@ -127,18 +127,17 @@ def test_window_layout_refuses(grid, arch):
 
 def test_fill_windows_is_the_hf_array_in_window_order(arch, limits, noise_image):
     image = noise_image(150, 90)
-    reference = image_patches(image, arch.vision, limits)
+    reference = _hf_processor(limits)(images=[image], return_tensors="np")["pixel_values"]
     arrays = VisionArrays.empty(2, 4, arch.vision)
     layout = arrays.fill_windows(1, resize_image(image, arch.vision, limits), arch.vision, limits)
     used = len(layout.source)
     is_real = layout.source >= 0
-    np.testing.assert_array_equal(
-        arrays.patches[1, :used][is_real], reference.patches[layout.source[is_real]]
-    )
+    got = arrays.patches[1, :used][is_real]
+    np.testing.assert_allclose(got, reference[layout.source[is_real]], rtol=0, atol=1e-6)
     assert not arrays.patches[1, :used][~is_real].any()
     assert not arrays.patches[1, used:].any()
     assert not arrays.mask[0].any()
-    assert arrays.mask[1].sum() == len(reference.patches)
+    assert arrays.mask[1].sum() == len(reference)
 
 
 def test_exif_orientation_is_applied(encode):

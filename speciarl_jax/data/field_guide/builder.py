@@ -42,12 +42,8 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
         """
         if domain not in DOMAINS:
             raise ValueError(f"field guide domain {domain!r}: expected one of {', '.join(DOMAINS)}")
-        defaults: dict[str, float] = {
-            "train": 2000 if domain == "birds" else 0,
-            "test": 240,
-            "seed": 0,
-            "hard_frac": 0.2,
-        }
+        num_train = 2000 if domain == "birds" else 0
+        defaults = {"train": num_train, "test": 240, "seed": 0, "hard_frac": 0.2}
         unknown = set(options) - set(defaults)
         if unknown:
             raise ValueError(

@@ -24,7 +24,7 @@ from speciarl_jax.data.field_guide.backgrounds import (
     paint_foliage,
 )
 from speciarl_jax.data.field_guide.scene import OVERSAMPLE, PALETTE, Canvas, Colour, Look, mix
-from speciarl_jax.data.field_guide.taxonomy import Species, load_taxonomy
+from speciarl_jax.data.field_guide.taxonomy import Species, load_species
 
 SPLITS = ("warmup", "train", "val", "test")
 MIN_SIDE_PX, MAX_SIDE_PX = 84, 168
@@ -93,7 +93,7 @@ def draw_specimens(
     Raises:
         ValueError: Unknown domain or split, negative count, or hard_frac out of range.
     """
-    domains = load_taxonomy().domains
+    domains = load_species()
     if domain not in domains:
         raise ValueError(f"domain={domain!r}: expected one of {', '.join(domains)}")
     if split not in SPLITS:

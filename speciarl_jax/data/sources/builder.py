@@ -78,13 +78,8 @@ def prepare(
 ) -> pathlib.Path:
     """Builds a data set unless it is there already; safe to call from several processes.
 
-    Args:
-        builder_class: what to build.
-        data_dir: root of all prepared data sets.
-        config: the builder's configuration, if it has one.
-
     Returns:
-        Directory of the finished build.
+        Directory of the finished build, below `data_dir`.
 
     Raises:
         ValueError: the builder refuses its input, or `data_dir` cannot be written.
@@ -122,13 +117,11 @@ def _write_index(directory: pathlib.Path) -> None:
     builder = tfds.builder_from_directory(str(directory))
     index: dict[str, dict[str, list[str]]] = {}
     for split in builder.info.splits:
-        records = list(map(_name_and_label, builder.as_data_source(split=split)))
-        index[split] = {"names": [r[0] for r in records], "labels": [r[1] for r in records]}
+        index[split] = {"names": [], "labels": []}
+        for record in builder.as_data_source(split=split):
+            index[split]["names"].append(record["name"].decode())
+            index[split]["labels"].append(record["label"].decode())
     write_whole(directory / INDEX_FILE, json.dumps(index))
-
-
-def _name_and_label(record: dict[str, bytes]) -> tuple[str, str]:
-    return record["name"].decode(), record["label"].decode()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 from speciarl_jax.data.sources.layouts import clean_label
 from speciarl_jax.types import IMAGE_SUFFIXES, Example, Taxon
@@ -145,8 +146,8 @@ def _read_manifest(file: pathlib.Path) -> list[ImageFile]:
     rows = _rows(file)
     if not rows:
         raise ValueError(f"manifest {file}: holds no rows")
-    image = _column(file, rows[0], _IMAGE_COLUMNS, "image path")
-    label = _column(file, rows[0], _LABEL_COLUMNS, "label")
+    image = find_column(file, rows[0], _IMAGE_COLUMNS, "image path")
+    label = find_column(file, rows[0], _LABEL_COLUMNS, "label")
     files: list[ImageFile] = []
     seen: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
@@ -177,29 +178,31 @@ def _rows(file: pathlib.Path) -> list[dict[str, object]]:
             if not all(isinstance(row, dict) for row in rows):
                 raise ValueError("a line is not an object")
             return rows
-    except (ValueError, csv.Error) as error:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+
+            table: list[dict[str, object]] = pyarrow.parquet.read_table(file).to_pylist()
+            return table
+    except (ValueError, csv.Error) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ValueError(f"manifest {file}: cannot be read ({error})") from error
-    if file.suffix != ".parquet":
-        raise ValueError(f"manifest {file}: expected one of {' '.join(MANIFEST_SUFFIXES)}")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table: list[dict[str, object]] = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"manifest {file}: cannot be read ({error})") from error
-    return table
+    raise ValueError(f"manifest {file}: expected one of {' '.join(MANIFEST_SUFFIXES)}")
 
 
-def _column(
-    file: pathlib.Path, row: dict[str, object], candidates: tuple[str, ...], what: str
+def find_column(
+    file: pathlib.Path, names: Iterable[object], candidates: tuple[str, ...], what: str
 ) -> str:
+    """The first candidate among a table's column names.
+
+    Raises:
+        ValueError: none of them.
+    """
+    got = list(names)
     for name in candidates:
-        if name in row:
+        if name in got:
             return name
     raise ValueError(
-        f"manifest {file}: no column for the {what}; expected one of {', '.join(candidates)}, got "
-        f"{', '.join(map(str, row))}"
+        f"{file}: no column for the {what}; expected one of {', '.join(candidates)}, got "
+        f"{', '.join(map(str, got))}"
     )
 
 
