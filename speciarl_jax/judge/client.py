@@ -169,8 +169,7 @@ class JudgeClient:
     async def _label_distinct(self, pairs: list[Pair], step: int) -> list[Outcome]:
         """Outcomes of distinct normalised pairs."""
         keys = self._keys.keys(pairs)
-        if self._config.mode == "replay":
-            assert self._recording is not None
+        if self._recording is not None and self._config.mode == "replay":
             return [self._recording.replay(k, step, p) for k, p in zip(keys, pairs, strict=True)]
         outcomes: dict[bytes, Outcome] = {**self._cache.get_many(keys)}
         fresh: list[_Ask] = []
@@ -203,20 +202,15 @@ class JudgeClient:
         """The outcome of a pair that is not in the cache and still needs no request, or None."""
         if not pair.answer or not pair.ground_truth:
             side = "ground truth" if pair.answer else "answer"
-            return failure(
-                FailureKind.UNPARSABLE, f"{side} is empty after normalisation: a format failure"
-            )
-        if len(pair.answer) > self._config.max_answer_chars:
-            return failure(
-                FailureKind.TOO_LONG,
-                f"answer has {len(pair.answer)} characters, more than judge.max_answer_chars="
-                f"{self._config.max_answer_chars}",
-            )
+            message = f"{side} is empty after normalisation: a format failure"
+            return failure(FailureKind.UNPARSABLE, message)
+        length, limit = len(pair.answer), self._config.max_answer_chars
+        if length > limit:
+            message = f"answer has {length} characters, more than judge.max_answer_chars={limit}"
+            return failure(FailureKind.TOO_LONG, message)
         if self._config.has_cascade and (decided := self._cascade.decide(pair)) is not None:
-            return Verdict(decided[0], decided[1], is_cached=True)
-        if self._recording is not None and (old := self._recording.find(key, step)) is not None:
-            return old
-        return None
+            return Verdict(*decided, is_cached=True)
+        return self._recording.find(key, step) if self._recording is not None else None
 
     def _new_ask(self, key: bytes, pair: Pair) -> _Ask:
         """A question that is in flight from now on."""
@@ -277,11 +271,12 @@ class JudgeClient:
     async def _ask(self, endpoint: Endpoint, pairs: list[Pair]) -> Reply | AskError:
         """One request to one endpoint, counted and timed."""
         started = time.monotonic()
-        result: Reply | AskError = AskError(FailureKind.SERVER, "cancelled", is_retryable=False)
+        error: AskError | None = AskError(FailureKind.SERVER, "cancelled", is_retryable=False)
         try:
             result = await endpoint.ask(pairs)
+            error = result if isinstance(result, AskError) else None
         finally:
-            self._pool.release(endpoint, result if isinstance(result, AskError) else None)
+            self._pool.release(endpoint, error)
         self._stats.request(time.monotonic() - started, result)
         return result
 

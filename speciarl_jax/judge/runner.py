@@ -93,7 +93,7 @@ def open_judge(
         judge: settings; a cache or log that they name elsewhere stays there.
         workdir: run directory.
         step: the log is cut back to it.
-        process: number of this process, which has its own files.
+        process: its number; each process has its own files.
         num_processes: of the job; they share the judge's limits.
 
     Raises:

@@ -40,11 +40,7 @@ def read_any(path: Path) -> list[Node]:
 
 
 def _read_text(path: Path) -> str:
-    """The file's text.
-
-    Raises:
-        JudgeError: missing, unreadable or not UTF-8.
-    """
+    """The file's text."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

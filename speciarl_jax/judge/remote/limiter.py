@@ -39,8 +39,7 @@ class RateLimiter:
 
     def reserve(self, tokens: float) -> float:
         """Books one request of `tokens` tokens; returns seconds to wait before sending it."""
-        now = self._clock()
-        wait = 0.0
+        now, wait = self._clock(), 0.0
         for index, cost in enumerate((1.0, tokens)):
             if self._limits[index] <= 0:
                 continue

@@ -131,8 +131,8 @@ def load_prompt(name: str) -> JudgePrompt:
         raise ValueError(f"judge prompt {path}: user must end with a line holding only {_PAYLOAD}")
     is_batch = raw["form"] == "batch"
     shots = "\n".join(
-        f"{encode_payload([Pair(item['ground_truth'], item['answer'])], False)} -> "
-        f"{item['category']}"
+        encode_payload([Pair(item["ground_truth"], item["answer"])], is_batch=False)
+        + f" -> {item['category']}"
         for item in raw["examples"]
     )
     system = raw["system"].strip() + (f"\n\nExamples:\n{shots}" if shots else "")

@@ -24,8 +24,7 @@ CONSTRAINTS = ("choice", "json_schema", "grammar", "none")
 RETRY_AFTER_MAX_S = 60.0  # a longer Retry-After sets the endpoint aside that long
 _NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
-_REFUSED_KEY_STATUS = 401
-_HARD_STATUS = frozenset({_REFUSED_KEY_STATUS, 403, 404})
+_HARD_STATUS = frozenset({401, 403, 404})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,14 +180,13 @@ def _classify_status(error: openai.APIStatusError) -> AskError:
     """Types an HTTP status."""
     status = error.status_code
     message = f"HTTP {status}: {error.message}"
-    wait = parse_retry_after(error.response.headers)
-    if status == 429:
-        return AskError(FailureKind.RATE_LIMITED, message, retry_after_s=wait)
     if status in _HARD_STATUS:
-        is_of_endpoint = status == _REFUSED_KEY_STATUS
+        is_of_endpoint = status == 401  # a refused key
         return AskError(FailureKind.REFUSED, message, is_hard=True, is_of_endpoint=is_of_endpoint)
+    kind = FailureKind.RATE_LIMITED if status == 429 else FailureKind.SERVER
     is_retryable = status >= 500 or status in _RETRYABLE_STATUS
-    return AskError(FailureKind.SERVER, message, is_retryable, retry_after_s=wait)
+    wait = parse_retry_after(error.response.headers)
+    return AskError(kind, message, is_retryable, retry_after_s=wait)
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float:

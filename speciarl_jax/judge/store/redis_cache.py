@@ -64,11 +64,7 @@ class RedisCache(VerdictCache):
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Turns what the client library raises into one line.
-
-        Raises:
-            JudgeError: the server is gone, full, read-only, or holds something else there.
-        """
+        """Turns what the client library raises (server gone, full, read-only) into one line."""
         try:
             yield
         except self._error as error:

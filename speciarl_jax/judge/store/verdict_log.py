@@ -35,7 +35,6 @@ class LoggedVerdict:
     Attributes:
         ground_truth, answer: normalised.
         category: label, or `failed:<kind>` for a pair that got none.
-        judge: who decided.
         count: how many rollouts it was given to.
         first_step, last_step: training steps, inclusive.
     """
