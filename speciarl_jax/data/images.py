@@ -58,7 +58,7 @@ class ImageLimits:
         )
 
     @classmethod
-    def from_dir(cls, path: str | pathlib.Path, arch: VisionArch | None = None) -> ImageLimits:
+    def from_dir(cls, path: str | pathlib.Path, arch: VisionArch) -> ImageLimits:
         """Reads ``path/preprocessor_config.json``, in the `min_pixels` or the `size` style.
 
         Raises:
@@ -84,17 +84,16 @@ class ImageLimits:
         )
 
 
-def _check_preprocessor(config: JsonObject, arch: VisionArch | None, file: pathlib.Path) -> None:
+def _check_preprocessor(config: JsonObject, arch: VisionArch, file: pathlib.Path) -> None:
     expected: dict[str, int] = {
         "resample": int(Image.Resampling.BICUBIC),
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
+        "patch_size": arch.patch_size_px,
+        "merge_size": arch.spatial_merge_size,
+        "temporal_patch_size": arch.temporal_patch_size,
     }
-    if arch is not None:
-        expected["patch_size"] = arch.patch_size_px
-        expected["merge_size"] = arch.spatial_merge_size
-        expected["temporal_patch_size"] = arch.temporal_patch_size
     for field, value in expected.items():
         if config.get(field, value) != value:
             raise ValueError(f"{file}: {field}={config[field]!r}, only {value!r} is supported here")
@@ -191,13 +190,11 @@ class WindowLayout:
         positions: [N_pad, 2] int32, (row, column) of the patch in the image; 0 for padding.
         merged_rows: [M] int32, for each merged token in raster order its row in the window-ordered
             merged array [N_pad / merge_unit].
-        num_windows: N_pad / window_patches.
     """
 
     source: np.ndarray
     positions: np.ndarray
     merged_rows: np.ndarray
-    num_windows: int
 
 
 def num_windows(grid: tuple[int, int, int], arch: VisionArch) -> int:
@@ -239,7 +236,6 @@ def window_layout(grid: tuple[int, int, int], arch: VisionArch) -> WindowLayout:
         source=source.reshape(-1).astype(np.int32),
         positions=positions.reshape(-1, 2).astype(np.int32),
         merged_rows=merged_rows,
-        num_windows=win_rows * win_cols,
     )
     for array in (layout.source, layout.positions, layout.merged_rows):
         array.setflags(write=False)

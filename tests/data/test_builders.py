@@ -128,6 +128,15 @@ def test_official_numbers():
     for name in ("flowers", "food", "pets"):
         assert sum(releases.BENCHMARKS[name].coop_counts.values()) == totals[name]
     assert len(set(layouts.flower_names())) == 102
+    files = [d for b in releases.BENCHMARKS.values() for d in b.downloads]
+    assert [d.filename for d in files][:4] == [
+        "CUB_200_2011.tgz",
+        "102flowers.tgz",
+        "imagelabels.mat",
+        "setid.mat",
+    ]
+    assert [len(d.sha256) for d in files] == [64] * 7 + [0]
+    assert sum(d.size for d in files) == 7_302_833_719
 
 
 @pytest.mark.parametrize(

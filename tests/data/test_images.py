@@ -94,7 +94,7 @@ def test_window_layout_equals_hf_less_padding(grid, window_px, arch):
     merged = layout.source.reshape(-1, 4)[:, 0]
     is_real = merged >= 0
     np.testing.assert_array_equal(merged[is_real] // 4, window_index.numpy())
-    per_window = (layout.source >= 0).reshape(layout.num_windows, -1).sum(1)
+    per_window = (layout.source >= 0).reshape(-1, vision.window_patches).sum(1)
     np.testing.assert_array_equal(np.cumsum(per_window), cu_seqlens.numpy()[1:])
     positions = get_vision_position_ids(hf_grid, 2).numpy()
     real_patches = layout.source >= 0
@@ -104,14 +104,13 @@ def test_window_layout_equals_hf_less_padding(grid, window_px, arch):
     assert not layout.positions[~real_patches].any()
     # merged_rows undoes the window order: raster token k sits at row merged_rows[k].
     np.testing.assert_array_equal(merged[layout.merged_rows] // 4, np.arange(len(window_index)))
-    assert layout.num_windows == num_windows(grid, vision)
-    assert len(layout.source) == layout.num_windows * vision.window_patches
+    assert len(layout.source) == num_windows(grid, vision) * vision.window_patches
 
 
 def test_window_layout_by_hand(arch):
     """A row of 5 merged tokens, windows of 4 x 4: two windows; the second holds one token."""
     layout = window_layout((1, 2, 10), arch.vision)
-    assert layout.num_windows == 2
+    assert len(layout.source) == 2 * arch.vision.window_patches
     assert layout.merged_rows.tolist() == [0, 1, 2, 3, 16]
     assert layout.source[:16].tolist() == list(range(16))
     assert layout.source[64:68].tolist() == [16, 17, 18, 19]
@@ -269,6 +268,6 @@ def test_limits_refuse(content, message, tmp_path, arch):
         ImageLimits.from_dir(tmp_path, arch.vision)
 
 
-def test_limits_need_a_file(tmp_path):
+def test_limits_need_a_file(tmp_path, arch):
     with pytest.raises(ValueError, match="not found"):
-        ImageLimits.from_dir(tmp_path)
+        ImageLimits.from_dir(tmp_path, arch.vision)

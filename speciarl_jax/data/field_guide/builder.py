@@ -21,9 +21,7 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
     """Which part of the guide to draw.
 
     Attributes:
-        domain: birds, flowers, aircraft or dogs.
         num_train, num_test: pictures per split; a split of 0 does not exist.
-        seed: of the pictures.
         hard_frac: share of pictures on which the species cannot be told.
     """
 

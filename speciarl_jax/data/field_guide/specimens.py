@@ -81,14 +81,9 @@ class Specimen:
 def draw_specimens(
     domain: str, split: str, count: int, seed: int = 0, hard_frac: float = 0.2
 ) -> list[Specimen]:
-    """Returns a shuffled, class-balanced list of specimens.
+    """Returns a shuffled, class-balanced list of specimens, of which exactly `hard_frac` are hard.
 
-    Args:
-        domain: bird, flower, aircraft or dog.
-        split: One of `SPLITS`; no seed is shared between splits.
-        count: Number of specimens.
-        seed: Non-negative seed of the data set.
-        hard_frac: Share of hard specimens, in [0, 1]; their number is exact.
+    No specimen's seed is shared between domains or `SPLITS`.
 
     Raises:
         ValueError: Unknown domain or split, negative count, or hard_frac out of range.

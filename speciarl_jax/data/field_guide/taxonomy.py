@@ -19,13 +19,9 @@ from speciarl_jax.types import Taxon
 
 @dataclasses.dataclass(frozen=True)
 class Species:
-    """One leaf of the tree.
+    """One leaf of the tree: "banded heron" of genus "heron", family "wader", domain "bird".
 
     Attributes:
-        name: Modifier and genus, such as "banded heron".
-        genus: Genus name, such as "heron".
-        family: Family name, such as "wader".
-        domain: Domain name, such as "bird".
         parts: Ordered (part, words) pairs: colour, pattern, the family's part, the genus's part.
     """
 

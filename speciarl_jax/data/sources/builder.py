@@ -58,12 +58,9 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         )
 
 
-def build_path(
-    builder_class: type[ImageBuilder], config: tfds.core.BuilderConfig | None = None
-) -> pathlib.Path:
-    """Where a finished build lives under the data directory: NAME[/CONFIG]/VERSION."""
-    parts = [config.name] if config is not None else []
-    return pathlib.Path(builder_class.name, *parts, str(builder_class.VERSION))
+def build_path(builder_class: type[ImageBuilder], config: tfds.core.BuilderConfig) -> pathlib.Path:
+    """Where a finished build lives under the data directory: NAME/CONFIG/VERSION."""
+    return pathlib.Path(builder_class.name, config.name, str(builder_class.VERSION))
 
 
 def is_built(directory: pathlib.Path) -> bool:
@@ -74,7 +71,7 @@ def is_built(directory: pathlib.Path) -> bool:
 def prepare(
     builder_class: type[ImageBuilder],
     data_dir: str | pathlib.Path,
-    config: tfds.core.BuilderConfig | None = None,
+    config: tfds.core.BuilderConfig,
 ) -> pathlib.Path:
     """Builds a data set unless it is there already; safe to call from several processes.
 
@@ -96,8 +93,7 @@ def prepare(
         ) from error
     _LOG.info("building %s", root / path)
     with _scratch(root) as scratch, _quiet():
-        kwargs = {} if config is None else {"config": config}
-        builder = builder_class(data_dir=str(scratch), file_format="array_record", **kwargs)
+        builder = builder_class(data_dir=str(scratch), file_format="array_record", config=config)
         builder.download_and_prepare(
             download_dir=str(root / "downloads"),
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),

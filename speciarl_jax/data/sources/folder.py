@@ -28,6 +28,7 @@ SPLIT_NAMES = {
     "validation": "validation",
     "test": "test",
 }
+TEST_FRAC = 0.2  # of every class, set aside for testing if there are no splits
 MANIFEST_SUFFIXES = (".csv", ".jsonl", ".parquet")
 _IMAGE_COLUMNS = ("image", "image_path", "path", "file", "file_name", "filename")
 _LABEL_COLUMNS = ("label", "ground_truth", "class", "class_name", "category", "species")
@@ -91,14 +92,11 @@ class FileSource:
         return digest.hexdigest()
 
 
-def open_folder(path: str | pathlib.Path, split: str, test_frac: float = 0.2) -> FileSource:
+def open_folder(path: str | pathlib.Path, split: str) -> FileSource:
     """Opens class folders or a manifest.
 
-    Args:
-        path: a folder, or a ``.csv``, ``.jsonl`` or ``.parquet`` file with a column of image paths
-            (relative to the file) and one of labels, perhaps one named ``split``.
-        split: train, validation or test.
-        test_frac: part of every class that is set aside for testing, if there are no splits.
+    A manifest is a ``.csv``, ``.jsonl`` or ``.parquet`` file with a column of image paths (relative
+    to the file) and one of labels, perhaps one named ``split``.
 
     Raises:
         ValueError: nothing there, no images, columns missing, or no images in this split.
@@ -113,7 +111,7 @@ def open_folder(path: str | pathlib.Path, split: str, test_frac: float = 0.2) ->
             f"{' '.join(IMAGE_SUFFIXES)}"
         )
     if not any(file.split for file in files):
-        files = _divide(files, test_frac)
+        files = _divide(files)
     chosen = [file for file in files if file.split == split]
     if not chosen:
         known = ", ".join(sorted({file.split for file in files}))
@@ -206,14 +204,14 @@ def find_column(
     )
 
 
-def _divide(files: list[ImageFile], test_frac: float) -> list[ImageFile]:
+def _divide(files: list[ImageFile]) -> list[ImageFile]:
     """Sets aside part of every class: the files whose hashed keys come first, never all of them."""
     by_class: dict[tuple[str, ...], list[ImageFile]] = {}
     for file in files:
         by_class.setdefault(file.labels, []).append(file)
     is_test: set[str] = set()
     for members in by_class.values():
-        count = min(math.ceil(len(members) * test_frac), len(members) - 1)
+        count = min(math.ceil(len(members) * TEST_FRAC), len(members) - 1)
         members.sort(key=lambda file: hashlib.sha256(file.key.encode()).digest())
         is_test.update(file.key for file in members[:count])
     return [
