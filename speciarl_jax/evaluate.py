@@ -32,7 +32,7 @@ from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.run.restore import STEP_PREFIX, open_checkpoint
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.storage import RunDir
-from speciarl_jax.scoring.bootstrap import MAIN_METRICS
+from speciarl_jax.scoring.bootstrap import MAIN_METRICS, ScoringRule
 from speciarl_jax.scoring.metrics import metrics_json
 from speciarl_jax.scoring.predictions import (
     Prediction,
@@ -311,10 +311,8 @@ def write_scores(
     """
     metrics = metrics_json(
         read_predictions(path),
-        in_domain=config.data.in_domain,
-        format_failures=config.eval.format_failures,
-        bootstrap_samples=config.eval.bootstrap_samples,
-        seed=config.seed,
+        config.data.in_domain,
+        ScoringRule(config.eval.format_failures, config.eval.bootstrap_samples, config.seed),
     )
     if text is not None:
         metrics["text"] = text

@@ -13,7 +13,7 @@ from speciarl_jax.monitor.tables import make_console
 from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
 from speciarl_jax.report.load import Run, load_runs
 from speciarl_jax.report.tables import comparison_table
-from speciarl_jax.scoring.bootstrap import FORMAT_RULES
+from speciarl_jax.scoring.bootstrap import FORMAT_RULES, ScoringRule
 from speciarl_jax.scoring.results import Evaluation
 
 
@@ -124,9 +124,7 @@ def run_compare(args: argparse.Namespace) -> int:
         rows_a,
         rows_b,
         sorted({*in_domain_a, *in_domain_b}),
-        args.format_failures,
-        args.bootstrap_samples,
-        args.seed,
+        ScoringRule(args.format_failures, args.bootstrap_samples, args.seed),
     )
     _export(args, {name_a: compared["a"], name_b: compared["b"]})
     if args.json:

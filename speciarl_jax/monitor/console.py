@@ -20,7 +20,7 @@ from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.rollout.groups import RolloutBatch
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.state import TrainState
-from speciarl_jax.scoring.bootstrap import MAIN_METRICS
+from speciarl_jax.scoring.bootstrap import MAIN_METRICS, ScoringRule
 from speciarl_jax.scoring.predictions import from_rollout, read_predictions, write_predictions
 from speciarl_jax.scoring.results import Evaluation
 from speciarl_jax.timing import format_seconds
@@ -136,10 +136,8 @@ def change_table(workdir: pathlib.Path, config: Config) -> Table:
     found = compare(
         base,
         trained,
-        in_domain=config.data.in_domain,
-        format_failures=settings.format_failures,
-        bootstrap_samples=settings.bootstrap_samples,
-        seed=config.seed,
+        config.data.in_domain,
+        ScoringRule(settings.format_failures, settings.bootstrap_samples, config.seed),
     )
     title = "before and after training"
     return comparison_table(found["a"], found["b"], title, differences=found["differences"])

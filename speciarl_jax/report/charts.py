@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from speciarl_jax.report.sections import PUBLISHED
-from speciarl_jax.report.style import LIGHT, RUNGS, line_color, readable
+from speciarl_jax.report.style import LIGHT, line_color, readable
+from speciarl_jax.scoring.predictions import RUNGS
 from speciarl_jax.scoring.results import CurvePoint, MainMetric, Scores
 
 

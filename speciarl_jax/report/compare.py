@@ -10,10 +10,10 @@ from typing import TypedDict
 
 from speciarl_jax.report.load import load_run
 from speciarl_jax.report.tables import format_estimate, format_value, metric_rows
-from speciarl_jax.scoring.bootstrap import METRICS
+from speciarl_jax.scoring.bootstrap import DEFAULT_RULE, METRICS, ScoringRule
 from speciarl_jax.scoring.metrics import by_dataset, metrics_json, paired_differences
 from speciarl_jax.scoring.predictions import Prediction
-from speciarl_jax.scoring.results import Difference, Evaluation, MainMetric, ScoringSettings
+from speciarl_jax.scoring.results import Difference, Evaluation, MainMetric
 
 MAIN: tuple[MainMetric, ...] = ("specificity", "correctness", "hm")
 
@@ -57,9 +57,7 @@ def compare(
     a: Sequence[Prediction],
     b: Sequence[Prediction],
     in_domain: Collection[str] = (),
-    format_failures: str = "wrong",
-    bootstrap_samples: int = 2000,
-    seed: int = 0,
+    rule: ScoringRule = DEFAULT_RULE,
 ) -> Comparison:
     """Evaluation of both and paired differences (b minus a), per data set and average.
 
@@ -69,16 +67,14 @@ def compare(
         a: rows of the first evaluation.
         b: rows of the second.
         in_domain: names averaged as ``in_domain``.
-        format_failures: one of `bootstrap.FORMAT_RULES`.
-        bootstrap_samples: resamples behind each interval.
-        seed: of the resampling.
+        rule: how rows become metrics.
 
     Returns:
         ``{"a": metrics, "b": metrics, "differences": {name: ...}, "left_out": [...]}``; names are
         data sets and ``mean <average>``.
 
     Raises:
-        ValueError: no common data set or image, or an unknown rule.
+        ValueError: no common data set or image.
     """
     by_a, by_b = by_dataset(a), by_dataset(b)
     common = [n for n in by_a if n in by_b]
@@ -86,20 +82,14 @@ def compare(
         raise ValueError(
             f"no data set in common: {', '.join(sorted(by_a))} against {', '.join(sorted(by_b))}"
         )
-    settings: ScoringSettings = {
-        "format_failures": format_failures,
-        "bootstrap_samples": bootstrap_samples,
-        "seed": seed,
-    }
     metrics_a, metrics_b = (
-        metrics_json([p for n in common for p in rows[n]], in_domain, **settings)
-        for rows in (by_a, by_b)
+        metrics_json([p for n in common for p in rows[n]], in_domain, rule) for rows in (by_a, by_b)
     )
     differences = {}
     for name, scores, is_average in metric_rows(metrics_a):
         members = scores["datasets"] if is_average else [name]
         differences[name] = paired_differences(
-            [p for m in members for p in by_a[m]], [p for m in members for p in by_b[m]], **settings
+            [p for m in members for p in by_a[m]], [p for m in members for p in by_b[m]], rule
         )
     left_out = sorted((set(by_a) | set(by_b)) - set(common))
     return {"a": metrics_a, "b": metrics_b, "differences": differences, "left_out": left_out}

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from speciarl_jax.report.load import Series
-from speciarl_jax.report.style import LIGHT, RUNGS, line_color, readable
+from speciarl_jax.report.style import LIGHT, line_color, readable
+from speciarl_jax.scoring.predictions import RUNGS
 
 AVERAGES = ("out_of_domain", "in_domain", "fine_grained", "very_fine_grained", "all")
 _WINDOW = 5  # steps in the moving average drawn over the raw values

@@ -15,14 +15,12 @@ from pathlib import Path
 
 from speciarl_jax.report import thumbnails
 from speciarl_jax.report.load import Run
-from speciarl_jax.report.style import RUNGS
-from speciarl_jax.scoring.predictions import Prediction
+from speciarl_jax.scoring.predictions import RUNGS, Prediction
 from speciarl_jax.types import JsonObject, JsonValue
 
 _CHUNK_ROWS = 400
 _LENGTHS = (20_000, 6_000, 2_500, 1_000, 400, 150)  # characters of a completion, widest first
 _PREDICTION_CHARS = 400  # of a prediction in the index; the completion has all of it
-FORMAT_CODE, JUDGE_CODE = 0, len(RUNGS) - 1
 
 
 @dataclasses.dataclass
@@ -182,13 +180,6 @@ def _fit_steps(groups: list[_Group], most: int) -> list[_Group]:
     return kept
 
 
-def code(p: Prediction) -> int:
-    """Place of a row in `style.RUNGS`."""
-    if p.is_format_failure:
-        return FORMAT_CODE
-    return JUDGE_CODE if p.category is None else 1 + int(p.category)
-
-
 class _Strings:
     """Table of the distinct strings."""
 
@@ -223,7 +214,7 @@ def _index(
         "group_image": [image_number[g.key] for g in groups],
         "group_step": [-1 if g.rows[0].step is None else g.rows[0].step for g in groups],
         "group_size": [len(g.rows) for g in groups],
-        "codes": "".join(str(code(row)) for row in rows),
+        "codes": "".join(str(row.rung) for row in rows),
         "reward": [_short(row.reward) for row in rows],
         "advantage": [_short(row.advantage) for row in rows],
         "prediction": [strings.add(_cut(row.prediction, _PREDICTION_CHARS)) for row in rows],

@@ -21,10 +21,11 @@ from speciarl_jax.report.gallery import Gallery, build_gallery
 from speciarl_jax.report.html import Markup, el, join
 from speciarl_jax.report.levels import NameTree
 from speciarl_jax.report.load import Run, Stage
-from speciarl_jax.report.style import DARK, LIGHT, RUNGS, readable
+from speciarl_jax.report.style import DARK, LIGHT, readable
 from speciarl_jax.report.training import figure, training_section
 from speciarl_jax.report.verdicts import judge_section
-from speciarl_jax.scoring.predictions import Prediction
+from speciarl_jax.scoring.bootstrap import ScoringRule
+from speciarl_jax.scoring.predictions import RUNGS, Prediction
 from speciarl_jax.scoring.results import CurvePoint
 
 _SHARED = 1_200_000  # bytes kept free for tables, charts and script
@@ -201,9 +202,8 @@ def _differences(runs: Sequence[Run], options: ReportOptions) -> Markup:
         }:
             tables.append(el("p", f"{a} and {b} have no image in common."))
             continue
-        compared = compare(
-            rows_a, rows_b, _in_domain(runs[0]), bootstrap_samples=options.bootstrap_samples
-        )
+        rule = ScoringRule(bootstrap_samples=options.bootstrap_samples)
+        compared = compare(rows_a, rows_b, _in_domain(runs[0]), rule)
         tables.append(sections.comparison((a, b), compared))
     return join(*tables)
 

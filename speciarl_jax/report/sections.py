@@ -8,14 +8,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from speciarl_jax.report.compare import Comparison
-from speciarl_jax.report.gallery import code
 from speciarl_jax.report.html import Markup, el, join
 from speciarl_jax.report.levels import Confusion
 from speciarl_jax.report.load import Run
-from speciarl_jax.report.style import RUNGS, readable
+from speciarl_jax.report.style import readable
 from speciarl_jax.report.tables import format_estimate, format_value, metric_rows
-from speciarl_jax.scoring.predictions import Prediction
-from speciarl_jax.scoring.results import MainMetric, MainScores, TextMetric, TextMetrics, TextScores
+from speciarl_jax.scoring.predictions import RUNGS, Prediction
+from speciarl_jax.scoring.results import (
+    MainEstimates,
+    MainMetric,
+    TextMetric,
+    TextMetrics,
+    TextScores,
+)
 from speciarl_jax.scoring.text_metrics import METRICS as TEXT_METRICS
 
 MAIN: dict[MainMetric, str] = {
@@ -104,28 +109,22 @@ def _whisker(estimate: Mapping[str, float | None], low: float, high: float, css:
     return el("td", svg)
 
 
-def _headline_rows(run: Run, average: str) -> list[tuple[Run, str, MainScores]]:
-    """(run, evaluation, scores); sampled evaluations give what their best of N would score."""
-    rows: list[tuple[Run, str, MainScores]] = []
+def _headline_rows(run: Run, average: str) -> list[tuple[Run, str, MainEstimates, int]]:
+    """(run, evaluation, scores, n); sampled ones give what their best of N would score."""
+    rows: list[tuple[Run, str, MainEstimates, int]] = []
     for stage in run.stages:
         scores = stage.metrics["averages"].get(average)
         if scores is None:
             continue
         if stage.name != "best_of":
-            rows.append((run, readable(stage.name), scores))
+            rows.append((run, readable(stage.name), scores, scores["n"]))
         curve = stage.metrics.get("best_of", {}).get("averages", {}).get(average)
         if curve:
             name = "" if stage.name == "best_of" else f"{readable(stage.name)}, "
-            last = curve[-1]
-            best: MainScores = {
-                "correctness": last["correctness"],
-                "specificity": last["specificity"],
-                "hm": last["hm"],
-                "n": scores["n"],
-            }
-            rows.append((run, f"{name}best of {last['k']} (oracle)", best))
+            best = curve[-1]
+            rows.append((run, f"{name}best of {best['k']} (oracle)", best, scores["n"]))
         elif stage.name == "best_of":
-            rows.append((run, "best of N (oracle)", scores))
+            rows.append((run, "best of N (oracle)", scores, scores["n"]))
     return rows
 
 
@@ -133,7 +132,7 @@ def headline(runs: Sequence[Run]) -> Markup:
     """Every evaluation of every run on the headline average, the paper's rows below."""
     average = headline_average(runs)
     rows = [row for run in runs for row in _headline_rows(run, average)]
-    bounds = [v for _, _, scores in rows for v in scores["hm"].values() if v is not None] + [
+    bounds = [v for _, _, scores, _ in rows for v in scores["hm"].values() if v is not None] + [
         p.hm for p in PUBLISHED
     ]
     low, high = min(bounds) - 0.02, max(bounds) + 0.02
@@ -142,7 +141,7 @@ def headline(runs: Sequence[Run]) -> Markup:
         *(el("th", h, scope="col") for h in ("", *MAIN.values(), "HM, 95 % interval", "rollouts")),
     )
     body = []
-    for run, stage, scores in rows:
+    for run, stage, scores, n in rows:
         name = el("b", stage)
         if len(runs) > 1:
             name = join(el("bdi", run.name), " · ", name)
@@ -153,7 +152,7 @@ def headline(runs: Sequence[Run]) -> Markup:
                 el("th", name, scope="row"),
                 *(_cell(scores[m]) for m in MAIN),
                 _whisker(scores["hm"], low, high, css),
-                el("td", f"{scores['n']:,}"),
+                el("td", f"{n:,}"),
             )
         )
     paper = [
@@ -329,7 +328,7 @@ def transitions(base: Sequence[Prediction], final: Sequence[Prediction], title: 
 
     def first(rows: Sequence[Prediction]) -> dict[tuple[str, str], int]:
         return {
-            (p.dataset, p.prompt_id): code(p) for p in sorted(rows, key=lambda p: -p.sample_index)
+            (p.dataset, p.prompt_id): p.rung for p in sorted(rows, key=lambda p: -p.sample_index)
         }
 
     before, after = first(base), first(final)

@@ -66,16 +66,6 @@ DARK = LIGHT | {
     "line4": "#e680a6",
     "line5": "#b9c76a",
 }
-RUNGS = (
-    "format_failure",
-    "wrong",
-    "abstain",
-    "generic",
-    "less_specific",
-    "specific",
-    "more_specific",
-    "judge_failure",
-)
 _RC: dict[RcKeyType, str | float] = {
     "font.family": "sans-serif",
     "font.size": 9.5,

@@ -22,6 +22,9 @@ from pathlib import Path
 from speciarl_jax.files import write_whole
 from speciarl_jax.types import Category, Failure, JsonObject, JsonValue, Rollout
 
+# What a row may be, from worst to best; a row without a label stands last.
+RUNGS = ("format_failure", *(c.label for c in Category), "judge_failure")
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
@@ -64,6 +67,13 @@ class Prediction:
     def is_judge_failure(self) -> bool:
         """True if there is an answer and it has no label: to be judged, or judged again."""
         return self.prediction is not None and self.category is None
+
+    @property
+    def rung(self) -> int:
+        """Place of the row in `RUNGS`."""
+        if self.is_format_failure:
+            return 0
+        return len(RUNGS) - 1 if self.category is None else 1 + int(self.category)
 
     @property
     def key(self) -> tuple[str, str, int, int | None]:
