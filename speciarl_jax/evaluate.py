@@ -72,16 +72,13 @@ def evaluate(
         session: model, tokenizer, prompts.
         states: (trainable, frozen) to evaluate.
         judge: labels the answers.
-        out_dir: gets ``predictions.jsonl`` and ``metrics.json``.
+        out_dir: gets ``predictions.jsonl`` and ``metrics.json``, which is returned.
         samples: answers per image.
         sampling: how they are drawn; temperature 0 is greedy.
         image_root: run directory; thumbnails for the report go there.
         console: where progress and skipped images are shown.
         prompt_step: training step, for the judge's log.
         weights: names the weights that are scored; "" for the run's own at `prompt_step`.
-
-    Returns:
-        The contents of ``metrics.json``.
 
     Raises:
         ValueError: `out_dir` holds answers made with other settings.
@@ -126,7 +123,7 @@ def _finished_images(path: pathlib.Path, samples: int, judge: JudgeThread) -> li
     cut_half_line(path)
     cut_half_images(path, samples)
     retry_failed(path, judge)
-    return sorted({(row.dataset, row.prompt_id) for row in read_predictions(path)})
+    return sorted({row.image_key for row in read_predictions(path)})
 
 
 def _append(path: pathlib.Path, rows: list[Prediction]) -> None:
@@ -277,8 +274,8 @@ def cut_half_images(path: pathlib.Path, samples: int) -> int:
     They are drawn again, and come out the same. Returns how many rows were removed.
     """
     rows = read_predictions(path)
-    counts = collections.Counter((row.dataset, row.prompt_id) for row in rows)
-    kept = [row for row in rows if counts[row.dataset, row.prompt_id] >= samples]
+    counts = collections.Counter(row.image_key for row in rows)
+    kept = [row for row in rows if counts[row.image_key] >= samples]
     if len(kept) < len(rows):
         write_predictions(path, kept)
     return len(rows) - len(kept)
@@ -301,14 +298,7 @@ def retry_failed(path: pathlib.Path, judge: JudgeThread) -> int:
 def write_scores(
     config: Config, path: pathlib.Path, out_dir: pathlib.Path, text: TextMetrics | None = None
 ) -> Evaluation:
-    """Scores a predictions file and writes ``metrics.json`` beside it.
-
-    Args:
-        config: how to average and resample.
-        path: the predictions.
-        out_dir: gets ``metrics.json``.
-        text: text metrics to go with the others, see `text_metrics.score_text`.
-    """
+    """Scores a predictions file, adds text metrics if given, writes ``metrics.json``."""
     metrics = metrics_json(
         read_predictions(path),
         config.data.in_domain,

@@ -56,9 +56,9 @@ def report_step(
 
     Args:
         console: of the run.
-        train: how often.
+        train: says how often.
         row: the step's metrics.
-        eta_s: remaining time, s.
+        eta_s: remaining time.
         rollouts: what it learned from; None after a supervised step.
     """
     step = int(row["step"])
@@ -104,15 +104,7 @@ def report_end(
     base: Evaluation | None,
     trained: Evaluation | None,
 ) -> None:
-    """Plots and the closing table.
-
-    Args:
-        console: of the run.
-        workdir: run directory.
-        config: the recipe.
-        base: scores before training, if there are any.
-        trained: scores after it.
-    """
+    """Plots and the closing table; `base` are the scores before training, if there are any."""
     plots = plot_training(workdir / "metrics.jsonl", workdir / "plots")
     scored = trained or base
     if base and trained:
@@ -140,7 +132,7 @@ def change_table(workdir: pathlib.Path, config: Config) -> Table:
         ScoringRule(settings.format_failures, settings.bootstrap_samples, config.seed),
     )
     title = "before and after training"
-    return comparison_table(found["a"], found["b"], title, differences=found["differences"])
+    return comparison_table(found, title)
 
 
 def report_best_of(console: Console, metrics: Evaluation) -> None:

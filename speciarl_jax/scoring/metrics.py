@@ -42,6 +42,7 @@ from speciarl_jax.scoring.results import (
 )
 from speciarl_jax.types import JsonObject
 
+# Names in lower case without punctuation, see `_canonical`.
 FINE_GRAINED = frozenset(
     {"flowers", "flowers102", "oxfordflowers102", "food", "food101", "pets", "oxfordpets",
      "oxfordiiitpet"}
@@ -118,15 +119,12 @@ def _canonical(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
-def _groups(names: Iterable[str], in_domain: Collection[str]) -> dict[str, list[str]]:
-    names = list(names)
-    fine = {_canonical(n) for n in FINE_GRAINED}
-    very = {_canonical(n) for n in VERY_FINE_GRAINED}
+def _groups(names: list[str], in_domain: Collection[str]) -> dict[str, list[str]]:
     groups = {
         "in_domain": [n for n in names if n in in_domain],
         "out_of_domain": [n for n in names if n not in in_domain],
-        "fine_grained": [n for n in names if _canonical(n) in fine],
-        "very_fine_grained": [n for n in names if _canonical(n) in very],
+        "fine_grained": [n for n in names if _canonical(n) in FINE_GRAINED],
+        "very_fine_grained": [n for n in names if _canonical(n) in VERY_FINE_GRAINED],
         "all": names,
     }
     return {group: members for group, members in groups.items() if members}
@@ -163,7 +161,7 @@ def metrics_json(
         rule: how rows become metrics.
     """
     datasets = by_dataset(predictions)
-    groups = _groups(datasets, in_domain)
+    groups = _groups(list(datasets), in_domain)
     scored = {name: _score_plain(name, rows, rule) for name, rows in datasets.items()}
     result: Evaluation = {
         "datasets": {n: _scores(scored[n], _describe(rows)) for n, rows in datasets.items()},

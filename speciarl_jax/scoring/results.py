@@ -5,16 +5,10 @@ from __future__ import annotations
 from typing import Literal, NotRequired, TypeAlias, TypedDict
 
 MainMetric: TypeAlias = Literal["correctness", "specificity", "hm"]
-
-
 Metric: TypeAlias = Literal[
     "correctness", "specificity", "hm", "format_failure_rate", "judge_failure_rate"
 ]
-
-
 TextMetric: TypeAlias = Literal["text_inclusion", "semantic_similarity", "concept_similarity"]
-
-
 Estimate: TypeAlias = dict[str, float | None]  # value, low, high; None where undefined
 
 
@@ -106,3 +100,12 @@ class Difference(MainEstimates):
     judge_failure_rate: Estimate
     hm_of_means: Estimate
     n_images: int
+
+
+class Comparison(TypedDict):
+    """Two evaluations on the data sets both have, and b minus a."""
+
+    a: Evaluation
+    b: Evaluation
+    differences: dict[str, Difference]  # by data set and ``mean <average>``
+    left_out: list[str]  # data sets that only one has

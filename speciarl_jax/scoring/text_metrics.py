@@ -87,8 +87,7 @@ def score_text(
     Args:
         predictions: rows, of whatever data sets; images weigh by their number of rows.
         embedder: similarities are left out if None.
-        bootstrap_samples: resamples of the images.
-        seed: of the resampling.
+        bootstrap_samples, seed: see `bootstrap.ScoringRule`.
 
     Returns:
         ``{"datasets": {name: scores}, "averages": {"all": scores}}``; scores hold
