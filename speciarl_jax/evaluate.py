@@ -72,13 +72,16 @@ def evaluate(
         session: model, tokenizer, prompts.
         states: (trainable, frozen) to evaluate.
         judge: labels the answers.
-        out_dir: gets ``predictions.jsonl`` and ``metrics.json``, which is returned.
+        out_dir: gets ``predictions.jsonl`` and ``metrics.json``.
         samples: answers per image.
         sampling: how they are drawn; temperature 0 is greedy.
         image_root: run directory; thumbnails for the report go there.
         console: where progress and skipped images are shown.
         prompt_step: training step, for the judge's log.
         weights: names the weights that are scored; "" for the run's own at `prompt_step`.
+
+    Returns:
+        The contents of ``metrics.json``.
 
     Raises:
         ValueError: `out_dir` holds answers made with other settings.
@@ -112,7 +115,7 @@ def evaluate(
                 _append(path, rows)
                 seen += sum(processes.gather_json(len(keys)))
                 at(seen)
-    scores = write_scores(config, path, out_dir) if processes.is_first() else None
+    scores = write_scores(config, out_dir) if processes.is_first() else None
     return cast(Evaluation, processes.from_first(scores))  # the first process has them
 
 
@@ -281,8 +284,8 @@ def cut_half_images(path: pathlib.Path, samples: int) -> int:
     return len(rows) - len(kept)
 
 
-def retry_failed(path: pathlib.Path, judge: JudgeThread) -> int:
-    """Asks again for rows without a label; new rows replace the old. Returns how many."""
+def retry_failed(path: pathlib.Path, judge: JudgeThread) -> None:
+    """Asks again for rows without a label; new rows replace the old."""
     failed = [row for row in read_predictions(path) if row.is_judge_failure]
     outcomes = judge.label([Pair(row.ground_truth, row.prediction or "") for row in failed])
     labelled = [
@@ -292,21 +295,20 @@ def retry_failed(path: pathlib.Path, judge: JudgeThread) -> int:
     ]
     if labelled:
         append_predictions(path, labelled)
-    return len(failed)
 
 
 def write_scores(
-    config: Config, path: pathlib.Path, out_dir: pathlib.Path, text: TextMetrics | None = None
+    config: Config, folder: pathlib.Path, text: TextMetrics | None = None
 ) -> Evaluation:
-    """Scores a predictions file, adds text metrics if given, writes ``metrics.json``."""
+    """Scores a folder's ``predictions.jsonl`` into its ``metrics.json``, beside `text` if given."""
     metrics = metrics_json(
-        read_predictions(path),
+        read_predictions(folder / "predictions.jsonl"),
         config.data.in_domain,
         ScoringRule(config.eval.format_failures, config.eval.bootstrap_samples, config.seed),
     )
     if text is not None:
         metrics["text"] = text
-    write_whole(out_dir / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     return metrics
 
 
@@ -332,7 +334,7 @@ def score_file(
     if not (copy.exists() and copy.samefile(source)):
         write_whole(copy, source.read_bytes())
     retry_failed(copy, judge)
-    return write_scores(config, copy, out_dir), out_dir
+    return write_scores(config, out_dir), out_dir
 
 
 def score_checkpoint(
@@ -347,7 +349,7 @@ def score_checkpoint(
 
     Args:
         config: recipe; its data and eval sections decide what is sampled.
-        judge: opened.
+        judge: labels the answers.
         run_dir: where scores go, and whose checkpoints are meant.
         checkpoint: see `run.restore.open_checkpoint`.
         samples: answers per image; 0 takes ``eval.samples``.

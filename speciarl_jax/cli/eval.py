@@ -117,9 +117,9 @@ def score(
                 config, judge, run_dir, options.checkpoint, options.samples, recipe_dir
             )
     if options.has_text_metrics and processes.is_first():
-        file, settings = folder / "predictions.jsonl", config.eval
-        text = score_text(read_predictions(file), embedder, settings.bootstrap_samples, config.seed)
-        metrics = write_scores(config, file, folder, text)
+        rows = read_predictions(folder / "predictions.jsonl")
+        text = score_text(rows, embedder, config.eval.bootstrap_samples, config.seed)
+        metrics = write_scores(config, folder, text)
     run_dir.push()
     if processes.is_first():
         _show(metrics, options)

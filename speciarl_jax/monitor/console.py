@@ -52,15 +52,7 @@ def report_step(
     eta_s: float,
     rollouts: RolloutBatch | None,
 ) -> None:
-    """The line of a step; now and then a table of its answers.
-
-    Args:
-        console: of the run.
-        train: says how often.
-        row: the step's metrics.
-        eta_s: remaining time.
-        rollouts: what it learned from; None after a supervised step.
-    """
+    """The line of a step; now and then a table of its answers, unless it was supervised."""
     step = int(row["step"])
     if rollouts is not None:
         console.print(step_line(row, train.num_steps, eta_s), markup=False)

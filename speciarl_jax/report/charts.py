@@ -90,9 +90,8 @@ def _neighbours(
 
 def _point(ax: Axes, p: Point, x: float, y: float, labels_below: int) -> None:
     errors: list[list[list[float]] | None] = []
-    found: tuple[tuple[MainMetric, float], ...] = (("correctness", x), ("specificity", y))
-    for metric, value in found:
-        low, high = p.scores[metric]["low"], p.scores[metric]["high"]
+    for estimate, value in ((p.scores["correctness"], x), (p.scores["specificity"], y)):
+        low, high = estimate["low"], estimate["high"]
         if low is None or high is None:
             errors.append(None)
         else:
@@ -137,11 +136,12 @@ def draw_best_of(
         if not known:
             continue
         k = [p["k"] for p in known]
-        value, low, high = (  # an undefined end is nan, where no band is drawn
+        value, low, high = (  # an undefined end is nan
             np.array([p[metric][side] for p in known], float) for side in ("value", "low", "high")
         )
         ax.plot(k, value, marker="o", markersize=3.5, label=label, color=line_color(index))
-        ax.fill_between(k, low, high, color=line_color(index), alpha=0.15, linewidth=0)
+        if np.isfinite(low + high).all():
+            ax.fill_between(k, low, high, color=line_color(index), alpha=0.15, linewidth=0)
         index += 1
     if not index:
         return False

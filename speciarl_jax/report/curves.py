@@ -59,14 +59,9 @@ def _finish(ax: Axes, title: str, *, has_legend: bool = True) -> None:
 def draw_named(
     ax: Axes, runs: Mapping[str, Series], names: Sequence[str], title: str, *, floor: bool = False
 ) -> bool:
-    """Draws metrics by name, one line per run and metric; labels say what differs.
+    """Draws metrics by name, one line per run and metric that it has; labels say what differs.
 
-    Args:
-        ax: where to.
-        runs: series by run.
-        names: metrics; those a run lacks are left out.
-        title: of the panel.
-        floor: True puts 0 at the bottom.
+    `floor` puts 0 at the bottom.
     """
     present = [n for n in names if any(n in series for series in runs.values())]
     lines = []

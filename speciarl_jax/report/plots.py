@@ -17,10 +17,6 @@ from speciarl_jax.report.tables import MAIN
 def plot_training(metrics_jsonl: str | Path, out_dir: str | Path) -> list[Path]:
     """Draws the curves of one run; panels without data are left empty, files without are skipped.
 
-    Args:
-        metrics_jsonl: the run's ``metrics.jsonl``.
-        out_dir: made if missing.
-
     Returns:
         The files written: reward.png, metrics.png, categories.png, policy.png, and training.png
         which has the reward, the HM and the categories side by side.
