@@ -13,15 +13,12 @@ from speciarl_jax.monitor.tables import make_console
 from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
 from speciarl_jax.report.load import Run, load_runs
 from speciarl_jax.report.tables import comparison_table
-from speciarl_jax.scoring.bootstrap import FORMAT_RULES
+from speciarl_jax.scoring.bootstrap import FORMAT_RULES, ScoringRule
 from speciarl_jax.scoring.results import Evaluation
 
 
 def register(subparsers: Verbs) -> None:
-    """Adds the verbs `report` and `compare`; each sets `handler`, a function args -> exit code.
-
-    Handlers raise ValueError for user errors, one line each.
-    """
+    """Adds the verbs `report` and `compare`."""
     report = subparsers.add_parser("report", help="one static HTML page from run directories")
     report.add_argument("runs", nargs="+", metavar="DIR", help="run directories")
     report.add_argument("--out", default="report.html", help="page to write")
@@ -70,10 +67,8 @@ def run_report(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a directory or file that cannot be read, a page that cannot be written.
     """
-    from speciarl_jax.report.page import (
-        ReportOptions,
-        build_page,  # matplotlib takes its time
-    )
+    # matplotlib takes its time
+    from speciarl_jax.report.page import ReportOptions, build_page
 
     runs = load_runs(args.runs)
     options = ReportOptions(
@@ -124,9 +119,7 @@ def run_compare(args: argparse.Namespace) -> int:
         rows_a,
         rows_b,
         sorted({*in_domain_a, *in_domain_b}),
-        args.format_failures,
-        args.bootstrap_samples,
-        args.seed,
+        ScoringRule(args.format_failures, args.bootstrap_samples, args.seed),
     )
     _export(args, {name_a: compared["a"], name_b: compared["b"]})
     if args.json:
@@ -134,11 +127,7 @@ def run_compare(args: argparse.Namespace) -> int:
         return 0
     console = make_console()
     title = f"{name_b} against {name_a}"
-    console.print(
-        comparison_table(
-            compared["a"], compared["b"], title, (name_a, name_b), compared["differences"]
-        )
-    )
+    console.print(comparison_table(compared, title, (name_a, name_b)))
     if compared["left_out"]:
         print(f"not compared, only one has them: {', '.join(compared['left_out'])}",
               file=sys.stderr)  # fmt: skip

@@ -20,7 +20,7 @@ from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.rollout.groups import RolloutBatch
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.state import TrainState
-from speciarl_jax.scoring.bootstrap import MAIN_METRICS
+from speciarl_jax.scoring.bootstrap import MAIN_METRICS, ScoringRule
 from speciarl_jax.scoring.predictions import from_rollout, read_predictions, write_predictions
 from speciarl_jax.scoring.results import Evaluation
 from speciarl_jax.timing import format_seconds
@@ -52,15 +52,7 @@ def report_step(
     eta_s: float,
     rollouts: RolloutBatch | None,
 ) -> None:
-    """The line of a step; now and then a table of its answers.
-
-    Args:
-        console: of the run.
-        train: how often.
-        row: the step's metrics.
-        eta_s: remaining time, s.
-        rollouts: what it learned from; None after a supervised step.
-    """
+    """The line of a step; now and then a table of its answers, unless it was supervised."""
     step = int(row["step"])
     if rollouts is not None:
         console.print(step_line(row, train.num_steps, eta_s), markup=False)
@@ -104,15 +96,7 @@ def report_end(
     base: Evaluation | None,
     trained: Evaluation | None,
 ) -> None:
-    """Plots and the closing table.
-
-    Args:
-        console: of the run.
-        workdir: run directory.
-        config: the recipe.
-        base: scores before training, if there are any.
-        trained: scores after it.
-    """
+    """Plots and the closing table; `base` are the scores before training, if there are any."""
     plots = plot_training(workdir / "metrics.jsonl", workdir / "plots")
     scored = trained or base
     if base and trained:
@@ -136,13 +120,11 @@ def change_table(workdir: pathlib.Path, config: Config) -> Table:
     found = compare(
         base,
         trained,
-        in_domain=config.data.in_domain,
-        format_failures=settings.format_failures,
-        bootstrap_samples=settings.bootstrap_samples,
-        seed=config.seed,
+        config.data.in_domain,
+        ScoringRule(settings.format_failures, settings.bootstrap_samples, config.seed),
     )
     title = "before and after training"
-    return comparison_table(found["a"], found["b"], title, differences=found["differences"])
+    return comparison_table(found, title)
 
 
 def report_best_of(console: Console, metrics: Evaluation) -> None:

@@ -277,8 +277,7 @@ def test_terminal_tables(run: Path) -> None:
     compared = compare(base.predictions, trained.predictions, ["field_guide_birds"])
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(metrics_table(trained.metrics, "Trained"))
-    console.print(comparison_table(compared["a"], compared["b"], "Both",
-                                   differences=compared["differences"]))  # fmt: skip
+    console.print(comparison_table(compared, "Both"))
     text = console.export_text()
     assert "mean out_of_domain" in text
     value = compared["differences"]["mean all"]["hm"]["value"]
