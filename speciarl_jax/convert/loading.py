@@ -224,7 +224,7 @@ class _Targets:
         self._arrays: dict[PathParts, np.ndarray | jax.Array] = {}
 
     def fill(self, entry: Entry, tensor: _Slice) -> None:
-        """Reads one tensor, `tensor` being safetensors' slice reader, into its place."""
+        """Reads one tensor into its place."""
         spec = self._variables[entry.path].get_value()
         if math.prod(spec.shape) * spec.dtype.itemsize <= _STAGE_BYTES:
             staged = self._arrays.setdefault(entry.path, np.empty(spec.shape, spec.dtype))

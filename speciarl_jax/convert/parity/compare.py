@@ -47,8 +47,7 @@ from speciarl_jax.data.collate import collate
 from speciarl_jax.data.images import ImageLimits, grid_of, num_windows, window_layout
 from speciarl_jax.data.prompts import EncodedPrompt, PromptBuilder, PromptTemplate
 from speciarl_jax.policy.layers import Dtypes
-from speciarl_jax.policy.model import Policy
-from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.policy.model import Policy, encode_images
 
 LONG_PROMPT_TOKENS = 400
 _LENGTH_STEP = 256  # prompts are padded to multiples of this, so that few shapes compile

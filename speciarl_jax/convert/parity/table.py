@@ -100,13 +100,7 @@ class CaseReport:
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
-    """All prompts of a run.
-
-    Attributes:
-        checkpoint: the Hugging Face directory.
-        tolerance: bound on every component's relative error and on KL.
-        cases: one entry a prompt.
-    """
+    """All prompts of a run; `tolerance` bounds every component's relative error and KL."""
 
     checkpoint: str
     tolerance: float
