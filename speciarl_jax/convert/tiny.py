@@ -98,9 +98,7 @@ def tiny_config(tokenizer: Tokenizer) -> JsonObject:
 def train_tokenizer(prompts: list[str], vocab_size: int = MAX_VOCAB_SIZE) -> Tokenizer:
     """A byte-level BPE tokenizer of the field guide's texts, Qwen's special tokens at the end.
 
-    Args:
-        prompts: prompt wordings it should encode well.
-        vocab_size: upper bound, special tokens included.
+    It encodes `prompts` well; `vocab_size` is an upper bound, special tokens included.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
@@ -138,10 +136,7 @@ def _texts(prompts: list[str]) -> list[str]:
 def make_tiny_dir(out: pathlib.Path, prompts: list[str], seed: int = 0) -> None:
     """Writes the randomly initialised policy as a Hugging Face directory.
 
-    Args:
-        out: created; existing files are overwritten.
-        prompts: prompt wordings for the tokenizer.
-        seed: of the weights.
+    `prompts` are wordings for the tokenizer; files that exist in `out` are overwritten.
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -218,17 +218,13 @@ def decode_chunk(
     Without `Placement.has_early_exit` always until `until`.
 
     Args:
-        graphdef, states: the policy taken apart, static and not.
-        prompts: the prompts' part.
-        rows: row to prompt maps.
+        graphdef, states, prompts, rows, sampling, placement: of the wave.
         state: donated; comes back advanced.
         is_done: rows that are not decoded further: the host's own view, stop strings included.
         stop_ids: a sampled stop id is kept and ends its row.
         banned: ids that are never sampled.
         until: step at which to look up; at most the own cache's columns.
         enough: rows of a smaller batch that the host would move to; 0 to finish all.
-        sampling: options, static.
-        placement: where rows live, static.
     """
     text = merge_text(graphdef, *states)
     next_position = placement.take(prompts.next_position, rows.row_prompt)

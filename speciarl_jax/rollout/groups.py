@@ -96,9 +96,7 @@ def collect_groups(
 
     Args:
         finished: what `RolloutEngine.generate` yields.
-        batch: the prompts.
-        group_size: G.
-        vocabulary: detokenizer and stop ids.
+        batch, group_size, vocabulary: as the engine got them.
         judge: labels pairs in the background; format failures are not sent.
         step: training step, for the judge's log.
         policy_version: updates that the sampling policy had seen.

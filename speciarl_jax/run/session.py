@@ -33,8 +33,8 @@ from speciarl_jax.policy.model import (
     PolicyParts,
     abstract_policy,
     count_parameters,
+    encode_images,
 )
-from speciarl_jax.policy.vision import encode_images
 from speciarl_jax.policy.vocabulary import Vocabulary, make_vocabulary
 from speciarl_jax.rollout.encode import encode_by_size
 from speciarl_jax.rollout.engine import RolloutEngine

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from speciarl_jax.devices.layout import image_sharding, param_shardings
-from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.policy.model import encode_images
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.timing import num_compiled
