@@ -253,7 +253,7 @@ class RolloutEngine:
         stops = self.config.stop_strings
         if not (stops or is_last or (is_stopped & ~was_free).any()):
             return []
-        tokens, logprobs = jax.device_get((wave.state.tokens, wave.state.logprobs))
+        tokens, logprobs = jax.device_get((wave.state.completion_tokens, wave.state.logprobs))
         origin = wave.prompts.origin[wave.rows.flat_prompt(wave.prompts.num_prompts)]
         sample = wave.rows.sample.reshape(-1)
         is_done, finished = is_stopped.copy(), []
@@ -266,11 +266,11 @@ class RolloutEngine:
                     FinishedRow(
                         prompt=int(origin[row]),
                         sample=int(sample[row]),
-                        tokens=sampled[:cut].copy(),
+                        completion_tokens=sampled[:cut].copy(),
                         logprobs=logprobs[row, : len(sampled[:cut])].copy(),
                         is_truncated=cut is None and not is_stopped[row],
                     )
                 )
         wave.rows = wave.rows.without(is_done)
-        self.stats.live_steps += sum(len(row.tokens) for row in finished)
+        self.stats.live_steps += sum(len(row.completion_tokens) for row in finished)
         return finished

@@ -15,7 +15,7 @@ class FinishedRow:
 
     prompt: int
     sample: int
-    tokens: np.ndarray
+    completion_tokens: np.ndarray
     logprobs: np.ndarray
     is_truncated: bool
 

@@ -91,7 +91,7 @@ def test_waves_sample_the_same(session):
     assert stats.waves == 2
     assert whole.keys() == split.keys()
     for key, row in whole.items():
-        np.testing.assert_array_equal(row.tokens, split[key].tokens)
+        np.testing.assert_array_equal(row.completion_tokens, split[key].completion_tokens)
         np.testing.assert_array_equal(row.logprobs, split[key].logprobs)
 
 

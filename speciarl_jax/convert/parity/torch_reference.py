@@ -42,8 +42,8 @@ IMAGE_EMBEDS = "vision/image_embeds"
 def capture_activations(model: TorchModel, inputs: Inputs) -> dict[str, np.ndarray]:
     """Runs the torch model once with keyword arguments and returns every component's output.
 
-    Names are those of `parity.activations`, blocks are stacked; vision rows stand as transformers
-    holds them (patch embedding in raster, blocks and merger in window order), those of
+    Names are those of `convert.parity.activations`, blocks are stacked; vision rows stand as
+    transformers holds them (patch embedding in raster, blocks and merger in window order), those of
     ``vision/image_embeds`` in raster order.
     """
     import torch
