@@ -20,7 +20,6 @@ from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.devices import processes
 from speciarl_jax.errors import TrainingStopped
-from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.learner import batches
 from speciarl_jax.objective.reward import dropped_groups
 from speciarl_jax.policy.flops import Counts, count_tokens
@@ -32,6 +31,7 @@ from speciarl_jax.rollout.groups import (
     Pending,
     Poll,
     RolloutBatch,
+    SubmitsPairs,
     await_verdicts,
     collect_groups,
     no_poll,
@@ -57,7 +57,7 @@ class _Part:
 
 def gather_rollouts(
     session: Session,
-    judge: JudgeThread,
+    judge: SubmitsPairs,
     state: TrainState,
     loader: PromptLoader,
     step: int,
@@ -171,7 +171,7 @@ def _sample_until_full(
     parts: list[_Part] = []
     codes: list[np.ndarray] = []
     keep = np.zeros(0, bool)
-    while processes.any_process(keep.sum() < needed):
+    while processes.any_process(bool(keep.sum() < needed)):
         if len(parts) == config.algo.max_generation_batches:
             everywhere = processes.gather_prompts(keep)
             raise TrainingStopped(_too_few_lessons(config, step, codes, everywhere))
