@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.table import Table
 
 from speciarl_jax.config.schema import Config, TrainConfig
 from speciarl_jax.data.loader import PromptLoader
@@ -100,7 +99,13 @@ def report_end(
     plots = plot_training(workdir / "metrics.jsonl", workdir / "plots")
     scored = trained or base
     if base and trained:
-        console.print(change_table(workdir, config))
+        found = compare(
+            read_predictions(workdir / "eval" / "base" / "predictions.jsonl"),
+            read_predictions(workdir / "eval" / "trained" / "predictions.jsonl"),
+            config.data.in_domain,
+            ScoringRule(config.eval.format_failures, config.eval.bootstrap_samples, config.seed),
+        )
+        console.print(comparison_table(found, "before and after training"))
     elif scored:
         console.print(metrics_table(scored, "scores"))
     best_of = workdir / "eval" / "best_of" / "metrics.json"
@@ -108,23 +113,6 @@ def report_end(
         metrics = read_json(best_of, "delete eval/best_of and --resume: it is scored again")
         report_best_of(console, metrics)
     console.print(f"{len(plots)} plots in {workdir / 'plots'}", markup=False)
-
-
-def change_table(workdir: pathlib.Path, config: Config) -> Table:
-    """Trained against base on the same images, differences with paired intervals."""
-    settings = config.eval
-    base, trained = (
-        read_predictions(workdir / "eval" / name / "predictions.jsonl")
-        for name in ("base", "trained")
-    )
-    found = compare(
-        base,
-        trained,
-        config.data.in_domain,
-        ScoringRule(settings.format_failures, settings.bootstrap_samples, config.seed),
-    )
-    title = "before and after training"
-    return comparison_table(found, title)
 
 
 def report_best_of(console: Console, metrics: Evaluation) -> None:

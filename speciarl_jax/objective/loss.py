@@ -92,13 +92,13 @@ def gspo_loss(
     the paper.
 
     Args:
-        policy_logprobs: of the parameters being trained, nats; whole sequences.
-        old_logprobs: of the parameters at rollout, nats; a constant.
+        policy_logprobs: as in `policy_loss`, of whole sequences.
+        old_logprobs: as there.
         advantages: one per sequence.
         mask: True for trained tokens. A sequence without any has ratio 1.
-        clip_eps_low: eps below 1, in [0, 1).
-        clip_eps_high: eps above 1, >= 0.
-        clip_dual: c > 1, static; 0 for none, as in the paper.
+        clip_eps_low: as there.
+        clip_eps_high: as there.
+        clip_dual: as there; the paper has none.
 
     Returns:
         Loss per token (also at masked positions), and `PolicyStats`.
@@ -195,13 +195,7 @@ def importance_weights(
 
 
 def sft_loss(policy_logprobs: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    """Cross-entropy per token, -log pi(token), for supervised fine-tuning.
-
-    Args:
-        policy_logprobs: log-probs of the target tokens, nats; finite everywhere.
-
-    Source: own.
-    """
+    """Cross-entropy per token, -log pi(token), nats, for supervised fine-tuning. Source: own."""
     return -policy_logprobs
 
 

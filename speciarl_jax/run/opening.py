@@ -49,12 +49,11 @@ def check_processes(config: Config) -> None:
 def open_train_loader(session: Session) -> PromptLoader:
     """Training prompts in the run's global order."""
     config = session.config
-    source = open_train_source(config.data)
     is_whole = jax.process_count() == 1 or config.algo.dynamic_sampling
     num_blocks = 1 if is_whole else config.updates_per_step  # each process has its part of each
     return PromptLoader(
         config.data,
-        source,
+        open_train_source(config.data),
         session.builder,
         config.generation_prompts,
         seed=config.seed,

@@ -55,3 +55,24 @@ def test_an_adapter_is_trained_or_the_base(rank, train_base, expected):
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", 4), ("bfloat16", 2)])
 def test_bytes_of_an_activation(dtype, expected):
     assert recipe(model__compute_dtype=dtype).model.compute_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__remat": "some"}, "model.remat='some': expected one of none, dots, full"),
+        ({"algo__reward": "best"}, "algo.reward='best': expected one of dynamic, single"),
+        ({"algo__aggregation": "a.b"}, "algo.aggregation='a.b': expected one of"),
+        ({"algo__label_noise": 1.5}, "algo.label_noise=1.5: set it between 0 and 1"),
+        ({"algo__clip_dual": 1.0}, "algo.clip_dual=1.0: set it above 1, or 0"),
+        ({"train__prompts_per_micro_batch": 0}, "train.prompts_per_micro_batch=0: set it to at"),
+        ({"train__prompts_per_step": 200}, "train.prompts_per_step=200 is not a multiple of"),
+    ],
+)
+def test_each_field_has_its_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes).validate()
+
+
+def test_a_users_own_reward_and_advantage_are_dotted_paths():
+    recipe(algo__name="mine.advantage", algo__reward="mine.reward").validate()
