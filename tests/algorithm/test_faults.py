@@ -56,7 +56,7 @@ def test_answers_below_the_mean_are_pushed_down():
 
 
 def test_dapo_takes_from_answers_in_the_last_quarter():
-    """Of 16 tokens the last 4: 12 costs nothing, 13 a quarter, 16 all. Without it two groups tie."""
+    """The last 4 of 16 tokens: 12 cost nothing, 13 a quarter, 16 all of it."""
     labels, lengths = [SPECIFIC, SPECIFIC, SPECIFIC, WRONG], [12, 13, 16, 14]
     credit = credit_of(algorithm("dapo"), labels, lengths)
     assert credit.rewards.tolist() == [[1, 0.75, 0, -0.5]]

@@ -16,9 +16,11 @@ import sys
 import time
 
 import torch
+import transformers
 
 from tests.support.trajectory import (
     ALGORITHMS,
+    TOLERANCE,
     Gap,
     run_trajectory,
     shortcomings,
@@ -27,8 +29,8 @@ from tests.support.trajectory import (
 )
 
 HEADER = (
-    f"{'step':>4} {'update':>6} {'gap':>8} {'element':>8} {'loss':>8} {'norm':>8} "
-    f"{'clip':>6} {'dual':>6} {'capped':>6} {'kl':>6}"
+    f"{'step':>4} {'update':>6} {'adapter':>8} {'tensor':>8} {'element':>8} {'loss':>8} "
+    f"{'norm':>8} {'clip':>6} {'dual':>6} {'capped':>6} {'kl':>6}"
 )
 
 
@@ -36,9 +38,9 @@ def line(gap: Gap) -> str:
     """One update of the table."""
     bite = gap.bite.share()
     return (
-        f"{gap.step:>4} {gap.update:>6} {gap.moved:>8.1e} {gap.worst:>8.1e} {gap.loss:>8.1e} "
-        f"{gap.norm:>8.1e} {bite['clip']:>6.3f} {bite['dual']:>6.3f} {bite['capped']:>6.3f} "
-        f"{bite['kl']:>6.3f}"
+        f"{gap.step:>4} {gap.update:>6} {gap.adapter:>8.1e} {gap.tensor:>8.1e} "
+        f"{gap.element:>8.1e} {gap.loss:>8.1e} {gap.norm:>8.1e} {bite['clip']:>6.3f} "
+        f"{bite['dual']:>6.3f} {bite['capped']:>6.3f} {bite['kl']:>6.3f}"
     )
 
 
@@ -56,9 +58,7 @@ def drill(name: str, num_steps: int, updates: int, is_json: bool) -> dict[str, o
         gaps.append(gap)
         print(line(gap), file=out, flush=True)
     shares = total_bite(gaps).share()
-    worst = {
-        key: max(getattr(gap, key) for gap in gaps) for key in ("moved", "worst", "loss", "norm")
-    }
+    worst = {key: max(getattr(gap, key) for gap in gaps) for key in TOLERANCE}
     short = shortcomings(gaps)
     print("largest:", ", ".join(f"{key} {value:.1e}" for key, value in worst.items()), file=out)
     print("shares: ", ", ".join(f"{key} {value:.4f}" for key, value in shares.items()), file=out)
@@ -83,6 +83,7 @@ def main() -> int:
     parser.add_argument("--updates", nargs="+", type=int, default=[2, 4], help="in a step")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # matrices this small are slower on several
     reports = [
         drill(name, args.steps, updates, args.json)

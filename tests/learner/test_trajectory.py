@@ -19,5 +19,5 @@ def test_adapter_follows_the_same_path_as_torchs(name):
     """
     gaps = list(run_trajectory(trajectory_config(name, num_steps=2, updates_per_step=2)))
     assert [(gap.step, gap.update) for gap in gaps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
-    assert gaps[0].worst == 0
+    assert gaps[0].element == 0
     assert shortcomings(gaps) == []

@@ -153,9 +153,7 @@ def advantages_of(values: Sequence[float | None], rules: Rules) -> list[float]:
 
 def clipped(rho: torch.Tensor, advantage: float, rules: Rules) -> torch.Tensor:
     """max(-A rho, -A clip(rho)), held at -A c where A < 0."""
-    loss = torch.maximum(
-        -advantage * rho, -advantage * rho.clamp(1 - rules.low, 1 + rules.high)
-    )
+    loss = torch.maximum(-advantage * rho, -advantage * rho.clamp(1 - rules.low, 1 + rules.high))
     return loss.clamp(max=-advantage * rules.dual) if advantage < 0 and rules.dual else loss
 
 
