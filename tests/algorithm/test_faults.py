@@ -130,17 +130,16 @@ def test_gspo_has_one_ratio_a_sequence():
     policy = nnx.merge(session.parts.graphdef, *states(session))
     banned = jnp.asarray(session.vocabulary.banned)
 
-    @nnx.jit(static_argnames="settings")
-    def run(policy, train, settings):
-        loss, stats = batch_loss(policy, train, banned, settings)
+    @nnx.jit
+    def run(policy, train):
+        loss, stats = batch_loss(policy, train, banned, LossConfig.of(config, None))
         return loss, stats["logprobs"]
 
-    settings = dataclasses.replace(LossConfig.of(config, None), objective="sft")
-    logprobs = run(policy, jax.tree.map(jnp.asarray, train), settings)[1]
+    train = dataclasses.replace(train, weights=weights)
+    logprobs = run(policy, jax.tree.map(jnp.asarray, train))[1]
     shift = np.where(np.arange(weights.shape[2]) % 2, 0.5, -0.5).astype(np.float32)
-    train = dataclasses.replace(train, weights=weights, old_logprobs=logprobs + shift[None, None])
-    settings = LossConfig.of(config, None)
-    loss = run(policy, jax.tree.map(jnp.asarray, train), settings)[0]
+    train = dataclasses.replace(train, old_logprobs=logprobs + shift[None, None])
+    loss = run(policy, jax.tree.map(jnp.asarray, train))[0]
     mean = np.sum((weights > 0) * -shift[None, None], axis=-1) / completions.lengths
     ratio, advantage = np.exp(mean.astype(np.float64)), train.advantages.astype(np.float64)
     per_answer = np.maximum(-advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.3))
