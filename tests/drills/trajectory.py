@@ -58,7 +58,7 @@ def drill(name: str, num_steps: int, updates: int, is_json: bool) -> dict[str, o
         gaps.append(gap)
         print(line(gap), file=out, flush=True)
     shares = total_bite(gaps).share()
-    worst = {key: max(getattr(gap, key) for gap in gaps) for key in TOLERANCE}
+    worst = {key: max(getattr(gap, key) for gap in gaps) for key in TOLERANCE[updates]}
     short = shortcomings(gaps)
     print("largest:", ", ".join(f"{key} {value:.1e}" for key, value in worst.items()), file=out)
     print("shares: ", ", ".join(f"{key} {value:.4f}" for key, value in shares.items()), file=out)
@@ -80,7 +80,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--updates", nargs="+", type=int, default=[2, 4], help="in a step")
+    parser.add_argument(
+        "--updates", nargs="+", type=int, choices=[*TOLERANCE], default=[*TOLERANCE], help="a step"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
