@@ -260,12 +260,17 @@ def _jolted(session: Session) -> Session:
     """B is not zero, so that every tensor has a gradient, and policy and reference differ."""
     rng = np.random.default_rng(22)
     trainable = jax.tree.map(
-        lambda x: jnp.asarray(np.float32(np.asarray(x) + JOLT * rng.normal(size=x.shape))),
+        lambda x: _put(np.asarray(x) + JOLT * rng.normal(size=x.shape), like=x),
         session.parts.trainable,
     )
     return dataclasses.replace(
         session, parts=dataclasses.replace(session.parts, trainable=trainable)
     )
+
+
+def _put(values: np.ndarray | jax.Array, like: jax.Array) -> jax.Array:
+    """A new array where `like` lies, so that the first update is no program of its own."""
+    return jax.device_put(np.array(values, np.float32), like.sharding, may_alias=False)
 
 
 # --- both ---------------------------------------------------------------------------------------
@@ -277,7 +282,7 @@ def run_trajectory(config: Config) -> Iterator[Gap]:
     size = config.updates_per_step
     optimizer = keep_history(make_optimizer(config.optim, config.num_updates), size)
     state = initial_state(session, optimizer, {})
-    own = jax.tree.map(lambda x: jnp.array(np.array(x)), state.trainable)  # updates donate it
+    own = jax.tree.map(lambda x: _put(x, like=x), state.trainable)  # updates donate it
     state = dataclasses.replace(state, trainable=own)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
