@@ -104,7 +104,9 @@ def gspo_loss(
         Loss per token (also at masked positions), and `PolicyStats`.
 
     Source: GSPO (arXiv 2507.18071) equation 5; verl, compute_policy_loss_gspo, whose token-level
-    form with stopped gradients has the same gradient under the same aggregation.
+    form with stopped gradients has the same gradient under the same aggregation. Not so where
+    importance weights w_t come on top: here the sequence's gradient is multiplied by their mean,
+    there the share of each token by its own w_t; the paper has none.
     """
     policy, old = _finite(mask, policy_logprobs), _finite(mask, old_logprobs)
     log_ratio = policy - jax.lax.stop_gradient(old)
