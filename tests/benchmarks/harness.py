@@ -14,10 +14,14 @@ import os
 import pathlib
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
+
+# Benchmarks run as scripts; what they share with tests lies below the repository's root.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8  # glibc's malloc.h
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "peft")
