@@ -11,7 +11,7 @@ what the algorithm needs; `update_hardware_flops` adds what rematerialisation co
                 weights need the first only, attention and adapters both
 
 XLA's own cost analysis counts the body of a scan once, so it cannot be used on the real programs;
-`tests/test_flops.py` compares with it on two layers written out.
+`tests/policy/test_flops.py` compares with it on two layers written out.
 """
 
 from __future__ import annotations
