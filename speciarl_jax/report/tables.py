@@ -128,6 +128,9 @@ def comparison_table(
 ) -> Table:
     """Two runs side by side: both values and the difference of each of the three metrics.
 
+    Beside correctness stands how many images are wrong on one side only, of how many; a dash where
+    that is not a number of images (see `scoring.paired_differences`).
+
     Args:
         base: content of the first ``metrics.json``.
         trained: content of the second.
@@ -139,7 +142,8 @@ def comparison_table(
     table = Table(
         title=title,
         title_justify="left",
-        caption="[ ]: 95 % paired bootstrap",
+        caption="[ ]: 95 %, paired; of correctness Tango's score interval where 'changed' has a "
+        "number, else and of the others bootstrap over images",
         caption_justify="left",
         box=box.HORIZONTALS,
         padding=(0, 1, 0, 0),
@@ -147,7 +151,7 @@ def comparison_table(
     )
     for heading in ("data set", "metric"):
         table.add_column(heading, no_wrap=True)
-    for heading in (*names, "difference"):
+    for heading in (*names, "difference", "changed"):
         table.add_column(heading, justify="right")
     second = {name: scores for name, scores, _ in metric_rows(trained)}
     for name, scores, is_average in metric_rows(base):
@@ -162,10 +166,16 @@ def comparison_table(
                 format_value(a),
                 format_value(b),
                 _styled(paired[metric] if paired else _plain(a, b)),
+                _changed(paired) if paired and metric == "correctness" else "",
                 style="bold" if is_average else None,
                 end_section=metric == _MAIN[-1],
             )
     return table
+
+
+def _changed(difference: Difference) -> str:
+    discordant = difference["discordant"]
+    return "—" if discordant is None else f"{discordant}/{difference['n_images']}"
 
 
 def _plain(a: float | None, b: float | None) -> dict[str, float | None]:
