@@ -314,7 +314,6 @@ def write_scores(
         in_domain=config.data.in_domain,
         format_failures=config.eval.format_failures,
         bootstrap_samples=config.eval.bootstrap_samples,
-        seed=config.seed,
     )
     if text is not None:
         metrics["text"] = text

@@ -131,7 +131,7 @@ def score(
             )
     if options.has_text_metrics and processes.is_first():
         file, settings = folder / "predictions.jsonl", config.eval
-        text = score_text(read_predictions(file), embedder, settings.bootstrap_samples, config.seed)
+        text = score_text(read_predictions(file), embedder, settings.bootstrap_samples)
         metrics = write_scores(config, file, folder, text)
     run_dir.push()
     if processes.is_first():

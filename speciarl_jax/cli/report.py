@@ -10,7 +10,14 @@ from pathlib import Path
 from speciarl_jax.cli.flags import Verbs
 from speciarl_jax.files import write_whole
 from speciarl_jax.monitor.tables import make_console
-from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
+from speciarl_jax.report.compare import (
+    compare,
+    headline_csv,
+    headline_latex,
+    in_domain_of,
+    load_evaluation,
+    scoring_of,
+)
 from speciarl_jax.report.load import Run, load_runs
 from speciarl_jax.report.tables import comparison_table
 from speciarl_jax.scoring.bootstrap import FORMAT_RULES
@@ -36,8 +43,13 @@ def register(subparsers: Verbs) -> None:
     pair.add_argument("first", metavar="DIR", help="run, or one evaluation of it: RUN/eval/base")
     pair.add_argument("second", metavar="DIR", help="likewise")
     pair.add_argument("--stage", default="", help="evaluation of both runs; trained if none")
-    pair.add_argument("--format_failures", default="wrong", choices=FORMAT_RULES)
-    pair.add_argument("--bootstrap_samples", type=int, default=2000)
+    pair.add_argument(
+        "--format_failures",
+        default="",
+        choices=FORMAT_RULES,
+        help="as the runs were scored if none",
+    )
+    pair.add_argument("--bootstrap_samples", type=int, default=0, help="as the runs' if none")
     pair.add_argument("--seed", type=int, default=0, help="of the resampling")
     _add_exports(pair)
     pair.set_defaults(handler=run_compare)
@@ -118,16 +130,13 @@ def run_compare(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a directory without an evaluation, or no common image.
     """
-    name_a, rows_a, in_domain_a = load_evaluation(args.first, args.stage)
-    name_b, rows_b, in_domain_b = load_evaluation(args.second, args.stage)
-    compared = compare(
-        rows_a,
-        rows_b,
-        sorted({*in_domain_a, *in_domain_b}),
-        args.format_failures,
-        args.bootstrap_samples,
-        args.seed,
-    )
+    name_a, rows_a, scored_a = load_evaluation(args.first, args.stage)
+    name_b, rows_b, scored_b = load_evaluation(args.second, args.stage)
+    rule, samples = args.format_failures, args.bootstrap_samples
+    if not (rule and samples):
+        own_rule, own_samples = scoring_of(scored_a, *([] if rule else [scored_b]))
+        rule, samples = rule or own_rule, samples or own_samples
+    compared = compare(rows_a, rows_b, in_domain_of(scored_a, scored_b), rule, samples, args.seed)
     _export(args, {name_a: compared["a"], name_b: compared["b"]})
     if args.json:
         print(json.dumps({"names": [name_a, name_b], **compared}, allow_nan=False))

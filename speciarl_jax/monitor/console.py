@@ -139,7 +139,6 @@ def change_table(workdir: pathlib.Path, config: Config) -> Table:
         in_domain=config.data.in_domain,
         format_failures=settings.format_failures,
         bootstrap_samples=settings.bootstrap_samples,
-        seed=config.seed,
     )
     title = "before and after training"
     return comparison_table(found["a"], found["b"], title, differences=found["differences"])

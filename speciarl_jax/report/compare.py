@@ -18,7 +18,7 @@ from speciarl_jax.scoring.results import Difference, Evaluation, MainMetric, Sco
 MAIN: tuple[MainMetric, ...] = ("specificity", "correctness", "hm")
 
 
-def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, list[Prediction], list[str]]:
+def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, list[Prediction], Evaluation]:
     """The rows that speak for a directory.
 
     Args:
@@ -26,7 +26,7 @@ def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, list[Predic
         stage: evaluation of the run; empty takes ``trained``, else the last one.
 
     Returns:
-        Name, rows, names of the in-domain data sets.
+        Name, rows, content of its ``metrics.json``.
 
     Raises:
         ValueError: no such directory or evaluation.
@@ -40,8 +40,32 @@ def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, list[Predic
     name = run.name if found.name == "eval" else f"{run.name}/{found.name}"
     if found.name == "eval" and path.resolve().parent.name == "eval":
         name = f"{path.resolve().parents[1].name}/{run.name}"
-    in_domain = found.metrics.get("settings", {}).get("in_domain", [])
-    return name, found.predictions, [n for n in in_domain if isinstance(n, str)]
+    return name, found.predictions, found.metrics
+
+
+def in_domain_of(*evaluations: Evaluation) -> list[str]:
+    """Names of the data sets that any of them averages as ``in_domain``."""
+    names = {n for e in evaluations for n in e.get("settings", {}).get("in_domain", [])}
+    return sorted(n for n in names if isinstance(n, str))
+
+
+def scoring_of(*evaluations: Evaluation) -> tuple[str, int]:
+    """(rule for format failures, bootstrap samples) that evaluations were scored with.
+
+    A comparison that takes them prints the intervals that stand in ``metrics.json``. The larger
+    number of samples, where they differ.
+
+    Raises:
+        ValueError: they were scored with different rules.
+    """
+    settings = [e.get("settings", {}) for e in evaluations]
+    rules = sorted({str(s.get("format_failures", "wrong")) for s in settings})
+    if len(rules) > 1:
+        raise ValueError(
+            f"the runs were scored with format_failures {' and '.join(rules)}; choose one for both "
+            "with --format_failures"
+        )
+    return rules[0], max(s.get("bootstrap_samples", 2000) for s in settings)
 
 
 class Comparison(TypedDict):

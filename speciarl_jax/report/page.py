@@ -15,7 +15,7 @@ from pathlib import Path
 
 from speciarl_jax.judge.offline.name_trees import read_any
 from speciarl_jax.report import charts, sections
-from speciarl_jax.report.compare import compare
+from speciarl_jax.report.compare import compare, in_domain_of, scoring_of
 from speciarl_jax.report.cost import cost_section
 from speciarl_jax.report.gallery import Gallery, build_gallery
 from speciarl_jax.report.html import Markup, el, join
@@ -46,14 +46,15 @@ class ReportOptions:
         taxonomy: tree of names for the confusion by level; None leaves it out.
         max_rollouts: rows in the gallery at most.
         max_mb: size of the page at most, in 1e6 bytes.
-        bootstrap_samples: resamples behind paired differences.
+        bootstrap_samples: resamples behind paired differences; 0 takes those of the first run's
+            ``metrics.json``, so that both have the same intervals.
     """
 
     title: str = "SpeciaRL run"
     taxonomy: Path | None = None
     max_rollouts: int = 20_000
     max_mb: float = 25.0
-    bootstrap_samples: int = 2000
+    bootstrap_samples: int = 0
 
 
 def build_page(runs: Sequence[Run], options: ReportOptions) -> str:
@@ -194,6 +195,9 @@ def _differences(runs: Sequence[Run], options: ReportOptions) -> Markup:
         if first is not None and run.final is not None:
             names = (f"{runs[0].name} · {first.name}", f"{run.name} · {run.final.name}")
             pairs.append((*names, first.predictions, run.final.predictions))
+    scored = [run.final.metrics for run in runs if run.final is not None][:1]
+    rule, own_samples = scoring_of(*scored) if scored else ("wrong", 0)
+    samples = options.bootstrap_samples or own_samples
     tables = []
     for a, b, rows_a, rows_b in pairs:
         if not {(p.dataset, p.prompt_id) for p in rows_a} & {
@@ -201,17 +205,9 @@ def _differences(runs: Sequence[Run], options: ReportOptions) -> Markup:
         }:
             tables.append(el("p", f"{a} and {b} have no image in common."))
             continue
-        compared = compare(
-            rows_a, rows_b, _in_domain(runs[0]), bootstrap_samples=options.bootstrap_samples
-        )
+        compared = compare(rows_a, rows_b, in_domain_of(*scored), rule, samples)
         tables.append(sections.comparison((a, b), compared))
     return join(*tables)
-
-
-def _in_domain(run: Run) -> list[str]:
-    stage = run.final
-    names = stage.metrics.get("settings", {}).get("in_domain", []) if stage else []
-    return [n for n in names if isinstance(n, str)]
 
 
 def _plane(runs: Sequence[Run]) -> Markup | None:

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -20,7 +21,10 @@ from PIL import Image
 from rich.console import Console
 
 from speciarl_jax.cli import report
+from speciarl_jax.config.schema import Config
+from speciarl_jax.evaluate import write_scores
 from speciarl_jax.judge.offline.name_trees import Node
+from speciarl_jax.monitor.console import change_table
 from speciarl_jax.report import html, sections, thumbnails
 from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
 from speciarl_jax.report.gallery import build_gallery
@@ -28,7 +32,12 @@ from speciarl_jax.report.levels import NameTree
 from speciarl_jax.report.load import load_run, load_runs, read_series
 from speciarl_jax.report.page import ReportOptions, build_page
 from speciarl_jax.report.plots import plot_training
-from speciarl_jax.report.tables import comparison_table, format_value, metrics_table
+from speciarl_jax.report.tables import (
+    comparison_table,
+    format_estimate,
+    format_value,
+    metrics_table,
+)
 from speciarl_jax.scoring.metrics import metrics_json
 from speciarl_jax.scoring.predictions import Prediction, read_predictions, write_predictions
 from speciarl_jax.scoring.text_metrics import score_text
@@ -391,6 +400,52 @@ def test_compare_verb(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "evaluation,data_set,n,correctness" in table.read_text()
     assert call("compare", *pair) == 0
     assert "run/trained against run/base" in capsys.readouterr().out
+
+
+def test_a_run_has_the_same_intervals_wherever_they_are_printed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the run's seed: closing table, metrics.json, `compare` and the page."""
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    config = Config(seed=7)
+    config.data.in_domain = ("field_guide_birds",)
+    config.eval.bootstrap_samples = 300
+    config.eval.format_failures = "separate"
+    for stage in ("base", "trained"):
+        folder = workdir / "eval" / stage
+        write_scores(config, folder / "predictions.jsonl", folder)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(change_table(workdir, config))
+    pair = (str(workdir / "eval" / "base"), str(workdir))
+    assert call("compare", *pair) == 0
+    intervals = re.compile(r"\[[-+.0-9]+,[-+.0-9]+\]")
+    closing = intervals.findall(console.export_text())
+    assert closing == intervals.findall(capsys.readouterr().out)
+    assert len(closing) >= 3 * 4
+    assert call("compare", *pair, "--json") == 0
+    compared = json.loads(capsys.readouterr().out)
+    loaded = load_run(workdir)
+    for side, stage in (("a", "base"), ("b", "trained")):
+        assert compared[side] == loaded.stage(stage).metrics
+    page = build_page([loaded], ReportOptions())
+    shown = compared["differences"]["mean all"]["specificity"]
+    assert format_estimate(shown, is_signed=True).split(" ", 1)[1] in page
+    assert call("compare", *pair, "--seed=1", "--json") == 0
+    other = json.loads(capsys.readouterr().out)["differences"]["mean all"]["specificity"]
+    assert other["low"] != shown["low"]
+
+
+def test_runs_scored_by_different_rules_need_one(run: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "other"
+    shutil.copytree(run, workdir)
+    config = Config()
+    config.eval.format_failures = "drop"
+    folder = workdir / "eval" / "trained"
+    write_scores(config, folder / "predictions.jsonl", folder)
+    with pytest.raises(ValueError, match="scored with format_failures drop and wrong; choose"):
+        call("compare", str(run), str(workdir))
+    assert call("compare", str(run), str(workdir), "--format_failures=drop", "--json") == 0
 
 
 def test_no_jax_here() -> None:
