@@ -16,10 +16,11 @@ from speciarl_jax.report.compare import (
     headline_latex,
     in_domain_of,
     load_evaluation,
+    over_seeds,
     scoring_of,
 )
 from speciarl_jax.report.load import Run, load_runs
-from speciarl_jax.report.tables import comparison_table
+from speciarl_jax.report.tables import comparison_table, seeds_table
 from speciarl_jax.scoring.bootstrap import FORMAT_RULES
 from speciarl_jax.scoring.results import Evaluation
 
@@ -39,9 +40,15 @@ def register(subparsers: Verbs) -> None:
     _add_exports(report)
     report.set_defaults(handler=run_report)
 
-    pair = subparsers.add_parser("compare", help="two runs in the terminal, second minus first")
+    pair = subparsers.add_parser(
+        "compare", help="two runs in the terminal, second minus first; or the seeds of one recipe"
+    )
     pair.add_argument("first", metavar="DIR", help="run, or one evaluation of it: RUN/eval/base")
     pair.add_argument("second", metavar="DIR", help="likewise")
+    pair.add_argument("others", nargs="*", metavar="DIR", help="more seeds, with --seeds")
+    pair.add_argument(
+        "--seeds", action="store_true", help="runs of one recipe: means over seeds, t intervals"
+    )
     pair.add_argument("--stage", default="", help="evaluation of both runs; trained if none")
     pair.add_argument(
         "--format_failures",
@@ -125,11 +132,19 @@ def _taxonomy(path: str, run: Run) -> Path | None:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """Prints values, differences and paired intervals.
+    """Prints values, differences and paired intervals; with ``--seeds`` means over all runs.
 
     Raises:
-        ValueError: a directory without an evaluation, or no common image.
+        ValueError: a directory without an evaluation, no common image, more than two runs without
+            ``--seeds``, or an option of the other kind of table with it.
     """
+    if args.seeds:
+        return _compare_seeds(args)
+    if args.others:
+        raise ValueError(
+            f"{len(args.others) + 2} directories: compare takes two; add --seeds for means over "
+            "runs that differ in their seed"
+        )
     name_a, rows_a, scored_a = load_evaluation(args.first, args.stage)
     name_b, rows_b, scored_b = load_evaluation(args.second, args.stage)
     rule, samples = args.format_failures, args.bootstrap_samples
@@ -151,4 +166,23 @@ def run_compare(args: argparse.Namespace) -> int:
     if compared["left_out"]:
         print(f"not compared, only one has them: {', '.join(compared['left_out'])}",
               file=sys.stderr)  # fmt: skip
+    return 0
+
+
+def _compare_seeds(args: argparse.Namespace) -> int:
+    """Means over the runs; all of them were scored by one rule."""
+    if args.format_failures or args.bootstrap_samples or args.seed:
+        raise ValueError(
+            "--seeds takes the values of each metrics.json and resamples nothing: leave out "
+            "--format_failures, --bootstrap_samples and --seed"
+        )
+    loaded = [load_evaluation(path, args.stage) for path in (args.first, args.second, *args.others)]
+    evaluations = {name: scored for name, _, scored in loaded}
+    scoring_of(*evaluations.values())
+    means = over_seeds([scored for _, _, scored in loaded])
+    _export(args, evaluations)
+    if args.json:
+        print(json.dumps({"names": [name for name, _, _ in loaded], "means": means}))
+    else:
+        make_console().print(seeds_table(means, f"mean over {len(loaded)} seeds"))
     return 0

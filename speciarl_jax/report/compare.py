@@ -13,7 +13,14 @@ from speciarl_jax.report.tables import format_estimate, format_value, metric_row
 from speciarl_jax.scoring.bootstrap import METRICS
 from speciarl_jax.scoring.metrics import by_dataset, metrics_json, paired_differences
 from speciarl_jax.scoring.predictions import Prediction
-from speciarl_jax.scoring.results import Difference, Evaluation, MainMetric, ScoringSettings
+from speciarl_jax.scoring.results import (
+    Difference,
+    Estimate,
+    Evaluation,
+    MainMetric,
+    ScoringSettings,
+)
+from speciarl_jax.scoring.seeds import mean_over_seeds
 
 MAIN: tuple[MainMetric, ...] = ("specificity", "correctness", "hm")
 
@@ -127,6 +134,23 @@ def compare(
         )
     left_out = sorted((set(by_a) | set(by_b)) - set(common))
     return {"a": metrics_a, "b": metrics_b, "differences": differences, "left_out": left_out}
+
+
+def over_seeds(evaluations: Sequence[Evaluation]) -> dict[str, dict[MainMetric, Estimate]]:
+    """Means with t intervals over runs that differ in their seed, see `mean_over_seeds`.
+
+    Args:
+        evaluations: content of each run's ``metrics.json``.
+
+    Returns:
+        By data set or ``mean <average>``, those that every run has, then by metric.
+    """
+    tables = [{name: scores for name, scores, _ in metric_rows(e)} for e in evaluations]
+    return {
+        name: {m: mean_over_seeds([table[name][m]["value"] for table in tables]) for m in MAIN}
+        for name in tables[0]
+        if all(name in table for table in tables)
+    }
 
 
 def headline_csv(evaluations: Mapping[str, Evaluation]) -> str:

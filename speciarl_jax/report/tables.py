@@ -9,6 +9,7 @@ from rich.table import Table
 
 from speciarl_jax.scoring.results import (
     Difference,
+    Estimate,
     Evaluation,
     MainMetric,
     Metric,
@@ -119,6 +120,33 @@ def text_table(text: TextMetrics, title: str) -> Table:
     return table
 
 
+def seeds_table(means: Mapping[str, Mapping[MainMetric, Estimate]], title: str) -> Table:
+    """One line per data set and average: means over seeds with their t intervals.
+
+    Args:
+        means: as `compare.over_seeds` returns them.
+        title: above the table.
+    """
+    table = _open_table(title, "[ ]: 95 %, Student's t over seeds")
+    for heading in ("data set", *(COLUMNS[m] for m in _MAIN)):
+        table.add_column(heading, justify="left" if heading == "data set" else "right")
+    for name, estimates in means.items():
+        table.add_row(name, *(_wrappable(estimates[m]) for m in _MAIN))
+    return table
+
+
+def _open_table(title: str, caption: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.HORIZONTALS,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+
+
 def comparison_table(
     base: Evaluation,
     trained: Evaluation,
@@ -139,15 +167,10 @@ def comparison_table(
         differences: by data set or ``mean <average>``, as `scoring.paired_differences` returns
             them; a difference whose interval excludes 0 is coloured. None prints plain differences.
     """
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption="[ ]: 95 %, paired; of correctness Tango's score interval where 'changed' has a "
-        "number, else and of the others bootstrap over images",
-        caption_justify="left",
-        box=box.HORIZONTALS,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+    table = _open_table(
+        title,
+        "[ ]: 95 %, paired; of correctness Tango's score interval where 'changed' has a number, "
+        "else and of the others bootstrap over images",
     )
     for heading in ("data set", "metric"):
         table.add_column(heading, no_wrap=True)

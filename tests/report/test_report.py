@@ -436,6 +436,32 @@ def test_a_run_has_the_same_intervals_wherever_they_are_printed(
     assert other["low"] != shown["low"]
 
 
+def test_compare_verb_over_seeds(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three evaluations as three seeds: the t interval of their means, by hand for one cell."""
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    shutil.copytree(workdir / "eval" / "base", workdir / "eval" / "again")
+    dirs = [str(workdir / "eval" / name) for name in ("base", "trained", "again")]
+    assert call("compare", *dirs, "--seeds", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    values = [load_evaluation(d)[2]["averages"]["all"]["hm"]["value"] for d in dirs]
+    # Of x, y, x the deviation is |y - x| / sqrt(3); t with 2 degrees of freedom is 4.302653.
+    half = 4.302653 * abs(values[1] - values[0]) / 3
+    found = answer["means"]["mean all"]["hm"]
+    assert found["value"] == pytest.approx(sum(values) / 3)
+    assert found["high"] - found["value"] == pytest.approx(half, rel=1e-6)
+    assert call("compare", *dirs, "--seeds") == 0
+    text = capsys.readouterr().out
+    assert "mean over 3 seeds" in text
+    assert format_value(found["value"]) in text
+    with pytest.raises(ValueError, match="3 directories: compare takes two; add --seeds"):
+        call("compare", *dirs)
+    with pytest.raises(ValueError, match="--seeds takes the values of each"):
+        call("compare", *dirs, "--seeds", "--seed=1")
+
+
 def test_runs_scored_by_different_rules_need_one(run: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "other"
     shutil.copytree(run, workdir)
