@@ -152,7 +152,7 @@ def step_statistics(updates: Sequence[Mapping[str, AnyArray | float]]) -> dict[s
         The `TOKEN_MEANS` that are there as means over the trained tokens of all updates, nan
         without any token; everything else as a mean over the updates.
     """
-    tokens = np.sum([update["tokens"] for update in updates], dtype=np.float64)
+    tokens = sum(float(update["tokens"]) for update in updates)
     statistics = {}
     for name in [name for name in updates[0] if name != "tokens"]:
         values = np.array([update[name] for update in updates], np.float64)
