@@ -292,6 +292,15 @@ def test_terminal_tables(run: Path) -> None:
     assert "mean out_of_domain" in text
     value = compared["differences"]["mean all"]["hm"]["value"]
     assert format_value(value, is_signed=True) in text
+    # How many images changed, where each has one answer with a label on either side.
+    counts = {d["discordant"]: d["n_images"] for d in compared["differences"].values()}
+    assert any(count is not None for count in counts)
+    for count, images in counts.items():
+        assert (f" {count}/{images}" if count is not None else "—") in text
+    changed = re.search(
+        r">changed</th>.*?</table>", sections.comparison(("a", "b"), compared), re.S
+    )
+    assert all(f"<td>{'—' if c is None else c}</td>" in changed[0] for c in counts)
     # The paired difference is the difference of the two means.
     both = [compared[k]["averages"]["all"]["hm"]["value"] for k in "ab"]
     assert value == pytest.approx(both[1] - both[0])
