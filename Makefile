@@ -9,7 +9,7 @@ RUN = runs/$(subst =,-,$(subst $(comma),_,$(subst :,_,$(basename $(notdir $(firs
 comma := ,
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill witness tiny
+.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill trajectory witness tiny
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -82,6 +82,10 @@ drill: setup-dev
 	$(BIN)/python -m tests.drills.fault_server --faults=each --timeout_s=2
 	$(BIN)/python -m tests.drills.outage
 	$(BIN)/python -m tests.drills.kill
+
+# Our trainer against one written on torch, update by update (about eight minutes).
+trajectory: setup-dev
+	$(BIN)/python -m tests.drills.trajectory $(ARGS)
 
 # Proves that a refactor changed no number: this tree against a commit, bit for bit (about 15
 # minutes; BASE's results are kept in .witness/). `make witness BASE=COMMIT ARGS=--smoke`

@@ -76,6 +76,7 @@ setup(
             "judge/data/*",
             "plan/*.json",
             "convert/tiny_policy/*",
+            "convert/tiny_template/*",
             "report/static/*",
         ],
     },

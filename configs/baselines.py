@@ -21,9 +21,6 @@ official training images: with the CoOp split set --config.data.source=flowers:c
 --config.data.num_train=3000 and --config.train.num_steps=165.
 """
 
-import pathlib
-import runpy
-
 from speciarl_jax import config as schema
 from speciarl_jax.config import recipes
 
@@ -78,9 +75,8 @@ def get_config(arg=None):
 
 def _base(name, values):
     """The recipe `name` of this folder with the row's reward and group size."""
-    recipe = runpy.run_path(str(pathlib.Path(__file__).with_name(name)))
     reward = REWARDS.get(values["row"], "dynamic")
-    return recipe["get_config"](f"reward={reward},n={values['n']}")
+    return recipes.neighbour(__file__, name, f"reward={reward},n={values['n']}")
 
 
 def _tiny(values):

@@ -10,14 +10,12 @@ As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replic
 of a host. Images above 504 x 504 px are scaled down (CUB's are smaller).
 """
 
-import pathlib
-import runpy
+from speciarl_jax.config import recipes
 
 
 def get_config(arg=None):
     """The recipe; `arg` as in `qwen2_5_vl_7b_cub.py`."""
-    recipe = runpy.run_path(str(pathlib.Path(__file__).with_name("qwen2_5_vl_7b_cub.py")))
-    config = recipe["get_config"](arg)
+    config = recipes.neighbour(__file__, "qwen2_5_vl_7b_cub.py", arg)
     config.name = "qwen2_5_vl_7b_v5e"
     config.mesh.auto, config.mesh.tensor = False, 4
     config.data.prompt_buckets, config.data.max_prompt_tokens = (512,), 512

@@ -10,14 +10,12 @@ host's part of the slice runs no collectives. Completions end at 1,792 tokens (2
 images above 504 x 504 px are scaled down (CUB's are smaller).
 """
 
-import pathlib
-import runpy
+from speciarl_jax.config import recipes
 
 
 def get_config(arg=None):
     """The recipe; `arg` as in `qwen2_5_vl_7b_cub.py`."""
-    recipe = runpy.run_path(str(pathlib.Path(__file__).with_name("qwen2_5_vl_7b_cub.py")))
-    config = recipe["get_config"](arg)
+    config = recipes.neighbour(__file__, "qwen2_5_vl_7b_cub.py", arg)
     config.name = "qwen2_5_vl_7b_v6e"
     config.mesh.auto, config.mesh.tensor = False, 1
     config.data.prompt_buckets, config.data.max_prompt_tokens = (512,), 512

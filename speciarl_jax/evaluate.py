@@ -17,7 +17,7 @@ from rich.console import Console
 from speciarl_jax.config.schema import Config
 from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.loader import PromptLoader
-from speciarl_jax.data.recipe import make_loader, open_eval_source
+from speciarl_jax.data.recipe import open_eval_source
 from speciarl_jax.devices import processes
 from speciarl_jax.devices.mesh import num_replicas
 from speciarl_jax.files import read_json, write_whole
@@ -32,7 +32,7 @@ from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.run.restore import STEP_PREFIX, open_checkpoint
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.storage import RunDir
-from speciarl_jax.scoring.bootstrap import MAIN_METRICS
+from speciarl_jax.scoring.bootstrap import MAIN_METRICS, ScoringRule
 from speciarl_jax.scoring.metrics import metrics_json
 from speciarl_jax.scoring.predictions import (
     Prediction,
@@ -115,7 +115,7 @@ def evaluate(
                 _append(path, rows)
                 seen += sum(processes.gather_json(len(keys)))
                 at(seen)
-    scores = write_scores(config, path, out_dir) if processes.is_first() else None
+    scores = write_scores(config, out_dir) if processes.is_first() else None
     return cast(Evaluation, processes.from_first(scores))  # the first process has them
 
 
@@ -126,7 +126,7 @@ def _finished_images(path: pathlib.Path, samples: int, judge: JudgeThread) -> li
     cut_half_line(path)
     cut_half_images(path, samples)
     retry_failed(path, judge)
-    return sorted({(row.dataset, row.prompt_id) for row in read_predictions(path)})
+    return sorted({row.image_key for row in read_predictions(path)})
 
 
 def _append(path: pathlib.Path, rows: list[Prediction]) -> None:
@@ -196,7 +196,7 @@ def _open_loader(session: Session, name: str, console: Console) -> PromptLoader:
     config = session.config
     source = open_eval_source(config.data, name)
     size = min(config.eval.prompts_per_batch, len(source))
-    loader = make_loader(
+    loader = PromptLoader(
         config.data,
         source,
         session.builder,
@@ -277,15 +277,15 @@ def cut_half_images(path: pathlib.Path, samples: int) -> int:
     They are drawn again, and come out the same. Returns how many rows were removed.
     """
     rows = read_predictions(path)
-    counts = collections.Counter((row.dataset, row.prompt_id) for row in rows)
-    kept = [row for row in rows if counts[row.dataset, row.prompt_id] >= samples]
+    counts = collections.Counter(row.image_key for row in rows)
+    kept = [row for row in rows if counts[row.image_key] >= samples]
     if len(kept) < len(rows):
         write_predictions(path, kept)
     return len(rows) - len(kept)
 
 
-def retry_failed(path: pathlib.Path, judge: JudgeThread) -> int:
-    """Asks again for rows without a label; new rows replace the old. Returns how many."""
+def retry_failed(path: pathlib.Path, judge: JudgeThread) -> None:
+    """Asks again for rows without a label; new rows replace the old."""
     failed = [row for row in read_predictions(path) if row.is_judge_failure]
     outcomes = judge.label([Pair(row.ground_truth, row.prediction or "") for row in failed])
     labelled = [
@@ -295,29 +295,20 @@ def retry_failed(path: pathlib.Path, judge: JudgeThread) -> int:
     ]
     if labelled:
         append_predictions(path, labelled)
-    return len(failed)
 
 
 def write_scores(
-    config: Config, path: pathlib.Path, out_dir: pathlib.Path, text: TextMetrics | None = None
+    config: Config, folder: pathlib.Path, text: TextMetrics | None = None
 ) -> Evaluation:
-    """Scores a predictions file and writes ``metrics.json`` beside it.
-
-    Args:
-        config: how to average and resample.
-        path: the predictions.
-        out_dir: gets ``metrics.json``.
-        text: text metrics to go with the others, see `text_metrics.score_text`.
-    """
+    """Scores a folder's ``predictions.jsonl`` into its ``metrics.json``, beside `text` if given."""
     metrics = metrics_json(
-        read_predictions(path),
-        in_domain=config.data.in_domain,
-        format_failures=config.eval.format_failures,
-        bootstrap_samples=config.eval.bootstrap_samples,
+        read_predictions(folder / "predictions.jsonl"),
+        config.data.in_domain,
+        ScoringRule(config.eval.format_failures, config.eval.bootstrap_samples),
     )
     if text is not None:
         metrics["text"] = text
-    write_whole(out_dir / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     return metrics
 
 
@@ -343,7 +334,7 @@ def score_file(
     if not (copy.exists() and copy.samefile(source)):
         write_whole(copy, source.read_bytes())
     retry_failed(copy, judge)
-    return write_scores(config, copy, out_dir), out_dir
+    return write_scores(config, out_dir), out_dir
 
 
 def score_checkpoint(
@@ -358,7 +349,7 @@ def score_checkpoint(
 
     Args:
         config: recipe; its data and eval sections decide what is sampled.
-        judge: opened.
+        judge: labels the answers.
         run_dir: where scores go, and whose checkpoints are meant.
         checkpoint: see `run.restore.open_checkpoint`.
         samples: answers per image; 0 takes ``eval.samples``.

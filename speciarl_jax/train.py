@@ -62,12 +62,7 @@ _ETA_STEPS = 20
 
 @dataclasses.dataclass
 class Run:
-    """The open parts of a run.
-
-    Attributes:
-        writer: None in all processes but the first.
-        run_dir: `workdir`, perhaps with an address that it is copied to.
-    """
+    """The open parts of a run; `writer` is None in all processes but the first."""
 
     config: Config
     run_dir: RunDir
@@ -145,11 +140,7 @@ def open_run(
 ) -> Iterator[tuple[Run, TrainState]]:
     """Opens what a run needs and restores where it stood; closes it all in the end.
 
-    Args:
-        session: model, tokenizer, prompts.
-        run_dir: claimed for this run.
-        profile: (first, last) step to trace, or None.
-        resume: take the newest checkpoint there.
+    With `resume` that is the newest checkpoint in `run_dir`, which is claimed for this run.
 
     Raises:
         ValueError: no usable checkpoint or data.
@@ -161,6 +152,7 @@ def open_run(
     with contextlib.ExitStack() as stack:
         loader = stack.enter_context(contextlib.closing(open_train_loader(session)))
         checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(config, run_dir)))
+        # The state: that of a fresh run, or what the newest checkpoint holds.
         state = initial_state(session, optimizer, loader.get_state())
         if resume and checkpoints.steps():
             state, skipped = checkpoints.restore(state)
@@ -170,6 +162,7 @@ def open_run(
         report_start(console, session, loader, state)
         if config.rollout.warm_up:
             warm_up_rollouts(console, session, state)
+        # The judge, or one for training and another for scores.
         sampled = state.step + (state.rollouts is not None)  # labels of these steps are known
         place = (jax.process_index(), jax.process_count())
         judge = stack.enter_context(open_judge(config.judge, workdir, sampled, *place))
@@ -178,6 +171,7 @@ def open_run(
             eval_judge = stack.enter_context(
                 open_judge(config.eval.judge, workdir, state.step, *place)
             )
+        # What only watches; metrics are written by the first process alone.
         writer = None
         if processes.is_first():
             writer = MetricsWriter(workdir, state.step or -1, open_wandb(config, workdir))
@@ -227,6 +221,7 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
                     run.checkpoints.wait()
                 raise
             waited = run.loader.wait_s - waited
+            # The state is that of the next step from here on; what follows looks back on this one.
             state, ahead, row = result.state, result.ahead, result.metrics
             row |= {"time/data_s": waited, "time/data_frac": waited / (waited + row["time/step_s"])}
             state.data = run.loader.get_state()
@@ -241,6 +236,7 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
             traced = run.profile.after(state.step)
             if traced:
                 run.console.print(f"trace of the steps in {traced}", markup=False)
+            # Saved when it is time to, and before all processes leave together.
             is_stopped = processes.any_process(stop.is_set)
             if is_last or is_stopped or state.step % train.save_every == 0:
                 save(run, state, ahead, row.get("eval/all/hm"))
@@ -254,13 +250,9 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
 def show_step(
     run: Run, row: dict[str, float], rollouts: RolloutBatch | None, seconds: list[float]
 ) -> None:
-    """A finished step on the screen and in the run's folder.
+    """A finished step on the screen and in the run's folder; supervised ones have no rollouts.
 
-    Args:
-        run: the run.
-        row: its metrics.
-        rollouts: what it learned from; None after a supervised step.
-        seconds: of all steps so far; the median of the last ones gives the remaining time.
+    The median of the last `seconds` of the steps so far gives the remaining time.
     """
     step, train = int(row["step"]), run.config.train
     eta_s = statistics.median_high(seconds[-_ETA_STEPS:]) * (train.num_steps - step)
@@ -292,10 +284,7 @@ def make_poll(run: Run, step: int, stop: StopFlag) -> Callable[[], None]:
 
 
 def save(run: Run, state: TrainState, ahead: RolloutBatch | None, hm: float | None = None) -> None:
-    """Saves the state with the rollouts of the next step, if there are any.
-
-    It is written in the background, unless the run stops.
-    """
+    """Starts saving the state with the rollouts of the next step, if there are any."""
     start = time.perf_counter()
     pending = save_rollouts(run.session, ahead) if ahead else None
     run.checkpoints.save(dataclasses.replace(state, rollouts=pending), hm)
@@ -349,8 +338,7 @@ def score(run: Run, state: TrainState, name: str, samples: int = 0) -> Evaluatio
         console=run.console,
         prompt_step=state.step,
     )
-    seconds = time.perf_counter() - start
-    run.console.print(f"scored {name} in {seconds:.1f}s")
+    run.console.print(f"scored {name} in {time.perf_counter() - start:.1f}s")
     share(run)
     return metrics
 

@@ -8,7 +8,7 @@ algo.dynamic_sampling:  -> labels -> groups whose raw rewards differ are kept
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -19,12 +19,11 @@ from speciarl_jax.config.schema import Config
 from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.devices import processes
-from speciarl_jax.devices.layout import Params
 from speciarl_jax.errors import TrainingStopped
-from speciarl_jax.judge.runner import JudgeThread
 from speciarl_jax.learner import batches
 from speciarl_jax.objective.reward import dropped_groups
 from speciarl_jax.policy.flops import Counts, count_tokens
+from speciarl_jax.rollout.engine import RolloutStats
 from speciarl_jax.rollout.finished import FinishedRow
 from speciarl_jax.rollout.groups import (
     Groups,
@@ -32,6 +31,7 @@ from speciarl_jax.rollout.groups import (
     Pending,
     Poll,
     RolloutBatch,
+    SubmitsPairs,
     await_verdicts,
     collect_groups,
     no_poll,
@@ -40,38 +40,24 @@ from speciarl_jax.rollout.sampling import training_sampling
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.state import TrainState
 from speciarl_jax.timing import Clock, num_compiled
+from speciarl_jax.types import Metrics
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One generation batch and the work it took; programs that it had to wait for."""
+    """One generation batch, the work it took, and programs that its images had to wait for."""
 
     batch: PromptBatch
     image_embeds: Array
     groups: Groups
     pending: Pending
-    slot_steps: int
-    live_steps: int
-    recompilations: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sampler:
-    """What sampling for one step holds on to, and `poll`, called between chunks of decoding."""
-
-    session: Session
-    judge: JudgeThread
-    states: tuple[Params, ...]
-    policy_version: int
-    loader: PromptLoader
-    step: int
-    clock: Clock
-    poll: Poll
+    work: RolloutStats
+    compiled: int
 
 
 def gather_rollouts(
     session: Session,
-    judge: JudgeThread,
+    judge: SubmitsPairs,
     state: TrainState,
     loader: PromptLoader,
     step: int,
@@ -95,67 +81,64 @@ def gather_rollouts(
             too many answers without a label.
         JudgeError: the judge gave up.
     """
+    config, engine, start = session.config, session.engine, loader.get_state()
     states = session.local_states(state.trainable)
-    version = int(state.optim.num_updates)
-    sampler = _Sampler(session, judge, states, version, loader, step, clock, poll)
-    start = loader.get_state()
-    if session.config.algo.dynamic_sampling:
-        parts, rows, stats = _sample_until_full(sampler)
-        groups = [group for part in parts for group in part.groups]
-        groups = [groups[row] for row in rows]
+    version = int(state.optim.num_updates)  # read now: an overlapping update donates it
+
+    def sample() -> _Part:
+        """One generation batch; its labels are already on their way."""
+        batch = next(loader)
+        clock.lap("data")
+        compiled = num_compiled()
+        image_embeds = session.encode(states, batch)
+        compiled = num_compiled() - compiled
+        finished = engine.generate(
+            states,
+            batch,
+            image_embeds,
+            group_size=config.rollout.group_size,
+            sampling=training_sampling(config),
+            seed=config.seed,
+            step=step,
+        )
+        groups, pending = collect_groups(
+            _polling(finished, poll),
+            batch,
+            config.rollout.group_size,
+            session.vocabulary,
+            judge,
+            step=step,
+            policy_version=version,
+        )
+        clock.lap("rollout")
+        return _Part(batch, image_embeds, groups, pending, engine.stats, compiled)
+
+    if config.algo.dynamic_sampling:
+        parts, rows, stats = _sample_until_full(config, step, sample, clock, poll)
     else:
-        parts, rows, stats = [_sample_part(sampler)], None, {}
-        groups = parts[0].groups
+        parts, rows, stats = [sample()], None, {}
+    # The groups that are kept, in the order of their prompts, as one batch.
+    groups = [group for part in parts for group in part.groups]
     batch, image_embeds = join_prompts(session, [(p.batch, p.image_embeds) for p in parts], rows)
-    slot_steps = sum(part.slot_steps for part in parts)
-    live_steps = sum(part.live_steps for part in parts)
     return RolloutBatch(
         step=step,
         sampled_after=state.step,
         batch=batch,
         image_embeds=image_embeds,
-        groups=groups,
-        pending=[] if session.config.algo.dynamic_sampling else parts[0].pending,
+        groups=groups if rows is None else [groups[row] for row in rows],
+        pending=parts[0].pending if rows is None else [],
         origin=Origin(start, len(parts), rows),
-        stats={
-            "rollout/slot_utilization": live_steps / slot_steps,
-            "rollout/recompilations": float(sum(part.recompilations for part in parts)),
-            **stats,
-        },
+        stats=_decoding_metrics(parts) | stats,
         sampled=sum((count_batch(session, p.batch, p.groups) for p in parts), Counts()),
     )
 
 
-def _sample_part(sampler: _Sampler) -> _Part:
-    """One generation batch; its labels are already on their way."""
-    session, config = sampler.session, sampler.session.config
-    batch = next(sampler.loader)
-    sampler.clock.lap("data")
-    compiled = num_compiled()
-    image_embeds = session.encode(sampler.states, batch)
-    compiled = num_compiled() - compiled
-    finished: Iterable[list[FinishedRow]] = session.engine.generate(
-        sampler.states,
-        batch,
-        image_embeds,
-        group_size=config.rollout.group_size,
-        sampling=training_sampling(config),
-        seed=config.seed,
-        step=sampler.step,
-    )
-    groups, pending = collect_groups(
-        _polling(finished, sampler.poll),
-        batch,
-        config.rollout.group_size,
-        session.vocabulary,
-        sampler.judge,
-        step=sampler.step,
-        policy_version=sampler.policy_version,
-    )
-    sampler.clock.lap("rollout")
-    work = session.engine.stats
-    compiled += work.recompilations
-    return _Part(batch, image_embeds, groups, pending, work.slot_steps, work.live_steps, compiled)
+def _decoding_metrics(parts: list[_Part]) -> Metrics:
+    """How full the decode batches were, and how many programs had to be waited for."""
+    works = [part.work for part in parts]
+    used = sum(work.live_steps for work in works) / sum(work.slot_steps for work in works)
+    waited = sum(part.compiled + part.work.recompilations for part in parts)
+    return {"rollout/slot_utilization": used, "rollout/recompilations": float(waited)}
 
 
 def count_batch(session: Session, batch: PromptBatch, groups: Groups) -> Counts:
@@ -173,8 +156,8 @@ def _polling(finished: Iterable[list[FinishedRow]], poll: Poll) -> Iterator[list
 
 
 def _sample_until_full(
-    sampler: _Sampler,
-) -> tuple[list[_Part], np.ndarray, dict[str, float]]:
+    config: Config, step: int, sample: Callable[[], _Part], clock: Clock, poll: Poll
+) -> tuple[list[_Part], np.ndarray, Metrics]:
     """DAPO's dynamic sampling.
 
     Every process fills its own share, as a group stays where it was sampled, and all go on until
@@ -184,18 +167,17 @@ def _sample_until_full(
         (generation batches, rows [P] kept of them, metrics). Of more kept groups than needed the
         first in the order of the prompts are used and the rest is dropped.
     """
-    config, step = sampler.session.config, sampler.step
     needed = config.train.prompts_per_step // jax.process_count()
     parts: list[_Part] = []
     codes: list[np.ndarray] = []
     keep = np.zeros(0, bool)
-    while processes.any_process(keep.sum() < needed):
+    while processes.any_process(bool(keep.sum() < needed)):
         if len(parts) == config.algo.max_generation_batches:
             everywhere = processes.gather_prompts(keep)
             raise TrainingStopped(_too_few_lessons(config, step, codes, everywhere))
-        part = _sample_part(sampler)
-        await_verdicts(part.pending, sampler.poll)
-        sampler.clock.lap("judge")
+        part = sample()
+        await_verdicts(part.pending, poll)
+        clock.lap("judge")
         parts.append(part)
         own = label_codes(config, part.groups, part.batch.global_index, step)
         keep = np.concatenate([keep, has_lesson(config, own)])

@@ -50,13 +50,7 @@ from speciarl_jax.types import Metrics
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """Prompts and completions of a step, padded alike in all processes.
-
-    Attributes:
-        batch: P prompts of this process.
-        completions: their answers, P groups.
-        tree: both, as the learner's programs take them.
-    """
+    """Prompts of this process and their answers, padded alike in all; `tree` joins them."""
 
     batch: PromptBatch
     completions: Completions
@@ -106,14 +100,7 @@ def pad_alike(session: Session, rollouts: RolloutBatch) -> Sequences:
 def make_sequences(
     session: Session, batch: PromptBatch, embeds: Array | None, completions: Completions
 ) -> Sequences:
-    """Joins prompts and answers that are padded alike already.
-
-    Args:
-        session: model and recipe.
-        batch: P prompts.
-        embeds: [I*M, D] of the images; None if the tower is trained, which reads the patches.
-        completions: P groups.
-    """
+    """Joins prompts and answers padded alike; `embeds` [I*M, D] may be None if the tower trains."""
     table = None if session.config.model.train_vision else embeds
     return Sequences(batch, completions, batches.make_tree(batch, completions, table))
 
@@ -170,13 +157,7 @@ def start_update(
 ) -> Update:
     """Gives the device one optimiser update per mini-batch; does not wait for it.
 
-    Args:
-        session: model and recipe.
-        optimizer: of `state`.
-        state: its `trainable` and `optim` are donated.
-        sequences: all groups of the step.
-        credit: their advantages.
-        references: log-probs from before the first update.
+    `trainable` and `optim` of `state` are donated; `references` are from before the first update.
 
     Raises:
         TrainingStopped: too many labels are missing to learn from the rest.
@@ -265,7 +246,8 @@ def check_agreement(config: Config, metrics: Metrics, step: int) -> None:
     """
     name = "max" if config.model.compute_dtype == "float32" else "mean"
     gap = metrics[f"mismatch/logprob_{name}_abs"]
-    if step == 1 and gap > config.train.mismatch_gate:
+    is_within = gap <= config.train.mismatch_gate  # False for NaN
+    if step == 1 and not is_within:
         raise TrainingStopped(
             f"step 1: log-probs of sampler and trainer differ by {gap:.2e} ({name}), "
             f"train.mismatch_gate allows {config.train.mismatch_gate:.0e}; rewards would train "

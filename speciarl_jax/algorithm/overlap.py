@@ -53,14 +53,8 @@ def run_overlapped_step(
 ) -> StepResult:
     """One step on rollouts sampled during the last one, and the sampling for the next.
 
-    Args:
-        session: model and engine.
-        judge: labels answers in the background.
-        optimizer: of `state`.
-        state: after the last step.
-        loader: the next prompts.
+    Args as in `algorithm.step.run_step`, and:
         ahead: the rollouts of this step; None at the first, which samples its own.
-        poll: called between chunks of work until this step's update starts; may raise.
         is_last: no step follows, so nothing is sampled for it.
 
     Raises:
@@ -89,10 +83,12 @@ def run_overlapped_step(
             update = start_update(session, optimizer, writable, sequences, credit, references)
             learned.append(Learned(rollouts, sequences, credit, references, update))
 
+    # The next step's answers are sampled here; each poll may start this step's update.
     following = None
     if not is_last:
         following = gather_rollouts(session, judge, state, loader, step + 1, clock, learn_if_judged)
         sampled += following.sampled
+    # Labels slower than the sampling are waited for; then the update, if it has not been started.
     await_verdicts(rollouts.pending, no_poll if learned else poll)
     clock.lap("judge")
     learn_if_judged()

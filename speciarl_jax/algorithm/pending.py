@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypedDict, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,28 +16,7 @@ from speciarl_jax.policy.flops import Counts
 from speciarl_jax.rollout.groups import Origin, RolloutBatch, await_verdicts
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.state import SavedRollouts, TrainState
-from speciarl_jax.types import Category, Failure, FailureKind, JsonObject, Rollout, Verdict
-
-_ARRAY_FIELDS = ("completion_tokens", "rollout_logprobs")
-
-
-class _OriginRecord(TypedDict):
-    """`rollout.groups.Origin` as JSON."""
-
-    data: JsonObject
-    num_batches: int
-    rows: list[int] | None
-
-
-class _Record(TypedDict):
-    """`SavedRollouts.record`; of the rollouts all but their arrays."""
-
-    step: int
-    sampled_after: int
-    stats: dict[str, float]
-    origin: _OriginRecord
-    global_index: list[int]
-    groups: list[list[dict[str, Any]]]
+from speciarl_jax.types import Category, Failure, FailureKind, Rollout, Verdict
 
 
 def save_rollouts(session: Session, rollouts: RolloutBatch) -> SavedRollouts:
@@ -60,7 +39,7 @@ def save_rollouts(session: Session, rollouts: RolloutBatch) -> SavedRollouts:
         "lengths": processes.gather_prompts(arrays.lengths),
         "rollout_logprobs": processes.gather_prompts(arrays.rollout_logprobs),
     }
-    record: _Record = {
+    record = {
         "step": rollouts.step,
         "sampled_after": rollouts.sampled_after,
         "stats": processes.mean(rollouts.stats),
@@ -72,7 +51,7 @@ def save_rollouts(session: Session, rollouts: RolloutBatch) -> SavedRollouts:
         "global_index": processes.gather_prompts(rollouts.batch.global_index).tolist(),
         "groups": [group for part in processes.gather_json(groups) for group in part],
     }
-    return SavedRollouts(everywhere, cast(dict[str, Any], record))
+    return SavedRollouts(everywhere, record)
 
 
 def restore_rollouts(
@@ -83,23 +62,20 @@ def restore_rollouts(
     Raises:
         ValueError: the prompts read again are not those of the rollouts.
     """
-    record = cast(_Record, saved.record)
+    record, arrays = saved.record, saved.arrays
     rows = record["origin"]["rows"]
     if rows is not None and jax.process_count() > 1:
         raise ValueError(
             f"checkpoint of step {state.step}: its pending rollouts come from dynamic sampling in "
             "one process; resume with one process"
         )
-    origin = Origin(
-        record["origin"]["data"],
-        record["origin"]["num_batches"],
-        None if rows is None else np.asarray(rows, np.int64),
-    )
+    rows = None if rows is None else np.asarray(rows, np.int64)
+    origin = Origin(**record["origin"] | {"rows": rows})
     batch, image_embeds = read_again(session, state, loader, origin)
     place = {index: p for p, index in enumerate(record["global_index"])}
     where = [place.get(int(index), -1) for index in batch.global_index]
     groups = [
-        [_from_json(fields, saved.arrays, p, g) for g, fields in enumerate(record["groups"][p])]
+        [_from_json(fields, arrays, p, g) for g, fields in enumerate(record["groups"][p])]
         for p in where
         if p >= 0
     ]
@@ -123,13 +99,10 @@ def restore_rollouts(
 
 
 def _to_json(rollout: Rollout) -> dict[str, Any]:
-    names = [f.name for f in dataclasses.fields(Rollout) if f.name not in _ARRAY_FIELDS]
-    fields = {name: getattr(rollout, name) for name in names}
-    outcome = rollout.outcome
-    if isinstance(outcome, Verdict):
-        fields["outcome"] = {**dataclasses.asdict(outcome), "category": outcome.category.label}
-    elif isinstance(outcome, Failure):
-        fields["outcome"] = {"kind": outcome.kind.value, "message": outcome.message}
+    fields = dataclasses.asdict(rollout)
+    del fields["completion_tokens"], fields["rollout_logprobs"]
+    if isinstance(rollout.outcome, Verdict):
+        fields["outcome"]["category"] = rollout.outcome.category.label
     return fields
 
 

@@ -67,7 +67,7 @@ def run_step(
         session: model and engine.
         judge: labels answers in the background.
         optimizer: of `state`.
-        state: after the last step.
+        state: after the last step; its `trainable` and `optim` are donated.
         loader: the next prompts.
         poll: called between chunks of work until the update starts; may raise.
 
@@ -86,6 +86,7 @@ def run_step(
     # Labels -> bar -> rewards -> advantages, on the host.
     lengths, index = sequences.completions.lengths, rollouts.batch.global_index
     credit = give_credit(config, rollouts.groups, lengths, index, step)
+    # One optimiser update per mini-batch; what is left is to wait for the device and to report.
     update = start_update(session, optimizer, state, sequences, credit, references)
     state, metrics = finish_update(config, state, update)
     clock.lap("update")

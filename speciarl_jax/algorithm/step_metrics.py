@@ -47,18 +47,41 @@ class Learned:
 
 
 def learning_metrics(config: Config, learned: Learned) -> Metrics:
-    """Agreement of the log-probs and importance weights."""
-    completions = learned.sequences.completions
-    return {
-        **mismatch_metrics(config, learned.update, completions),
-        **importance_metrics(config, learned.references, completions),
+    """How far sampler and trainer are apart on the tokens of the first mini-batch.
+
+    With ``train.async_steps=1`` the parameters differ by a step too, from step two on. Under
+    ``algo.importance_cap`` also the mean of the truncated weights and the share held at the cap.
+    """
+    completions, rows = learned.sequences.completions, mini_batches(config)[0]
+    is_token = np.arange(completions.completion_tokens.shape[2]) < completions.lengths[..., None]
+    trainer = np.asarray(jax.device_get(learned.update.logprobs))
+    gaps = _token_values(np.abs(trainer - completions.rollout_logprobs[rows]), is_token[rows])
+    metrics = {
+        "mismatch/logprob_max_abs": float(gaps.max(initial=0.0)),
+        "mismatch/logprob_mean_abs": float(gaps.mean()) if gaps.size else 0.0,
+        "mismatch/logprob_p99_abs": float(np.quantile(gaps, 0.99)) if gaps.size else 0.0,
     }
+    if cap := config.algo.importance_cap:
+        gaps = np.asarray(learned.references.old) - completions.rollout_logprobs
+        gaps = _token_values(gaps, is_token).astype(np.float64)
+        ratios = np.exp(np.clip(gaps, -20, 20))
+        metrics["policy/importance_mean"] = float(np.minimum(ratios, cap).mean())
+        metrics["policy/importance_capped_frac"] = float(np.mean(ratios > cap))
+    return metrics
+
+
+def _token_values(values: np.ndarray, is_token: np.ndarray) -> np.ndarray:
+    """The values at tokens, of all processes."""
+    found: np.ndarray = processes.gather_prompts(values)[processes.gather_prompts(is_token)]
+    return found
 
 
 def step_metrics(
     session: Session, judge: Metrics, learned: Learned, laps: Metrics, sampled: Counts
 ) -> Metrics:
     """Rewards, answers, times and rates of a finished step.
+
+    ``judge/wait_frac`` is the share of the step in which nothing but the judge kept it waiting.
 
     Args:
         session: model and recipe.
@@ -67,11 +90,16 @@ def step_metrics(
         laps: of its `Clock`.
         sampled: what was sampled within the step, for this step or the next.
     """
-    completions = learned.sequences.completions
+    completions, seconds = learned.sequences.completions, laps["time/step_s"]
+    rate = float(processes.gather(completions.lengths).sum()) / seconds
     return {
         **rollout_metrics(session.config, learned.rollouts, completions, learned.credit),
-        **time_metrics(laps, completions, judge, session.mesh.size),
-        **throughput_metrics(session, learned, sampled, laps["time/step_s"]),
+        **laps,
+        "judge/wait_frac": laps["time/judge_s"] / seconds,
+        "throughput/tokens_per_s": rate,
+        "throughput/tokens_per_s_per_chip": rate / session.mesh.size,
+        **judge,
+        **throughput_metrics(session, learned, sampled, seconds),
     }
 
 
@@ -107,77 +135,12 @@ def rollout_metrics(
     }
 
 
-def importance_metrics(config: Config, references: References, completions: Completions) -> Metrics:
-    """Mean of the truncated importance weights, and the share of tokens held at the cap."""
-    cap = config.algo.importance_cap
-    if not cap:
-        return {}
-    gaps = _token_values(
-        np.asarray(references.old) - completions.rollout_logprobs, _is_token(completions)
-    )
-    ratios = np.exp(np.clip(gaps.astype(np.float64), -20, 20))
-    return {
-        "policy/importance_mean": float(np.minimum(ratios, cap).mean()),
-        "policy/importance_capped_frac": float(np.mean(ratios > cap)),
-    }
-
-
-def mismatch_metrics(config: Config, update: Update, completions: Completions) -> Metrics:
-    """How far sampler and trainer are apart on the tokens of the first mini-batch.
-
-    With ``train.async_steps=1`` the parameters differ by a step too, from step two on.
-    """
-    rows = mini_batches(config)[0]
-    trainer = np.asarray(jax.device_get(update.logprobs))
-    gaps = np.abs(trainer - completions.rollout_logprobs[rows])
-    gaps = _token_values(gaps, _is_token(completions)[rows])
-    return {
-        "mismatch/logprob_max_abs": float(gaps.max(initial=0.0)),
-        "mismatch/logprob_mean_abs": float(gaps.mean()) if gaps.size else 0.0,
-        "mismatch/logprob_p99_abs": float(np.quantile(gaps, 0.99)) if gaps.size else 0.0,
-    }
-
-
-def _token_values(values: np.ndarray, is_token: np.ndarray) -> np.ndarray:
-    """The values at tokens, of all processes."""
-    found: np.ndarray = processes.gather_prompts(values)[processes.gather_prompts(is_token)]
-    return found
-
-
-def _is_token(completions: Completions) -> np.ndarray:
-    return np.arange(completions.completion_tokens.shape[2]) < completions.lengths[..., None]
-
-
-def time_metrics(
-    laps: Metrics, completions: Completions, judge: Metrics, num_devices: int
-) -> Metrics:
-    """Rates of a step from its `Clock`, and the judge's running totals.
-
-    ``judge/wait_frac`` is the share of the step in which nothing but the judge kept it waiting.
-    """
-    total = laps["time/step_s"]
-    rate = float(processes.gather(completions.lengths).sum()) / total
-    return {
-        **laps,
-        "judge/wait_frac": laps["time/judge_s"] / total,
-        "throughput/tokens_per_s": rate,
-        "throughput/tokens_per_s_per_chip": rate / num_devices,
-        **judge,
-    }
-
-
 def throughput_metrics(
     session: Session, learned: Learned, sampled: Counts, seconds: float
 ) -> Metrics:
-    """Model FLOP/s per device, their share of its peak where that is known, and padding.
-
-    Args:
-        session: architecture and recipe.
-        learned: what was learned from.
-        sampled: what was sampled within the step.
-        seconds: of the step.
-    """
-    training = training_of(session)
+    """Model FLOP/s per device, their share of its peak where that is known, and padding."""
+    adapter = nnx.filter_state(session.parts.trainable, LoRAParam)
+    training = flops.Training.of(session.config, count_parameters(adapter))
     rollouts = learned.rollouts
     counts = count_batch(session, rollouts.batch, rollouts.groups)
     parts = {
@@ -194,12 +157,6 @@ def throughput_metrics(
     if peak is not None:
         metrics["throughput/mfu"] = rate / peak
     return metrics
-
-
-def training_of(session: Session) -> flops.Training:
-    """What a step of this run computes, for `flops`."""
-    adapter = nnx.filter_state(session.parts.trainable, LoRAParam)
-    return flops.Training.of(session.config, count_parameters(adapter))
 
 
 def _padding_frac(session: Session, sequences: Sequences) -> float:

@@ -10,28 +10,27 @@ import pathlib
 import re
 import sys
 from collections.abc import Mapping
-from typing import TypedDict
 
 from speciarl_jax.cli.flags import Verbs
 from speciarl_jax.data.sources.catalog import (
-    BENCHMARK_SPLITS,
     FIELD_GUIDE_DOMAINS,
     list_sources,
     open_source,
     resolve_data_dir,
 )
+from speciarl_jax.data.sources.releases import BENCHMARKS
 from speciarl_jax.data.sources.selection import Selection, labels_of, open_selected
 from speciarl_jax.types import Example
 
 _SPLITS = ("train", "validation", "test")
+_STATS_LINE = (
+    "{images} images, {classes} classes ({smallest_class} to {largest_class} images each), median "
+    "{median_width_px} x {median_height_px} px, {unreadable} of {measured} unreadable"
+)
 
 
 def register(subparsers: Verbs) -> None:
-    """Adds the verb `data` and its own verbs; each sets `handler`, a function args -> exit code.
-
-    Handlers raise ValueError for everything the user can repair; the command line turns it into
-    one line.
-    """
+    """Adds the verb `data` and its own verbs; each sets `handler`, a function args -> exit code."""
     data = subparsers.add_parser("data", help="list, build and look at data sources")
     verbs = data.add_subparsers(dest="data_verb", required=True)
     listing = verbs.add_parser("list", help="all sources, and whether they are built")
@@ -93,7 +92,7 @@ def run_build(args: argparse.Namespace) -> int:
         ValueError: unknown name, or the builder refuses its input.
     """
     root = resolve_data_dir(args.data_dir)
-    if args.name in BENCHMARK_SPLITS:
+    if args.name in BENCHMARKS:
         from speciarl_jax.data.sources import benchmarks
 
         benchmarks.build(args.name, root, args.archive, args.allow_partial)
@@ -101,7 +100,7 @@ def run_build(args: argparse.Namespace) -> int:
     elif args.name.partition(":")[0] in ("field_guide", *_expand("field_guide")):
         names = _expand(args.name)
     else:
-        known = ", ".join([*BENCHMARK_SPLITS, *_expand("field_guide"), "field_guide"])
+        known = ", ".join([*BENCHMARKS, *_expand("field_guide"), "field_guide"])
         raise ValueError(f"data build {args.name!r}: expected one of {known}")
     counts = {name: _counts(name, args.data_dir) for name in names}
     text = "\n".join(
@@ -178,33 +177,17 @@ def run_stats(args: argparse.Namespace) -> int:
         ValueError: unknown source or split.
     """
     splits = [args.split] if args.split else _splits_of(args.name, args.data_dir)
-    stats = {split: _split_stats(args, split) for split in splits}
-    lines = []
-    for split, values in stats.items():
-        lines.append(
-            f"{split}: {values['images']} images, {values['classes']} classes "
-            f"({values['smallest_class']} to {values['largest_class']} images each), median "
-            f"{values['median_width_px']} x {values['median_height_px']} px, "
-            f"{values['unreadable']} of {values['measured']} unreadable"
-        )
-        counts = values["class_counts"]
-        lines += [f"    {count:6d}  {label}" for label, count in counts.items()]
-    return _print(args, {"source": args.name, "splits": stats}, "\n".join(lines))
+    content, lines = {}, []
+    for split in splits:
+        numbers, class_counts = _split_stats(args, split)
+        content[split] = {**numbers, "class_counts": class_counts}
+        lines.append(f"{split}: {_STATS_LINE.format_map(numbers)}")
+        lines += [f"    {count:6d}  {label}" for label, count in class_counts.items()]
+    return _print(args, {"source": args.name, "splits": content}, "\n".join(lines))
 
 
-class _SplitStats(TypedDict):
-    images: int
-    classes: int
-    smallest_class: int
-    largest_class: int
-    median_width_px: int
-    median_height_px: int
-    measured: int
-    unreadable: int
-    class_counts: dict[str, int]
-
-
-def _split_stats(args: argparse.Namespace, split: str) -> _SplitStats:
+def _split_stats(args: argparse.Namespace, split: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Numbers of a split, and the images of each class."""
     import numpy as np
 
     from speciarl_jax.data.decode import BadImageError, decode_image
@@ -218,7 +201,7 @@ def _split_stats(args: argparse.Namespace, split: str) -> _SplitStats:
         except BadImageError:
             unreadable += 1
     width, height = np.median(sizes, axis=0).tolist() if sizes else (0, 0)
-    return {
+    numbers = {
         "images": len(source),
         "classes": len(counts),
         "smallest_class": min(counts.values()),
@@ -227,5 +210,5 @@ def _split_stats(args: argparse.Namespace, split: str) -> _SplitStats:
         "median_height_px": round(height),
         "measured": len(sizes) + unreadable,
         "unreadable": unreadable,
-        "class_counts": dict(sorted(counts.items())),
     }
+    return numbers, dict(sorted(counts.items()))

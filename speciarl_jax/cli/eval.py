@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -42,21 +41,15 @@ def register(verbs: Verbs) -> None:
 class EvalOptions:
     """What the command line adds to a recipe.
 
-    Attributes:
-        checkpoint: latest, a step of the run, base (the recipe's own model), or a directory: a
-            Hugging Face model, or a PEFT adapter that is put onto the recipe's model.
-        samples: answers per image; 0 takes ``eval.samples``.
-        predictions: score this file instead of sampling; "" samples.
-        has_text_metrics: also score without a judge, see `scoring.text_metrics`.
-        text_model: embeddings for them, see `scoring.sentence_model`; "" for inclusion only.
-        is_json: print one JSON object instead of a table.
+    The checkpoint is latest, a step of the run, base (the recipe's own model), or a directory: a
+    Hugging Face model, or a PEFT adapter that is put onto the recipe's model.
     """
 
     checkpoint: str = "latest"
-    samples: int = 0
-    predictions: str = ""
-    has_text_metrics: bool = False
-    text_model: str = ""
+    samples: int = 0  # answers per image; 0 takes ``eval.samples``
+    predictions: str = ""  # score this file instead of sampling; "" samples
+    has_text_metrics: bool = False  # see `scoring.text_metrics`
+    text_model: str = ""  # see `scoring.sentence_model`; "" for inclusion only
     is_json: bool = False
 
 
@@ -83,13 +76,8 @@ def score(
 ) -> int:
     """Scores a checkpoint or existing predictions; returns the exit code.
 
-    Several processes sample and judge together; the first writes and prints.
-
-    Args:
-        config: recipe; its data and eval sections decide what is sampled.
-        workdir: a run directory or its address, or a fresh one for a model or adapter directory.
-        options: see `EvalOptions`.
-        recipe_dir: folder of the recipe.
+    Several processes sample and judge together; the first writes and prints. `workdir` is a run
+    directory or its address, or a fresh one for a model or adapter directory.
 
     Raises:
         ValueError: no such checkpoint, file or text model, or options that contradict each other.
@@ -119,9 +107,8 @@ def score(
     run_dir.pull()
     if not config.eval.use_train_judge:
         config.judge = config.eval.judge
-    with contextlib.ExitStack() as stack:
-        place = (jax.process_index(), jax.process_count())
-        judge = stack.enter_context(open_judge(config.judge, run_dir.local, 2**31, *place))
+    place = (jax.process_index(), jax.process_count())
+    with open_judge(config.judge, run_dir.local, 2**31, *place) as judge:
         if options.predictions:
             source = pathlib.Path(options.predictions)
             metrics, folder = score_file(config, judge, source, run_dir.local)
@@ -130,9 +117,9 @@ def score(
                 config, judge, run_dir, options.checkpoint, options.samples, recipe_dir
             )
     if options.has_text_metrics and processes.is_first():
-        file, settings = folder / "predictions.jsonl", config.eval
-        text = score_text(read_predictions(file), embedder, settings.bootstrap_samples)
-        metrics = write_scores(config, file, folder, text)
+        rows = read_predictions(folder / "predictions.jsonl")
+        text = score_text(rows, embedder, config.eval.bootstrap_samples)
+        metrics = write_scores(config, folder, text)
     run_dir.push()
     if processes.is_first():
         _show(metrics, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import sys
@@ -37,12 +38,8 @@ def register(subparsers: Verbs) -> None:
     _add_endpoint(label)
     label.set_defaults(handler=run_label)
     quality = verbs.add_parser("eval", help="measure a judge against labelled pairs")
-    quality.add_argument(
-        "labelled",
-        nargs="?",
-        default="",
-        help="JSON lines with a category; the shipped set if none",
-    )
+    labelled = "JSON lines with a category; the shipped set if none"
+    quality.add_argument("labelled", nargs="?", default="", help=labelled)
     quality.add_argument("--json", action="store_true", help="one JSON object and nothing else")
     quality.add_argument("--out", default="", help="also write each pair with both labels here")
     _add_endpoint(quality)
@@ -71,9 +68,7 @@ def _add_files(verbs: Verbs) -> None:
     cache.set_defaults(handler=run_cache)
     log = verbs.add_parser("log", help="query a run's verdict log")
     log.add_argument("path", help="log file of a run")
-    log.add_argument(
-        "--category", default="", help="only this label, or failed:timeout and the like"
-    )
+    log.add_argument("--category", default="", help="only this label, or failed:timeout etc.")
     log.add_argument("--text", default="", help="only pairs with this ground truth or answer")
     log.add_argument("--limit", type=int, default=50, help="lines at most")
     log.set_defaults(handler=run_log)
@@ -145,13 +140,10 @@ def run_eval(args: argparse.Namespace) -> int:
 
     report = asyncio.run(quality.evaluate_file(config_from_args(args), args.labelled, args.out))
     print(json.dumps(report.to_json()) if args.json else report.to_text())
-    if not report.num_failed:
-        return 0
-    print(
-        f"{report.num_failed} of {report.num_pairs} pairs got no label; the rest was measured",
-        file=sys.stderr,
-    )
-    return 1
+    if report.num_failed:
+        count = f"{report.num_failed} of {report.num_pairs}"
+        print(f"{count} pairs got no label; the rest was measured", file=sys.stderr)
+    return 1 if report.num_failed else 0
 
 
 def run_cache(args: argparse.Namespace) -> int:
@@ -164,8 +156,7 @@ def run_cache(args: argparse.Namespace) -> int:
     is_file = not args.path.startswith(REDIS_SCHEMES)
     if is_file and args.action != "import" and not Path(args.path).exists():
         raise JudgeError(f"judge cache {args.path}: no such file")
-    cache = open_cache(args.path)
-    try:
+    with contextlib.closing(open_cache(args.path)) as cache:
         if args.action == "stats":
             print(json.dumps(cache.stats(), indent=1))
         elif args.action == "export":
@@ -174,8 +165,6 @@ def run_cache(args: argparse.Namespace) -> int:
             print(f"{cache.import_(args.file)} new labels read from {args.file}")
         else:
             print(f"{cache.purge(args.judge, args.older_than_days * 86400)} labels deleted")
-    finally:
-        cache.close()
     return 0
 
 
@@ -188,8 +177,7 @@ def run_log(args: argparse.Namespace) -> int:
     known = [c.label for c in Category] + [f"failed:{kind.value}" for kind in FailureKind]
     if args.category and args.category not in known:
         raise ValueError(f"--category={args.category}: expected one of {', '.join(known)}")
-    log = VerdictLog(args.path)
-    for row in log.rows(args.category, args.text, args.limit):
-        sys.stdout.write(json.dumps(dataclasses.asdict(row)) + "\n")
-    log.close()
+    with contextlib.closing(VerdictLog(args.path)) as log:
+        for row in log.rows(args.category, args.text, args.limit):
+            print(json.dumps(dataclasses.asdict(row)))
     return 0

@@ -44,14 +44,14 @@ def run(args: argparse.Namespace) -> int:
     if misfit:
         print(f"plan: warning: {misfit}", file=sys.stderr, flush=True)
     request = Request(config, args.topology, args.all_buckets, args.search, args.price)
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "speciarl_jax.plan.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=worker_environment(args.topology),
-    )
-    is_late, output, noise = _talk(process, pickle.dumps(request), args.limit_s)
+    ) as process:
+        is_late, output, noise = _talk(process, pickle.dumps(request), args.limit_s)
     if process.returncode in (0, 2) and output:
         return _show(output, args.json, misfit)
     print("".join(noise), end="", file=sys.stderr)
@@ -95,9 +95,6 @@ def _talk(
     finally:
         limit.cancel()
         process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
     return is_late.is_set(), output, noise
 
 

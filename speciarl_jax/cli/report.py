@@ -14,10 +14,9 @@ from speciarl_jax.report.compare import (
     compare,
     headline_csv,
     headline_latex,
-    in_domain_of,
     load_evaluation,
     over_seeds,
-    scoring_of,
+    scoring_rule,
 )
 from speciarl_jax.report.load import Run, load_runs
 from speciarl_jax.report.tables import comparison_table, seeds_table
@@ -26,10 +25,7 @@ from speciarl_jax.scoring.results import Evaluation
 
 
 def register(subparsers: Verbs) -> None:
-    """Adds the verbs `report` and `compare`; each sets `handler`, a function args -> exit code.
-
-    Handlers raise ValueError for user errors, one line each.
-    """
+    """Adds the verbs `report` and `compare`."""
     report = subparsers.add_parser("report", help="one static HTML page from run directories")
     report.add_argument("runs", nargs="+", metavar="DIR", help="run directories")
     report.add_argument("--out", default="report.html", help="page to write")
@@ -89,10 +85,8 @@ def run_report(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a directory or file that cannot be read, a page that cannot be written.
     """
-    from speciarl_jax.report.page import (
-        ReportOptions,
-        build_page,  # matplotlib takes its time
-    )
+    # matplotlib takes its time
+    from speciarl_jax.report.page import ReportOptions, build_page
 
     runs = load_runs(args.runs)
     options = ReportOptions(
@@ -145,24 +139,21 @@ def run_compare(args: argparse.Namespace) -> int:
             f"{len(args.others) + 2} directories: compare takes two; add --seeds for means over "
             "runs that differ in their seed"
         )
-    name_a, rows_a, scored_a = load_evaluation(args.first, args.stage)
-    name_b, rows_b, scored_b = load_evaluation(args.second, args.stage)
-    rule, samples = args.format_failures, args.bootstrap_samples
-    if not (rule and samples):
-        own_rule, own_samples = scoring_of(scored_a, *([] if rule else [scored_b]))
-        rule, samples = rule or own_rule, samples or own_samples
-    compared = compare(rows_a, rows_b, in_domain_of(scored_a, scored_b), rule, samples, args.seed)
+    name_a, a = load_evaluation(args.first, args.stage)
+    name_b, b = load_evaluation(args.second, args.stage)
+    compared = compare(
+        a.predictions,
+        b.predictions,
+        sorted({*a.in_domain, *b.in_domain}),
+        scoring_rule([a, b], args.format_failures, args.bootstrap_samples, args.seed),
+    )
     _export(args, {name_a: compared["a"], name_b: compared["b"]})
     if args.json:
         print(json.dumps({"names": [name_a, name_b], **compared}, allow_nan=False))
         return 0
     console = make_console()
     title = f"{name_b} against {name_a}"
-    console.print(
-        comparison_table(
-            compared["a"], compared["b"], title, (name_a, name_b), compared["differences"]
-        )
-    )
+    console.print(comparison_table(compared, title, (name_a, name_b)))
     if compared["left_out"]:
         print(f"not compared, only one has them: {', '.join(compared['left_out'])}",
               file=sys.stderr)  # fmt: skip
@@ -177,12 +168,11 @@ def _compare_seeds(args: argparse.Namespace) -> int:
             "--format_failures, --bootstrap_samples and --seed"
         )
     loaded = [load_evaluation(path, args.stage) for path in (args.first, args.second, *args.others)]
-    evaluations = {name: scored for name, _, scored in loaded}
-    scoring_of(*evaluations.values())
-    means = over_seeds([scored for _, _, scored in loaded])
-    _export(args, evaluations)
+    scoring_rule([stage for _, stage in loaded])
+    means = over_seeds([stage.metrics for _, stage in loaded])
+    _export(args, {name: stage.metrics for name, stage in loaded})
     if args.json:
-        print(json.dumps({"names": [name for name, _, _ in loaded], "means": means}))
+        print(json.dumps({"names": [name for name, _ in loaded], "means": means}, allow_nan=False))
     else:
         make_console().print(seeds_table(means, f"mean over {len(loaded)} seeds"))
     return 0

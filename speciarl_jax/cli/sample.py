@@ -83,7 +83,7 @@ def print_answers(
     """Prints each answer the moment it is finished: its label, log-prob and whole text."""
     for rows in finished:
         for row in rows:
-            text = decode(row.tokens.tolist())
+            text = decode(row.completion_tokens.tolist())
             label = escape(extract_answer(text) or "(no answer)")
             cut = "  cut off by --max_tokens" if row.is_truncated else ""
             logprob = f"[dim]logprob {row.logprobs.sum():.2f}{cut}[/dim]"

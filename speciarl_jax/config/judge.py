@@ -16,19 +16,11 @@ _CHOICES = {
     "thinking": ("off", "default"),
 }
 _AT_LEAST = {
-    "pairs_per_request": 1,
-    "max_reply_tokens": 1,
-    "concurrency": 1,
-    "num_hosts": 1,
-    "requests_per_minute": 0,
-    "tokens_per_minute": 0,
-    "max_retries": 0,
-    "unparsable_retries": 0,
-    "max_answer_chars": 1,
-    "breaker_failures": 1,
-}
+    0: ("requests_per_minute", "tokens_per_minute", "max_retries", "unparsable_retries"),
+    1: ("pairs_per_request", "max_reply_tokens", "concurrency", "num_hosts", "max_answer_chars",
+        "breaker_failures"),
+}  # fmt: skip
 _ABOVE_ZERO = ("timeout_s", "backoff_s", "backoff_max_s", "pause_budget_s")
-
 
 Setting: TypeAlias = str | int | float | bool | tuple[str, ...]
 
@@ -38,9 +30,7 @@ class JudgeConfig:
     """Who judges, how they are asked, and what happens when they do not answer."""
 
     kind: str = "taxonomy"  # taxonomy: embedded local server | endpoint: the URLs below
-    taxonomy: str = (
-        ""  # tree for kind=taxonomy: .json, .csv or a WordNet dict folder; "" field guide
-    )
+    taxonomy: str = ""  # its tree: .json, .csv or a WordNet dict folder; "" field guide
     endpoints: tuple[str, ...] = ()  # base URLs up to /v1, each serving the same model
     model: str = "taxonomy"  # model name sent with each request
     model_revision: str = ""  # part of the cache key; "" for taxonomy: hash of the tree file
@@ -83,9 +73,10 @@ class JudgeConfig:
                 raise ValueError(
                     f"judge.{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}"
                 )
-        for name, least in _AT_LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"judge.{name}={getattr(self, name)}: set it to {least} or more")
+        for least, names in _AT_LEAST.items():
+            for name in names:
+                if (value := getattr(self, name)) < least:
+                    raise ValueError(f"judge.{name}={value}: set it to {least} or more")
         for name in _ABOVE_ZERO:
             if not getattr(self, name) > 0:
                 raise ValueError(f"judge.{name}={getattr(self, name)}: set it above 0")
@@ -110,9 +101,8 @@ class JudgeConfig:
             )
         for url in self.endpoints:
             if not url.startswith(("http://", "https://")):
-                raise ValueError(
-                    f"judge.endpoints: {url!r} is no URL; expected http://host:port/v1"
-                )
+                expected = "expected http://host:port/v1"
+                raise ValueError(f"judge.endpoints: {url!r} is no URL; {expected}")
         if self.kind == "endpoint" and self.model == "taxonomy":
             raise ValueError("judge.model=taxonomy with judge.kind=endpoint: set judge.model")
         if self.kind == "taxonomy" and not self.endpoints and not self.taxonomy_path.exists():

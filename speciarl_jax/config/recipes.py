@@ -1,4 +1,4 @@
-"""Settings that several recipes share: the algorithms with the numbers of their papers."""
+"""What recipes share: algorithms with the numbers of their papers, loading, arguments."""
 
 import pathlib
 import sys
@@ -130,6 +130,21 @@ def _load(path: str, overrides: Sequence[str]) -> Config:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"--config={path} {' '.join(overrides)}: {reason}") from error
     return config
+
+
+def neighbour(recipe: str, name: str, arg: str | None = None) -> Config:
+    """Another recipe of the same folder, to change a few fields of.
+
+    Args:
+        recipe: the asking recipe's ``__file__``.
+        name: the other's file name.
+        arg: its argument, as after the colon of ``--config``.
+
+    Raises:
+        ValueError: see `load_recipe`.
+    """
+    place = pathlib.Path(recipe).with_name(name)
+    return _load(f"{place}:{arg}" if arg else str(place), [])
 
 
 def parse_recipe_arg(arg: str | None, allowed: dict[str, str]) -> dict[str, str]:

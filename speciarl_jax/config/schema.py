@@ -8,6 +8,9 @@ No postponed annotations here: ml_collections reads the field types to parse ove
 """
 
 import dataclasses
+import itertools
+import operator
+from collections.abc import Callable
 
 from speciarl_jax.config.judge import JudgeConfig
 
@@ -21,9 +24,33 @@ AGGREGATIONS = (
 REWARDS = ("dynamic", "single", "binary", "scale1", "scale2", "scale3")
 
 
-def _require(is_ok: bool, message: str) -> None:
-    if not is_ok:
-        raise ValueError(message)
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.param_dtype": ("float32", "bfloat16"),
+    "model.compute_dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "algo.name": OBJECTIVES,
+    "algo.reward": REWARDS,
+    "algo.aggregation": AGGREGATIONS,
+    "algo.normalization": ("global", "verl"),
+    "algo.old_logprobs": ("recompute", "rollout"),
+    "rollout.kv_cache_dtype": ("compute", "int8"),
+    "eval.format_failures": ("wrong", "separate", "drop"),
+}
+_OWN_CODE = ("algo.name", "algo.reward")  # may be the dotted path of a user's function instead
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("algo.bar_support", lambda x: x > 0, "set a number > 0"),
+    ("algo.label_noise", lambda x: 0 <= x <= 1, "set it between 0 and 1"),
+    ("algo.clip_dual", lambda x: x == 0 or x > 1, "set it above 1, or 0 for no dual clip"),
+    ("train.async_steps", lambda x: x in (0, 1), "set 0 or 1"),
+    ("train.num_steps", lambda x: x >= 0, "set it above 0, or to 0 to score the base only"),
+    ("train.prompts_per_step", lambda x: x >= 1, "set it to at least 1"),
+    ("train.prompts_per_update", lambda x: x >= 1, "set it to at least 1"),
+    ("train.prompts_per_micro_batch", lambda x: x >= 1, "set it to at least 1"),
+    ("rollout.max_completion_tokens", lambda x: x >= 1, "set it to at least 1"),
+    ("rollout.temperature", lambda x: x > 0, "training samples; set it above 0"),
+    ("rollout.chunk_tokens", lambda x: x > 0, "set it above 0"),
+    ("rollout.max_cache_mb", lambda x: x >= 0, "set MiB, or 0 for no limit"),
+)
 
 
 @dataclasses.dataclass
@@ -255,63 +282,53 @@ class Config:
         Raises:
             ValueError: one line naming the field, its value, and what to set.
         """
-        _check_model(self)
+        _check_fields(self)
         _check_algo(self)
+        _check_definition(self.algo)
+        _check_sampling(self)
         _check_train(self)
         self.judge.validate()
         if not self.eval.use_train_judge:
             self.eval.judge.validate()
 
 
-def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{field}={value!r}: expected one of {', '.join(choices)}")
+def _require(is_ok: bool, message: str) -> None:
+    if not is_ok:
+        raise ValueError(message)
 
 
-def _check_model(config: Config) -> None:
-    _check_choice("model.param_dtype", config.model.param_dtype, ("float32", "bfloat16"))
-    _check_choice("model.compute_dtype", config.model.compute_dtype, ("float32", "bfloat16"))
-    _check_choice("model.remat", config.model.remat, ("none", "dots", "full"))
+def _check_fields(config: Config) -> None:
+    """Each field by itself, against `_CHOICES` and `_RANGES`."""
+    for path, choices in _CHOICES.items():
+        value = operator.attrgetter(path)(config)
+        is_users = path in _OWN_CODE and "." in value
+        expected = f"{path}={value!r}: expected one of {', '.join(choices)}"
+        _require(value in choices or is_users, expected)
+    for path, is_within, remedy in _RANGES:
+        value = operator.attrgetter(path)(config)
+        _require(is_within(value), f"{path}={value}: {remedy}")
+
+
+def _check_algo(config: Config) -> None:
+    algo, size = config.algo, config.rollout.group_size
     _require(
         config.lora.rank > 0 or config.model.train_base,
         f"lora.rank={config.lora.rank}: nothing would be trained; set lora.rank >= 1 or "
         "model.train_base=true",
     )
-
-
-def _check_algo(config: Config) -> None:
-    algo = config.algo
-    if "." not in algo.name:
-        _check_choice("algo.name", algo.name, OBJECTIVES)
-    if "." not in algo.reward:
-        _check_choice("algo.reward", algo.reward, REWARDS)
-    _check_choice("algo.aggregation", algo.aggregation, AGGREGATIONS)
-    _check_definition(algo)
-    _check_choice("algo.normalization", algo.normalization, ("global", "verl"))
-    _check_choice("algo.old_logprobs", algo.old_logprobs, ("recompute", "rollout"))
     _require(
         algo.normalization == "global" or algo.verl_micro_batch > 0,
         "algo.normalization='verl': set algo.verl_micro_batch to verl's sequences per micro-batch",
-    )
-    _require(algo.bar_support > 0, f"algo.bar_support={algo.bar_support}: set a number > 0")
-    _require(
-        0 <= algo.label_noise <= 1, f"algo.label_noise={algo.label_noise}: set it between 0 and 1"
-    )
-    _require(
-        algo.clip_dual == 0 or algo.clip_dual > 1,
-        f"algo.clip_dual={algo.clip_dual}: set it above 1, or 0 for no dual clip",
     )
     _require(
         not (algo.importance_cap and algo.old_logprobs == "rollout"),
         f"algo.importance_cap={algo.importance_cap} with algo.old_logprobs='rollout': the ratio to "
         "the sampler would be applied twice; set importance_cap=0 or old_logprobs=recompute",
     )
-    _check_sampling(config)
-    size = config.rollout.group_size
-    if algo.name != "sft":
-        _require(
-            size >= 2,
-            f"rollout.group_size={size}: every advantage would be 0; set rollout.group_size >= 2",
-        )
+    _require(
+        size >= 2 or algo.name == "sft",
+        f"rollout.group_size={size}: every advantage would be 0; set rollout.group_size >= 2",
+    )
 
 
 def _check_definition(algo: AlgoConfig) -> None:
@@ -335,7 +352,6 @@ def _check_definition(algo: AlgoConfig) -> None:
 def _check_sampling(config: Config) -> None:
     """Dynamic sampling, and rollouts that are a step old."""
     algo, train = config.algo, config.train
-    _require(train.async_steps in (0, 1), f"train.async_steps={train.async_steps}: set 0 or 1")
     is_sft = algo.name == "sft"
     _require(
         not (is_sft and (algo.dynamic_sampling or train.async_steps or algo.importance_cap)),
@@ -366,23 +382,12 @@ def _check_sampling(config: Config) -> None:
 
 def _check_train(config: Config) -> None:
     train, rollout = config.train, config.rollout
-    _require(
-        train.num_steps >= 0,
-        f"train.num_steps={train.num_steps}: set it above 0, or to 0 to score the base only",
-    )
-    for field in ("prompts_per_step", "prompts_per_update", "prompts_per_micro_batch"):
-        value = getattr(train, field)
-        _require(value >= 1, f"train.{field}={value}: set it to at least 1")
-    _require(
-        train.prompts_per_step % train.prompts_per_update == 0,
-        f"train.prompts_per_step={train.prompts_per_step} is not a multiple of "
-        f"train.prompts_per_update={train.prompts_per_update}",
-    )
-    _require(
-        train.prompts_per_update % train.prompts_per_micro_batch == 0,
-        f"train.prompts_per_update={train.prompts_per_update} is not a multiple of "
-        f"train.prompts_per_micro_batch={train.prompts_per_micro_batch}",
-    )
+    sizes = ("prompts_per_step", "prompts_per_update", "prompts_per_micro_batch")
+    for outer, inner in itertools.pairwise(sizes):
+        whole, part = getattr(train, outer), getattr(train, inner)
+        _require(
+            whole % part == 0, f"train.{outer}={whole} is not a multiple of train.{inner}={part}"
+        )
     largest = config.data.max_prompt_tokens + rollout.group_size * rollout.max_completion_tokens
     _require(
         train.micro_batch_tokens == 0 or train.micro_batch_tokens >= largest,
@@ -391,42 +396,14 @@ def _check_train(config: Config) -> None:
         "least that, or 0",
     )
     _require(
-        rollout.max_completion_tokens >= 1,
-        f"rollout.max_completion_tokens={rollout.max_completion_tokens}: set it to at least 1",
-    )
-    _require(
-        rollout.temperature > 0,
-        f"rollout.temperature={rollout.temperature}: training samples; set it above 0",
-    )
-    _require(
-        rollout.chunk_tokens > 0, f"rollout.chunk_tokens={rollout.chunk_tokens}: set it above 0"
-    )
-    _check_choice("rollout.kv_cache_dtype", rollout.kv_cache_dtype, ("compute", "int8"))
-    _require(
-        rollout.max_cache_mb >= 0,
-        f"rollout.max_cache_mb={rollout.max_cache_mb}: set MiB, or 0 for no limit",
-    )
-    _require(
         not rollout.warm_up or bool(config.data.prompt_buckets and config.data.window_buckets),
         "rollout.warm_up=true: set data.prompt_buckets and data.window_buckets, the shapes that "
         "are compiled before step one",
     )
-    _check_choice(
-        "eval.format_failures", config.eval.format_failures, ("wrong", "separate", "drop")
-    )
 
 
 def micro_batch_prompts(train: TrainConfig, num_replicas: int) -> int:
-    """Prompts in one forward-backward of a replica: the most that cut its share evenly.
-
-    Args:
-        train: ``prompts_per_update`` divides over the replicas; ``prompts_per_micro_batch`` is the
-            limit.
-        num_replicas: of the mesh.
-    """
+    """Prompts in one forward-backward of a replica: the most that cut its share evenly."""
     share = train.prompts_per_update // num_replicas
-    return next(
-        size
-        for size in range(min(train.prompts_per_micro_batch, share), 0, -1)
-        if share % size == 0
-    )
+    sizes = range(min(train.prompts_per_micro_batch, share), 0, -1)
+    return next(size for size in sizes if share % size == 0)

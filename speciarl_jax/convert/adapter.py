@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import pathlib
 import re
-from typing import TypedDict, cast
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +21,6 @@ from speciarl_jax.policy.layers import Linear, LoRAParam
 from speciarl_jax.policy.lora import adapted_paths
 from speciarl_jax.policy.model import Policy, PolicyParts
 from speciarl_jax.types import JsonObject, JsonValue
-
-
-class _AdapterConfig(TypedDict):
-    """What is used of an adapter's configuration."""
-
-    r: int
-    lora_alpha: float
-
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -51,8 +44,7 @@ def whole_policy(policy_or_parts: Policy | PolicyParts) -> Policy:
     if isinstance(policy_or_parts, Policy):
         return policy_or_parts
     parts = policy_or_parts
-    policy: Policy = nnx.merge(parts.graphdef, parts.trainable, parts.frozen)
-    return policy
+    return nnx.merge(parts.graphdef, parts.trainable, parts.frozen)
 
 
 def adapted_layers(policy: Policy) -> list[tuple[str, Linear]]:
@@ -83,7 +75,7 @@ def save_peft(
     """Writes the adapter so that ``peft.PeftModel.from_pretrained`` loads it onto the HF model.
 
     Args:
-        policy_or_parts: a policy with an adapter, whole or taken apart.
+        policy_or_parts: with an adapter, whole or taken apart.
         lora_config: the adapter's rank and alpha.
         base_name: hub id or directory of the base model, as PEFT shall look for it.
         out_dir: created if need be.
@@ -160,8 +152,7 @@ def load_peft(path: str | pathlib.Path, policy: Policy) -> LoraConfig:
     Source: peft LoraConfig, key names of transformers 4 and 5.
     """
     directory = pathlib.Path(path)
-    config = _read_config(directory)
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    rank, alpha = _rank_and_alpha(directory)
     if not (directory / WEIGHTS_FILE).is_file():
         raise ValueError(f"{directory / WEIGHTS_FILE}: not found")
     tensors, problems = _by_module(load_file(directory / WEIGHTS_FILE))
@@ -171,9 +162,14 @@ def load_peft(path: str | pathlib.Path, policy: Policy) -> LoraConfig:
             found = [tensors.pop((_module_key(entry), letter), None) for entry in entries]
             if all(tensor is None for tensor in found):
                 continue
-            d_out, d_in = entries[0].hf_shape[0], int(np.prod(entries[0].hf_shape[1:]))
+            d_out, d_in = entries[0].hf_shape[0], math.prod(entries[0].hf_shape[1:])
             expected = (rank, d_in) if letter == "A" else (d_out, rank)
-            problems += _stack_problems(entries, letter, found, expected)
+            for entry, tensor in zip(entries, found, strict=True):
+                key = f"{_module_key(entry)}.lora_{letter}"
+                if tensor is None:
+                    problems.append(f"missing: {key} (its stack has others)")
+                elif tensor.shape != expected:
+                    problems.append(f"shape: {key} is {tensor.shape}, expected {expected}")
             stacks.setdefault(name, []).append([one for one in found if one is not None])
     problems += [f"unknown: {module}.lora_{letter}" for module, letter in tensors]
     problems += [f"A or B missing: {name}" for name, pair in stacks.items() if len(pair) != 2]
@@ -184,7 +180,7 @@ def load_peft(path: str | pathlib.Path, policy: Policy) -> LoraConfig:
     return LoraConfig(rank=rank, alpha=alpha, targets=f"^({'|'.join(sorted(stacks))})$")
 
 
-def _read_config(directory: pathlib.Path) -> _AdapterConfig:
+def _rank_and_alpha(directory: pathlib.Path) -> tuple[int, float]:
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"{file}: not found; expected a PEFT adapter directory")
@@ -195,48 +191,30 @@ def _read_config(directory: pathlib.Path) -> _AdapterConfig:
     missing = [name for name in ("r", "lora_alpha") if name not in config]
     if used or missing:
         raise ValueError(f"{file}: not implemented: {used}; missing: {missing}")
-    return cast(_AdapterConfig, config)
+    return int(cast(int, config["r"])), float(cast(float, config["lora_alpha"]))
 
 
 def _by_module(
     tensors: dict[str, np.ndarray],
 ) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
+    """Tensors by module and letter, and what is wrong with the others."""
     found, problems = {}, []
     for key, tensor in tensors.items():
-        match = _KEY.match(key)
-        if match is None:
-            problems.append(f"unknown: {key}")
+        if match := _KEY.match(key):
+            found[spell_key(canonical_key(match[1]), NESTED), match[2]] = tensor
         else:
-            module = spell_key(canonical_key(match[1]), NESTED)
-            found[module, match[2]] = tensor
+            problems.append(f"unknown: {key}")
     return found, problems
-
-
-def _stack_problems(
-    entries: list[Entry],
-    letter: str,
-    found: list[np.ndarray | None],
-    expected: tuple[int, int],
-) -> list[str]:
-    problems = []
-    for entry, tensor in zip(entries, found, strict=True):
-        name = f"{_module_key(entry)}.lora_{letter}"
-        if tensor is None:
-            problems.append(f"missing: {name} (its stack has others)")
-        elif tensor.shape != expected:
-            problems.append(f"shape: {name} is {tensor.shape}, expected {expected}")
-    return problems
 
 
 def _attach(policy: Policy, stacks: dict[str, list[list[np.ndarray]]], scale: float) -> None:
     for name, layer in adapted_paths(policy, ""):
         if name not in stacks:
             continue
-        arrays = []
-        for tensors in stacks[name]:
-            stacked = np.stack([tensor.T.astype(np.float32) for tensor in tensors])
-            if name.split("/")[1:2] != ["blocks"]:
-                stacked = stacked[0]
-            arrays.append(jnp.asarray(stacked))
-        layer.lora_a, layer.lora_b = LoRAParam(arrays[0]), LoRAParam(arrays[1])
+        for letter, tensors in zip("ab", stacks[name], strict=True):
+            array = np.stack([tensor.T.astype(np.float32) for tensor in tensors])
+            is_stack = name.split("/")[1] == "blocks"
+            setattr(
+                layer, f"lora_{letter}", LoRAParam(jnp.asarray(array if is_stack else array[0]))
+            )
         layer.lora_scale = scale

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 
+import huggingface_hub
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.convert.adapter import adapted_layers, whole_policy
-from speciarl_jax.convert.loading import INDEX_FILE, SINGLE_FILE, checkpoint_files, open_shard
+from speciarl_jax.convert.loading import INDEX_FILE, checkpoint_files, checkpoint_tensors
 from speciarl_jax.convert.names import HUB, Entry, checkpoint_entries, find_layout, spell_key, to_hf
 from speciarl_jax.files import FETCH_MODEL, read_json, whole_file, write_whole
 from speciarl_jax.policy.model import Policy, PolicyParts
 from speciarl_jax.types import JsonValue
 
-_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = ("float32", "bfloat16")
 _SIDE_SUFFIXES = {".json", ".txt", ".jinja", ".model", ".tiktoken"}
 _NOT_COPIED = {INDEX_FILE, "adapter_config.json"}
 _DTYPE_FIELDS = ("dtype", "torch_dtype")
@@ -40,7 +42,7 @@ def save_hf(
     for bit. The host holds one shard at a time.
 
     Args:
-        policy_or_parts: the policy, whole or taken apart.
+        policy_or_parts: whole or taken apart.
         source_dir: model directory that the policy was made from; gives all other files.
         out_dir: created if need be; must not hold a model yet.
         dtype: of the tensors written, ``bfloat16`` or ``float32``.
@@ -51,36 +53,32 @@ def save_hf(
     Raises:
         ValueError: another dtype, an `out_dir` that holds a model, a `source_dir` of another
             architecture, or parameters that this process does not hold whole.
-    Source: transformers save_pretrained (file names, index).
+    Source: transformers save_pretrained (file names, index); huggingface_hub parts the shards.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
     policy = whole_policy(policy_or_parts)
     source, out = pathlib.Path(source_dir), pathlib.Path(out_dir)
     if Arch.from_dir(source) != policy.arch:
-        raise ValueError(
-            f"{source}: its config.json describes another architecture than the policy"
-        )
+        raise ValueError(f"{source}: config.json describes another architecture than the policy")
     if any(out.glob("*.safetensors")):
         raise ValueError(f"{out}: already holds a model; give an empty directory")
     out.mkdir(parents=True, exist_ok=True)
-    entries = checkpoint_entries(policy.arch)
-    shards = _plan_shards(entries, _DTYPES[dtype].itemsize, max_shard_bytes)
-    layout = _source_layout(source)
-    reader = _Reader(policy, _DTYPES[dtype], merge_adapter)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, shard in enumerate(shards, start=1):
-        name = SINGLE_FILE
-        if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {spell_key(entry.key, layout): reader.read(entry) for entry in shard}
+    layout, stored = _source_layout(source), jnp.dtype(dtype)
+    entries = {spell_key(entry.key, layout): entry for entry in checkpoint_entries(policy.arch)}
+    shards = huggingface_hub.split_state_dict_into_shards_factory(
+        entries,
+        get_storage_size=lambda entry: math.prod(entry.hf_shape) * stored.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    reader = _Reader(policy, stored, merge_adapter)
+    for name, keys in shards.filename_to_tensors.items():
+        tensors = {key: reader.read(entries[key]) for key in keys}
         with whole_file(out / name) as partial:
             save_file(tensors, partial, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_whole(out / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
     copy_side_files(source, out, dtype)
 
@@ -89,8 +87,7 @@ def copy_side_files(source: pathlib.Path, out: pathlib.Path, dtype: str | None =
     """Copies everything but weights: configuration, tokenizer, processor, chat template.
 
     Args:
-        source: model directory.
-        out: existing directory.
+        source, out: model directory, existing directory.
         dtype: written into config.json where that names one; None copies it as it is.
     """
     for file in sorted(source.iterdir()) if source.resolve() != out.resolve() else []:
@@ -116,24 +113,7 @@ def _source_layout(source: pathlib.Path) -> str:
     """Spelling of the keys of `source`, the hub's if it holds no weights of that format."""
     if not any(source.glob("*.safetensors")):
         return HUB
-    keys: list[str] = []
-    for file in checkpoint_files(source):
-        with open_shard(file) as shard:
-            keys += shard.keys()
-    return find_layout(keys)
-
-
-def _plan_shards(entries: list[Entry], itemsize: int, max_bytes: int) -> list[list[Entry]]:
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        nbytes = int(np.prod(entry.hf_shape)) * itemsize
-        if shards[-1] and size + nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += nbytes
-    return shards
+    return find_layout(key for _, key, _ in checkpoint_tensors(checkpoint_files(source)))
 
 
 class _Reader:

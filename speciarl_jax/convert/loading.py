@@ -11,13 +11,12 @@ import collections
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import huggingface_hub
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from flax.typing import PathParts
@@ -37,11 +36,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _PIECE_BYTES = 64 * 2**20  # of a tensor, on the host at once
 _STAGE_BYTES = 4 * 2**20  # parameters up to this size are assembled on the host: norms, biases
-_NUMPY_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def resolve_checkpoint(path: str | pathlib.Path) -> pathlib.Path:
@@ -95,16 +90,22 @@ class _Slice(Protocol):
     def __getitem__(self, rows: slice, /) -> np.ndarray: ...
 
 
-def open_shard(file: pathlib.Path) -> safe_open:
-    """A memory-mapped safetensors file, to be used in a `with` statement.
+def checkpoint_tensors(
+    files: Sequence[pathlib.Path],
+) -> Iterator[tuple[pathlib.Path, str, _Slice]]:
+    """(file, key, reader) of every tensor, read only when the reader is indexed.
 
     Raises:
         ValueError: not a whole safetensors file.
     """
-    try:
-        return safe_open(file, framework="np")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+    for file in files:
+        try:
+            opened = safe_open(file, framework="np")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+        with opened as shard:
+            for key in shard.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                yield file, key, shard.get_slice(key)
 
 
 def checkpoint_dtype(path: str | pathlib.Path) -> str:
@@ -113,14 +114,12 @@ def checkpoint_dtype(path: str | pathlib.Path) -> str:
     Raises:
         ValueError: no token embedding, or it has another dtype.
     """
-    for file in checkpoint_files(pathlib.Path(path)):
-        with open_shard(file) as shard:
-            for key in shard.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                if canonical_key(key) == "model.embed_tokens.weight":
-                    name = shard.get_slice(key).get_dtype()
-                    if name in ("F32", "BF16"):
-                        return str(_NUMPY_DTYPES[name])
-                    raise ValueError(f"{file}: {key} is {name}, expected F32 or BF16")
+    for file, key, tensor in checkpoint_tensors(checkpoint_files(pathlib.Path(path))):
+        if canonical_key(key) == "model.embed_tokens.weight":
+            name = tensor.get_dtype()
+            if name in ("F32", "BF16"):
+                return _DTYPES[name]
+            raise ValueError(f"{file}: {key} is {name}, expected F32 or BF16")
     raise ValueError(f"{path}: no shard holds the token embedding")
 
 
@@ -142,7 +141,6 @@ def load_policy(
     Raises:
         ValueError: no checkpoint there, or its keys, shapes or dtypes differ from what
             ``config.json`` asks for; the message lists every difference.
-    Source: own.
     """
     directory = resolve_checkpoint(path)
     if is_converted(directory):
@@ -153,30 +151,33 @@ def load_policy(
     _check_headers(files, entries, arch)
     policy = abstract_policy(arch, dtypes)
     targets = _Targets(nnx.state(policy), shardings)
-    repeated_heads = []
-    for file in files:
-        with open_shard(file) as shard:
-            for key in shard.keys():  # noqa: SIM118
-                entry = entries.get(canonical_key(key))
-                if entry is None:
-                    repeated_heads.append((file, key))
-                else:
-                    targets.fill(entry, shard.get_slice(key))
+    for _, key, tensor in checkpoint_tensors(files):
+        if entry := entries.get(canonical_key(key)):
+            targets.fill(entry, tensor)
     nnx.update(policy, targets.finish())
-    for file, key in repeated_heads:
-        _check_tied_head(file, key, policy.text.embedding[...])
+    for file, key, tensor in checkpoint_tensors(files):
+        if canonical_key(key) not in entries:
+            _check_tied_head(file, key, tensor, policy.text.embedding[...])
     return policy
 
 
 def _check_headers(files: list[pathlib.Path], entries: dict[str, Entry], arch: Arch) -> None:
     problems: list[str] = []
     seen: collections.Counter[str] = collections.Counter()
-    for file in files:
-        with open_shard(file) as shard:
-            for key in shard.keys():  # noqa: SIM118
-                canonical = canonical_key(key)
-                seen[canonical] += 1
-                problems += _header_problems(key, canonical, shard.get_slice(key), entries, arch)
+    shapes = {key: entry.hf_shape for key, entry in entries.items()}
+    if arch.text.tie_word_embeddings:  # the head may be there all the same
+        shapes["lm_head.weight"] = (arch.text.vocab_size, arch.text.hidden_size)
+    for _, key, header in checkpoint_tensors(files):
+        canonical = canonical_key(key)
+        seen[canonical] += 1
+        expected, shape = shapes.get(canonical), tuple(header.get_shape())
+        if expected is None:
+            problems.append(f"unknown: {key}")
+            continue
+        if shape != expected:
+            problems.append(f"shape: {key} is {shape}, expected {expected}")
+        if header.get_dtype() not in _DTYPES:
+            problems.append(f"dtype: {key} is {header.get_dtype()}, expected F32, F16 or BF16")
     problems += [f"missing: {key}" for key in entries if key not in seen]
     problems += [f"twice: {key}" for key, count in seen.items() if count > 1]
     if problems:
@@ -187,37 +188,15 @@ def _check_headers(files: list[pathlib.Path], entries: dict[str, Entry], arch: A
         )
 
 
-def _header_problems(
-    key: str, canonical: str, header: _Slice, entries: dict[str, Entry], arch: Arch
-) -> list[str]:
-    entry = entries.get(canonical)
-    shape = tuple(header.get_shape())
-    expected: tuple[int, ...]
-    if entry is None and canonical == "lm_head.weight" and arch.text.tie_word_embeddings:
-        expected = (arch.text.vocab_size, arch.text.hidden_size)
-    elif entry is None:
-        return [f"unknown: {key}"]
-    else:
-        expected = entry.hf_shape
-    found = []
-    if shape != expected:
-        found.append(f"shape: {key} is {shape}, expected {expected}")
-    if header.get_dtype() not in _NUMPY_DTYPES:
-        found.append(f"dtype: {key} is {header.get_dtype()}, expected F32, F16 or BF16")
-    return found
-
-
-def _check_tied_head(file: pathlib.Path, key: str, embedding: jax.Array) -> None:
+def _check_tied_head(file: pathlib.Path, key: str, head: _Slice, embedding: jax.Array) -> None:
     """A tied checkpoint may repeat the embedding as its head, but not hold another one."""
-    with open_shard(file) as shard:
-        head = shard.get_slice(key)
-        for start, stop in _row_ranges(embedding.shape, embedding.dtype):
-            rows = np.asarray(head[start:stop]).astype(embedding.dtype)
-            if not np.array_equal(rows, np.asarray(embedding[start:stop])):
-                raise ValueError(
-                    f"{file}: config.json says tie_word_embeddings, but {key} differs from the "
-                    "embedding; set tie_word_embeddings to false in config.json"
-                )
+    for start, stop in _row_ranges(embedding.shape, embedding.dtype):
+        rows = np.asarray(head[start:stop]).astype(embedding.dtype)
+        if not np.array_equal(rows, np.asarray(embedding[start:stop])):
+            raise ValueError(
+                f"{file}: config.json says tie_word_embeddings, but {key} differs from the "
+                "embedding; set tie_word_embeddings to false in config.json"
+            )
 
 
 def _row_ranges(shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[tuple[int, int]]:
@@ -245,7 +224,7 @@ class _Targets:
         self._arrays: dict[PathParts, np.ndarray | jax.Array] = {}
 
     def fill(self, entry: Entry, tensor: _Slice) -> None:
-        """Reads one tensor, `tensor` being safetensors' slice reader, into its place."""
+        """Reads one tensor into its place."""
         spec = self._variables[entry.path].get_value()
         if math.prod(spec.shape) * spec.dtype.itemsize <= _STAGE_BYTES:
             staged = self._arrays.setdefault(entry.path, np.empty(spec.shape, spec.dtype))

@@ -24,19 +24,6 @@ CONV = "conv"  # torch Conv3d [out, C, t, h, w] over whole patches -> ours [C*t*
 
 Path = tuple[str, ...]
 
-_GATED_MLP = ("gate_proj", "up_proj", "down_proj")
-_VISION_LINEARS = {"qkv": "attn.qkv", "proj": "attn.proj"} | {
-    f"mlp/{name}": f"mlp.{name}" for name in _GATED_MLP
-}
-_TEXT_LINEARS = {f"{name}_proj": f"self_attn.{name}_proj" for name in "qkvo"} | {
-    f"mlp/{name}": f"mlp.{name}" for name in _GATED_MLP
-}
-_TEXT_BIASED = ("q_proj", "k_proj", "v_proj")
-_TEXT_NORMS = {
-    "input_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -71,6 +58,21 @@ def _linear(
         yield Entry(f"{key}.bias", (d_out,), (*parts, "bias"), layer)
 
 
+def _gated_mlp(
+    key: str, path: str, size: int, inner: int, use_bias: bool, layer: int
+) -> Iterator[Entry]:
+    for name, d_in, d_out in (
+        ("gate_proj", size, inner),
+        ("up_proj", size, inner),
+        ("down_proj", inner, size),
+    ):
+        yield from _linear(f"{key}.{name}", f"{path}/{name}", d_in, d_out, use_bias, layer)
+
+
+def _norm(key: str, path: str, size: int, layer: int | None = None) -> Entry:
+    return Entry(f"{key}.weight", (size,), (*path.split("/"), "weight"), layer)
+
+
 def _vision_entries(arch: Arch) -> Iterator[Entry]:
     vision = arch.vision
     size, inner = vision.hidden_size, vision.intermediate_size
@@ -78,28 +80,18 @@ def _vision_entries(arch: Arch) -> Iterator[Entry]:
     conv_shape = (size, vision.in_channels, vision.temporal_patch_size, patch, patch)
     kernel_path = ("visual", "patch_embed", "kernel")
     yield Entry("visual.patch_embed.proj.weight", conv_shape, kernel_path, None, CONV)
-    sizes = {
-        "qkv": (size, 3 * size),
-        "proj": (size, size),
-        "mlp/gate_proj": (size, inner),
-        "mlp/up_proj": (size, inner),
-        "mlp/down_proj": (inner, size),
-    }
     for layer in range(vision.depth):
-        prefix = f"visual.blocks.{layer}"
-        for norm in ("norm1", "norm2"):
-            path = ("visual", "blocks", norm, "weight")
-            yield Entry(f"{prefix}.{norm}.weight", (size,), path, layer)
-        for ours, theirs in _VISION_LINEARS.items():
-            d_in, d_out = sizes[ours]
-            yield from _linear(
-                f"{prefix}.{theirs}", f"visual/blocks/{ours}", d_in, d_out, True, layer
-            )
+        key, path = f"visual.blocks.{layer}", "visual/blocks"
+        yield _norm(f"{key}.norm1", f"{path}/norm1", size, layer)
+        yield _norm(f"{key}.norm2", f"{path}/norm2", size, layer)
+        yield from _linear(f"{key}.attn.qkv", f"{path}/qkv", size, 3 * size, True, layer)
+        yield from _linear(f"{key}.attn.proj", f"{path}/proj", size, size, True, layer)
+        yield from _gated_mlp(f"{key}.mlp", f"{path}/mlp", size, inner, True, layer)
     merged = size * vision.merge_unit
-    yield Entry("visual.merger.ln_q.weight", (size,), ("visual", "merger", "ln_q", "weight"))
-    yield from _linear("visual.merger.mlp.0", "visual/merger/mlp_0", merged, merged, True)
-    out_size = vision.out_hidden_size
-    yield from _linear("visual.merger.mlp.2", "visual/merger/mlp_2", merged, out_size, True)
+    yield _norm("visual.merger.ln_q", "visual/merger/ln_q", size)
+    for place, d_out in ((0, merged), (2, vision.out_hidden_size)):
+        key, path = f"visual.merger.mlp.{place}", f"visual/merger/mlp_{place}"
+        yield from _linear(key, path, merged, d_out, True)
 
 
 def _text_entries(arch: Arch) -> Iterator[Entry]:
@@ -108,27 +100,16 @@ def _text_entries(arch: Arch) -> Iterator[Entry]:
     kv_size = text.num_kv_heads * text.head_dim
     table = (text.vocab_size, size)
     yield Entry("model.embed_tokens.weight", table, ("text", "embedding"))
-    sizes = {
-        "q_proj": (size, size),
-        "k_proj": (size, kv_size),
-        "v_proj": (size, kv_size),
-        "o_proj": (size, size),
-        "mlp/gate_proj": (size, inner),
-        "mlp/up_proj": (size, inner),
-        "mlp/down_proj": (inner, size),
-    }
     for layer in range(text.num_layers):
-        prefix = f"model.layers.{layer}"
-        for ours, theirs in _TEXT_NORMS.items():
-            path = ("text", "blocks", ours, "weight")
-            yield Entry(f"{prefix}.{theirs}.weight", (size,), path, layer)
-        for ours, theirs in _TEXT_LINEARS.items():
-            use_bias = ours in _TEXT_BIASED
-            d_in, d_out = sizes[ours]
-            yield from _linear(
-                f"{prefix}.{theirs}", f"text/blocks/{ours}", d_in, d_out, use_bias, layer
-            )
-    yield Entry("model.norm.weight", (size,), ("text", "norm", "weight"))
+        key, path = f"model.layers.{layer}", "text/blocks"
+        for norm in ("input", "post_attention"):
+            yield _norm(f"{key}.{norm}_layernorm", f"{path}/{norm}_norm", size, layer)
+        for letter, d_out in (("q", size), ("k", kv_size), ("v", kv_size), ("o", size)):
+            name, use_bias = f"{letter}_proj", letter != "o"
+            ours = f"{path}/{name}"
+            yield from _linear(f"{key}.self_attn.{name}", ours, size, d_out, use_bias, layer)
+        yield from _gated_mlp(f"{key}.mlp", f"{path}/mlp", size, inner, False, layer)
+    yield _norm("model.norm", "text/norm", size)
     if not text.tie_word_embeddings:
         head = ("text", "lm_head", "kernel")
         yield Entry("lm_head.weight", table, head, None, TRANSPOSE)
@@ -141,15 +122,9 @@ def canonical_key(key: str) -> str:
 
 
 def spell_key(key: str, layout: str) -> str:
-    """Spells a canonical key in a layout.
-
-    Raises:
-        ValueError: `layout` is neither HUB nor NESTED.
-    """
+    """Spells a canonical key in a layout, HUB or NESTED."""
     if layout == HUB:
         return key
-    if layout != NESTED:
-        raise ValueError(f"key layout {layout!r}: expected {HUB!r} or {NESTED!r}")
     key = re.sub(r"^model\.", "model.language_model.", key)
     return re.sub(r"^visual\.", "model.visual.", key)
 

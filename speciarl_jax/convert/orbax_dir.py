@@ -50,10 +50,7 @@ def load_params(
 ) -> Policy:
     """Reads what `save_params` wrote; ``directory/config.json`` gives the architecture.
 
-    Args:
-        directory: of a converted model.
-        dtypes: storage dtype, to which Orbax casts, and compute dtype.
-        shardings: as for `speciarl_jax.convert.loading.load_policy`.
+    Arguments are those of `convert.loading.load_policy`; Orbax casts to `dtypes.param`.
 
     Raises:
         ValueError: the parameters do not fit config.json; the message names them.
@@ -61,11 +58,9 @@ def load_params(
     directory = pathlib.Path(directory).resolve()
     policy = abstract_policy(Arch.from_dir(directory), dtypes)
     state = nnx.to_pure_dict(nnx.state(policy))
-    if shardings is None:
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(lambda leaf: _placed(leaf, place), state)
-    else:
-        target = jax.tree.map(_placed, state, nnx.to_pure_dict(shardings))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = nnx.to_pure_dict(shardings) if shardings else jax.tree.map(lambda _: here, state)
+    target = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, places)
     stored = _shapes(_stored_tree(directory / PARAMS_DIR))
     wanted = _shapes(target)
     problems = [
@@ -85,14 +80,10 @@ def load_params(
     return policy
 
 
-def _placed(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-
-
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
-        "/".join(str(getattr(key, "key", key)) for key in path): tuple(leaf.shape)
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in leaves
     }
 

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from speciarl_jax.arch import Arch
 from speciarl_jax.data.field_guide.answers import answer_text
 from speciarl_jax.data.field_guide.specimens import draw_specimens
-from speciarl_jax.data.field_guide.taxonomy import load_taxonomy
-from speciarl_jax.files import write_whole
+from speciarl_jax.data.field_guide.taxonomy import load_species
+from speciarl_jax.files import read_json, write_whole
 from speciarl_jax.types import JsonObject, JsonValue
 
 PROMPTS = ("field_guide", "field_guide_exact")  # wordings that the warm-up teaches
@@ -32,75 +32,25 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Qwen2.5-VL's chat layout in its plainest form: default system turn, images where they stand.
-CHAT_TEMPLATE = (
-    "{%- if messages[0]['role'] != 'system' -%}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{%- endif -%}"
-    "{%- for message in messages -%}<|im_start|>{{ message['role'] }}\n"
-    "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>"
-    "{%- else -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}<|im_end|>\n"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
-)
+# config.json in the hub's flat style with tokens in place of ids; image settings of the released
+# models at areas of 56 x 56 to 112 x 112 px; Qwen2.5-VL's chat layout in its plainest form.
+TEMPLATE = pathlib.Path(__file__).parent / "tiny_template"
 
 
 def tiny_config(tokenizer: Tokenizer) -> JsonObject:
-    """``config.json`` of the small policy, in the hub's flat style.
+    """``config.json`` of the small policy.
 
     Like the released models, the embedding table is padded beyond the tokenizer.
     """
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-    vocab_size = -(-(tokenizer.get_vocab_size() + 1) // 64) * 64
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "vocab_size": vocab_size,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-        "max_position_embeddings": 2048,
-        "use_sliding_window": False,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "eos_token_id": ids["<|im_end|>"],
-        "bos_token_id": ids["<|endoftext|>"],
-        "pad_token_id": ids["<|endoftext|>"],
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_config": {
-            "model_type": "qwen2_5_vl",
-            "depth": 4,
-            "hidden_size": 96,
-            "intermediate_size": 192,
-            "num_heads": 4,
-            "out_hidden_size": 128,
-            "fullatt_block_indexes": [1, 3],
-            "window_size": 56,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "in_channels": 3,
-            "hidden_act": "silu",
-        },
-    }
+    config: JsonObject = read_json(TEMPLATE / "config.json", "install the package again")
+    ids = {k: tokenizer.token_to_id(v) for k, v in config.items() if v in SPECIAL_TOKENS}
+    return config | ids | {"vocab_size": -(-(tokenizer.get_vocab_size() + 1) // 64) * 64}
 
 
 def train_tokenizer(prompts: list[str], vocab_size: int = MAX_VOCAB_SIZE) -> Tokenizer:
     """A byte-level BPE tokenizer of the field guide's texts, Qwen's special tokens at the end.
 
-    Args:
-        prompts: prompt wordings it should encode well.
-        vocab_size: upper bound, special tokens included.
+    It encodes `prompts` well; `vocab_size` is an upper bound, special tokens included.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
@@ -127,7 +77,7 @@ def train_tokenizer(prompts: list[str], vocab_size: int = MAX_VOCAB_SIZE) -> Tok
 def _texts(prompts: list[str]) -> list[str]:
     answers = [
         answer_text(specimen, level)
-        for domain in load_taxonomy().domains
+        for domain in load_species()
         for specimen in draw_specimens(domain, "warmup", 48)
         for level in ("domain", "family", "genus", "species")
     ]
@@ -138,10 +88,7 @@ def _texts(prompts: list[str]) -> list[str]:
 def make_tiny_dir(out: pathlib.Path, prompts: list[str], seed: int = 0) -> None:
     """Writes the randomly initialised policy as a Hugging Face directory.
 
-    Args:
-        out: created; existing files are overwritten.
-        prompts: prompt wordings for the tokenizer.
-        seed: of the weights.
+    `prompts` are wordings for the tokenizer; files that exist in `out` are overwritten.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -157,33 +104,19 @@ def make_tiny_dir(out: pathlib.Path, prompts: list[str], seed: int = 0) -> None:
         out / "generation_config.json",
         {"eos_token_id": [config["eos_token_id"], config["bos_token_id"]], "do_sample": False},
     )
-    _write_json(out / "preprocessor_config.json", _preprocessor_config())
+    for name in ("preprocessor_config.json", "chat_template.jinja"):
+        write_whole(out / name, (TEMPLATE / name).read_bytes())
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer_object,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=(TEMPLATE / "chat_template.jinja").read_text(encoding="utf-8"),
     )
     tokenizer.save_pretrained(out)
     policy = Policy(Arch.from_hf(config), dtypes=Dtypes(), rngs=nnx.Rngs(seed))
     _scale_init(policy)
     save_hf(policy, out, out, dtype="bfloat16")
-
-
-def _preprocessor_config() -> JsonObject:
-    """Image settings: the released mean and std; areas of 56 x 56 to 112 x 112 px."""
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        "min_pixels": 56 * 56,
-        "max_pixels": 112 * 112,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
 
 
 def _scale_init(policy: nnx.Module) -> None:

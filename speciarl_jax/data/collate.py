@@ -20,9 +20,7 @@ WINDOW_BUCKETS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 20, 25, 30, 36, 42, 49, 56, 64, 8
 def prompt_bucket(tokens: int, buckets: Sequence[int] = ()) -> int:
     """Padded prompt length for a batch whose longest prompt has `tokens` tokens.
 
-    Args:
-        tokens: longest prompt.
-        buckets: allowed lengths, ascending; empty for multiples of 32.
+    One of the ascending `buckets`, or without any the next multiple of 32.
 
     Raises:
         ValueError: longer than the largest bucket.
@@ -35,9 +33,7 @@ def prompt_bucket(tokens: int, buckets: Sequence[int] = ()) -> int:
 def window_bucket(windows: int, buckets: Sequence[int] = ()) -> int:
     """Padded number of windows for a batch whose largest image has `windows` windows.
 
-    Args:
-        windows: of the largest image.
-        buckets: allowed numbers, ascending; empty for steps of at most about a third.
+    One of the ascending `buckets`, or without any by steps of at most about a third.
 
     Raises:
         ValueError: more than the largest of the buckets that were given.
@@ -79,17 +75,14 @@ def collate(
     Args:
         encoded: 1 to num_prompts prompts.
         arch: token ids, window and merge sizes.
-        limits: normalisation of the pixels.
+        limits: mean and std of the pixels.
         pad_id: token written past the end of a prompt.
         num_prompts: P; 0 for as many as there are.
-        prompt_buckets: allowed lengths, see `prompt_bucket`.
-        window_buckets: allowed numbers of windows, see `window_bucket`.
+        prompt_buckets: see `prompt_bucket`.
+        window_buckets: see `window_bucket`.
         images_per_prompt: slots per prompt; 0 for the largest number in the batch.
         global_index: of the first rows or of all; rows without one count on from the last. None
             numbers them from 0.
-
-    Returns:
-        The batch; I = P * images_per_prompt.
 
     Raises:
         ValueError: no prompts, more prompts than rows or images than slots, or a bucket too small.

@@ -20,24 +20,9 @@ import numpy as np
 from PIL import Image
 
 from speciarl_jax.arch import VisionArch
-from speciarl_jax.data.decode import BadImageError, decode_image
+from speciarl_jax.data.decode import BadImageError
 from speciarl_jax.files import FETCH_MODEL, read_json
 from speciarl_jax.types import JsonObject
-
-__all__ = [
-    "BadImageError",
-    "ImageLimits",
-    "ImagePatches",
-    "VisionArrays",
-    "WindowLayout",
-    "decode_image",
-    "grid_of",
-    "image_patches",
-    "num_windows",
-    "resize_image",
-    "smart_resize",
-    "window_layout",
-]
 
 MAX_ASPECT_RATIO = 200
 
@@ -73,12 +58,8 @@ class ImageLimits:
         )
 
     @classmethod
-    def from_dir(cls, path: str | pathlib.Path, arch: VisionArch | None = None) -> ImageLimits:
+    def from_dir(cls, path: str | pathlib.Path, arch: VisionArch) -> ImageLimits:
         """Reads ``path/preprocessor_config.json``, in the `min_pixels` or the `size` style.
-
-        Args:
-            path: a Hugging Face model directory.
-            arch: if given, patch and merge sizes in the file must agree with it.
 
         Raises:
             ValueError: no such file, not JSON, a resampling or rescaling that is not implemented,
@@ -92,36 +73,27 @@ class ImageLimits:
         config = read_json(file, FETCH_MODEL)
         _check_preprocessor(config, arch, file)
         size = config.get("size") or {}
+        least = config.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge")
+        most = config.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge")
         default = cls()
         return cls(
-            min_pixels=int(
-                config.get("min_pixels")
-                or size.get("min_pixels")
-                or size.get("shortest_edge")
-                or default.min_pixels
-            ),
-            max_pixels=int(
-                config.get("max_pixels")
-                or size.get("max_pixels")
-                or size.get("longest_edge")
-                or default.max_pixels
-            ),
+            min_pixels=int(least or default.min_pixels),
+            max_pixels=int(most or default.max_pixels),
             mean=tuple(config.get("image_mean", default.mean)),
             std=tuple(config.get("image_std", default.std)),
         )
 
 
-def _check_preprocessor(config: JsonObject, arch: VisionArch | None, file: pathlib.Path) -> None:
+def _check_preprocessor(config: JsonObject, arch: VisionArch, file: pathlib.Path) -> None:
     expected: dict[str, int] = {
         "resample": int(Image.Resampling.BICUBIC),
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
+        "patch_size": arch.patch_size_px,
+        "merge_size": arch.spatial_merge_size,
+        "temporal_patch_size": arch.temporal_patch_size,
     }
-    if arch is not None:
-        expected["patch_size"] = arch.patch_size_px
-        expected["merge_size"] = arch.spatial_merge_size
-        expected["temporal_patch_size"] = arch.temporal_patch_size
     for field, value in expected.items():
         if config.get(field, value) != value:
             raise ValueError(f"{file}: {field}={config[field]!r}, only {value!r} is supported here")
@@ -133,17 +105,7 @@ def _check_preprocessor(config: JsonObject, arch: VisionArch | None, file: pathl
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Target size: multiples of `factor`, area within the limits, aspect ratio roughly kept.
-
-    Args:
-        height: of the image, px.
-        width: of the image, px.
-        factor: patch size times merge size, px.
-        min_pixels: smallest area, px.
-        max_pixels: largest area, px.
-
-    Returns:
-        (height, width), px.
+    """New (height, width), px: multiples of `factor`, area within the limits, shape roughly kept.
 
     Raises:
         BadImageError: an empty image, or one side more than 200 times the other.
@@ -193,39 +155,8 @@ def grid_of(pixels: np.ndarray, arch: VisionArch) -> tuple[int, int, int]:
     return 1, height // arch.patch_size_px, width // arch.patch_size_px
 
 
-@dataclasses.dataclass(frozen=True)
-class ImagePatches:
-    """One image as HF's processor returns it.
-
-    Attributes:
-        patches: [N, patch_dim] float32, raster of merge blocks; within a patch channel, time, row,
-            column.
-        grid: (1, rows, columns) in patches.
-    """
-
-    patches: np.ndarray
-    grid: tuple[int, int, int]
-
-
-def image_patches(image: Image.Image, arch: VisionArch, limits: ImageLimits) -> ImagePatches:
-    """Resizes, normalises and cuts up one RGB image, in HF's patch order.
-
-    The training path (`fill_windows`) does not go through this array; it is the reference that
-    parity tests and `speciarl parity` compare with.
-
-    Raises:
-        BadImageError: see `smart_resize`.
-    Source: transformers Qwen2VLImageProcessorPil._preprocess and patchify.
-    """
-    pixels = resize_image(image, arch, limits)
-    blocks = _pixel_patches(pixels, arch)
-    patches = np.empty((len(blocks), arch.patch_dim), np.float32)
-    _normalise_into(blocks, patches, arch, limits)
-    return ImagePatches(patches, grid_of(pixels, arch))
-
-
 def _pixel_patches(pixels: np.ndarray, arch: VisionArch) -> np.ndarray:
-    """[h, w, C] uint8 to [N, C, patch px] uint8, raster of merge blocks."""
+    """[h, w, C] uint8 to [N, C, patch px] uint8, HF's order: raster of merge blocks."""
     _, rows, cols = grid_of(pixels, arch)
     merge, side = arch.spatial_merge_size, arch.patch_size_px
     blocks = pixels.reshape(rows // merge, merge, side, cols // merge, merge, side, -1)
@@ -259,13 +190,11 @@ class WindowLayout:
         positions: [N_pad, 2] int32, (row, column) of the patch in the image; 0 for padding.
         merged_rows: [M] int32, for each merged token in raster order its row in the window-ordered
             merged array [N_pad / merge_unit].
-        num_windows: N_pad / window_patches.
     """
 
     source: np.ndarray
     positions: np.ndarray
     merged_rows: np.ndarray
-    num_windows: int
 
 
 def num_windows(grid: tuple[int, int, int], arch: VisionArch) -> int:
@@ -276,11 +205,7 @@ def num_windows(grid: tuple[int, int, int], arch: VisionArch) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def window_layout(grid: tuple[int, int, int], arch: VisionArch) -> WindowLayout:
-    """Window order of one image; cached, and the arrays are read-only.
-
-    Args:
-        grid: (1, rows, columns) in patches, multiples of the merge size.
-        arch: gives window, patch and merge size.
+    """Window order of an image with `grid` (1, rows, columns) patches; the arrays are read-only.
 
     Raises:
         ValueError: a video grid, or rows and columns that are no whole merge blocks.
@@ -311,7 +236,6 @@ def window_layout(grid: tuple[int, int, int], arch: VisionArch) -> WindowLayout:
         source=source.reshape(-1).astype(np.int32),
         positions=positions.reshape(-1, 2).astype(np.int32),
         merged_rows=merged_rows,
-        num_windows=win_rows * win_cols,
     )
     for array in (layout.source, layout.positions, layout.merged_rows):
         array.setflags(write=False)
@@ -345,7 +269,10 @@ class VisionArrays:
     def fill_windows(
         self, slot: int, pixels: np.ndarray, arch: VisionArch, limits: ImageLimits
     ) -> WindowLayout:
-        """Writes one resized image, [h, w, 3] uint8, into image slot `slot`; returns its layout."""
+        """Writes one resized image, [h, w, 3] uint8, into image slot `slot`; returns its layout.
+
+        Source: transformers Qwen2VLImageProcessorPil._preprocess and patchify; the order is ours.
+        """
         layout = window_layout(grid_of(pixels, arch), arch)
         length = len(layout.source)
         is_real = layout.source >= 0

@@ -7,6 +7,7 @@ memory within a budget, so that the first epoch does not do the work again.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -19,6 +20,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from speciarl_jax.config.schema import DataConfig
 from speciarl_jax.data.decode import BadImageError
 from speciarl_jax.data.prompts import PromptBuilder
 from speciarl_jax.files import read_json, write_whole
@@ -49,11 +51,7 @@ class PixelCache:
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        """Starts empty.
-
-        Args:
-            budget_bytes: 0 keeps nothing.
-        """
+        """Starts empty; a budget of 0 keeps nothing."""
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         self._kept: dict[int, np.ndarray] = {}
@@ -123,23 +121,19 @@ class _Row:
 def build_index(
     source: Source,
     builder: PromptBuilder,
-    max_prompt_tokens: int,
-    bad_image_budget_frac: float = 0.05,
-    cache: PixelCache | None = None,
-    index_dir: str | pathlib.Path | None = None,
-    num_threads: int = 2,
+    data: DataConfig,
+    cache: PixelCache,
+    index_dir: pathlib.Path,
 ) -> PromptIndex:
     """Reads every example once and lists those that can be prompts.
 
     Args:
         source: the examples.
         builder: measures prompts; its limits decide the image tokens.
-        max_prompt_tokens: longer prompts are left out, image tokens included.
-        bad_image_budget_frac: largest share of unreadable images that is accepted.
+        data: the token limit, the budget of unreadable images and the number of threads.
         cache: receives resized images.
-        index_dir: where the result is kept for the next run; None keeps it nowhere. Used only if
-            the source has a ``fingerprint()``.
-        num_threads: decoding threads.
+        index_dir: where the result is kept for the next run, if the source has a
+            ``fingerprint()``.
 
     Raises:
         ValueError: an empty source, a prompt id that occurs twice, more unreadable images than the
@@ -150,24 +144,25 @@ def build_index(
     file = _index_file(source, builder, index_dir)
     rows = _load_rows(file, len(source))
     if rows is None:
-        rows = _measure(source, builder, cache, num_threads)
+        rows = _measure(source, builder, cache, data.num_threads)
         _save_rows(file, rows)
     _check_unique(row.prompt_id for row in rows)
     bad = [Skipped(r.prompt_id, r.image_name, r.error) for r in rows if r.error]
-    over_long = [
-        Skipped(r.prompt_id, r.image_name, f"{r.tokens} prompt tokens > {max_prompt_tokens}")
-        for r in rows
-        if not r.error and r.tokens > max_prompt_tokens
-    ]
-    _check_budget(bad, len(rows), bad_image_budget_frac)
-    kept = [i for i, r in enumerate(rows) if not r.error and r.tokens <= max_prompt_tokens]
+    _check_budget(bad, len(rows), data.bad_image_budget_frac)
+    limit = data.max_prompt_tokens
+    readable = [i for i, row in enumerate(rows) if not row.error]
+    kept = [i for i in readable if rows[i].tokens <= limit]
     if not kept:
-        shortest = min(r.tokens for r in rows if not r.error)
+        shortest = min(rows[i].tokens for i in readable)
         raise ValueError(
-            f"no prompt fits into data.max_prompt_tokens={max_prompt_tokens}: the shortest has "
-            f"{shortest} tokens, image included; raise data.max_prompt_tokens or lower "
-            "data.max_pixels"
+            f"no prompt fits into data.max_prompt_tokens={limit}: the shortest has {shortest} "
+            "tokens, image included; raise data.max_prompt_tokens or lower data.max_pixels"
         )
+    over_long = [
+        Skipped(row.prompt_id, row.image_name, f"{row.tokens} prompt tokens > {limit}")
+        for row in rows
+        if row.tokens > limit
+    ]
     digest = hashlib.sha256("\n".join(rows[i].prompt_id for i in kept).encode())
     return PromptIndex(
         kept=np.asarray(kept, np.int64),
@@ -180,7 +175,7 @@ def build_index(
 
 
 def _measure(
-    source: Source, builder: PromptBuilder, cache: PixelCache | None, num_threads: int
+    source: Source, builder: PromptBuilder, cache: PixelCache, num_threads: int
 ) -> list[_Row]:
     def measure(index: int) -> _Row:
         example = source[index]
@@ -188,8 +183,7 @@ def _measure(
             pixels = builder.read_pixels(example.image)
         except BadImageError as error:
             return _Row(example.prompt_id, example.image_name, 0, 0, str(error))
-        if cache is not None:
-            cache.put(index, pixels)
+        cache.put(index, pixels)
         return _Row(example.prompt_id, example.image_name, *builder.size_of(pixels), "")
 
     with concurrent.futures.ThreadPoolExecutor(max(num_threads, 1)) as pool:
@@ -202,14 +196,12 @@ def _measure(
 
 
 def _check_unique(prompt_ids: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for prompt_id in prompt_ids:
-        if prompt_id in seen:
-            raise ValueError(
-                f"prompt id {prompt_id!r} occurs twice in the data: a group would mix two prompts; "
-                "rename one of the images, or do not list a source twice"
-            )
-        seen.add(prompt_id)
+    (prompt_id, times), *_ = collections.Counter(prompt_ids).most_common(1)
+    if times > 1:
+        raise ValueError(
+            f"prompt id {prompt_id!r} occurs twice in the data: a group would mix two prompts; "
+            "rename one of the images, or do not list a source twice"
+        )
 
 
 def _check_budget(bad: list[Skipped], total: int, budget_frac: float) -> None:
@@ -226,13 +218,13 @@ def _check_budget(bad: list[Skipped], total: int, budget_frac: float) -> None:
 
 
 def _index_file(
-    source: Source, builder: PromptBuilder, index_dir: str | pathlib.Path | None
+    source: Source, builder: PromptBuilder, index_dir: pathlib.Path
 ) -> pathlib.Path | None:
     identity = getattr(source, "fingerprint", None)
-    if index_dir is None or identity is None:
+    if identity is None:
         return None
     key = hashlib.sha256(f"{identity()}/{builder.fingerprint()}".encode()).hexdigest()[:24]
-    return pathlib.Path(index_dir) / f"index-{key}.json"
+    return index_dir / f"index-{key}.json"
 
 
 def _load_rows(file: pathlib.Path | None, expected: int) -> list[_Row] | None:

@@ -12,20 +12,21 @@ the saved position.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+import functools
 import time
-from collections.abc import Iterator, Sequence
-from typing import TypedDict
+from collections.abc import Sequence
 
 import grain
 import numpy as np
 from absl import flags
 from grain import experimental as grain_experimental
 
+from speciarl_jax.config.schema import DataConfig
 from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.collate import collate, prompt_bucket, window_bucket
 from speciarl_jax.data.index import PixelCache, PromptIndex, Source, build_index
 from speciarl_jax.data.prompts import EncodedPrompt, PromptBuilder
+from speciarl_jax.data.sources.catalog import resolve_data_dir
 from speciarl_jax.types import JsonObject
 
 STATE_FORMAT = 1
@@ -69,40 +70,20 @@ class EpochPlan:
         """(epoch, rank within the epoch); ranks of `num_prompts` and more are padding."""
         return divmod(position, self.batches_per_epoch * self.batch_size)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """[num_prompts] int64: rank -> row of the prompt index."""
-        if not self.is_shuffled:
-            return np.arange(self.num_prompts)
-        return permutation(self.seed, epoch, self.num_prompts)
 
-
-class _Positions:
-    """Global positions of one host's rows, from a batch on: a Grain source."""
-
-    def __init__(self, plan: EpochPlan, num_batches: int, first: int, rows: np.ndarray):
-        self._plan = plan
-        self._num_batches = num_batches
-        self._first = first
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return (self._num_batches - self._first) * len(self._rows)
-
-    def __getitem__(self, index: int) -> int:
-        batch, row = divmod(index, len(self._rows))
-        return (self._first + batch) * self._plan.batch_size + int(self._rows[row])
+@functools.lru_cache(maxsize=4)
+def _order(plan: EpochPlan, epoch: int) -> np.ndarray:
+    """[num_prompts] int64, read-only: rank -> row of the prompt index."""
+    count = plan.num_prompts
+    order = permutation(plan.seed, epoch, count) if plan.is_shuffled else np.arange(count)
+    order.setflags(write=False)
+    return order
 
 
 def host_rows(
     batch_size: int, process_index: int, process_count: int, num_blocks: int
 ) -> np.ndarray:
-    """Rows of a batch that one host reads: an equal slice of each block.
-
-    Args:
-        batch_size: prompts per batch over all hosts.
-        process_index: number of this host.
-        process_count: number of hosts.
-        num_blocks: blocks of a batch (mini-batches).
+    """Rows of a batch that one host reads: an equal slice of each block (mini-batch).
 
     Raises:
         ValueError: the sizes do not fit each other.
@@ -124,58 +105,30 @@ class _Item:
     prompt: EncodedPrompt | None  # None: padding
 
 
+@dataclasses.dataclass(frozen=True)
 class _Encode:
-    """Position -> encoded prompt; runs in Grain's threads or worker processes."""
+    """Number of one of this host's rows -> encoded prompt; runs in Grain's threads or processes."""
 
-    def __init__(
-        self,
-        source: Source,
-        builder: PromptBuilder,
-        kept: np.ndarray,
-        plan: EpochPlan,
-        cache: PixelCache,
-    ):
-        self._source, self._builder, self._kept = source, builder, kept
-        self._plan, self._cache = plan, cache
-        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+    source: Source
+    builder: PromptBuilder
+    kept: np.ndarray
+    plan: EpochPlan
+    rows: np.ndarray
+    cache: PixelCache
 
-    def __call__(self, position: int) -> _Item:
-        epoch, rank = self._plan.locate(position)
-        if rank >= self._plan.num_prompts:
+    def __call__(self, number: int) -> _Item:
+        batch, row = divmod(number, len(self.rows))
+        position = batch * self.plan.batch_size + int(self.rows[row])
+        epoch, rank = self.plan.locate(position)
+        if rank >= self.plan.num_prompts:
             return _Item(position, None)
-        known_epoch, order = self._order
-        if known_epoch != epoch:
-            order = self._plan.order(epoch)
-            self._order = (epoch, order)
-        index = int(self._kept[order[rank]])
-        example = self._source[index]
-        pixels = self._cache.get(index)
+        index = int(self.kept[_order(self.plan, epoch)[rank]])
+        example = self.source[index]
+        pixels = self.cache.get(index)
         if pixels is None:
-            pixels = self._builder.read_pixels(example.image)
-            self._cache.put(index, pixels)
-        return _Item(position, self._builder.encode(example, pixels, epoch))
-
-
-class LoaderOptions(TypedDict, total=False):
-    """The keyword arguments of `PromptLoader`, which says what they mean."""
-
-    seed: int
-    shuffle: bool
-    drop_last: bool | None
-    num_epochs: int | None
-    max_prompt_tokens: int
-    bad_image_budget_frac: float
-    pad_id: int
-    num_workers: int
-    num_threads: int
-    prefetch_batches: int
-    process_index: int
-    process_count: int
-    num_blocks: int
-    prompt_buckets: Sequence[int]
-    window_buckets: Sequence[int]
-    cache_bytes: int
-    index_dir: str | pathlib.Path | None
+            pixels = self.builder.read_pixels(example.image)
+            self.cache.put(index, pixels)
+        return _Item(position, self.builder.encode(example, pixels, epoch))
 
 
 class PromptLoader:
@@ -190,6 +143,7 @@ class PromptLoader:
 
     def __init__(
         self,
+        data: DataConfig,
         source: Source,
         builder: PromptBuilder,
         batch_size: int,
@@ -198,24 +152,18 @@ class PromptLoader:
         shuffle: bool = True,
         drop_last: bool | None = None,
         num_epochs: int | None = None,
-        max_prompt_tokens: int = 2048,
-        bad_image_budget_frac: float = 0.05,
         pad_id: int = 0,
-        num_workers: int = 0,
-        num_threads: int = 2,
-        prefetch_batches: int = 2,
         process_index: int = 0,
         process_count: int = 1,
         num_blocks: int = 1,
-        prompt_buckets: Sequence[int] = (),
-        window_buckets: Sequence[int] = (),
-        cache_bytes: int = 256 * 2**20,
-        index_dir: str | pathlib.Path | None = None,
     ) -> None:
         """Scans the source (see `build_index`) and stands at position 0.
 
         Args:
-            source: examples with random access.
+            data: limits, buckets, workers and cache; not the source. Threads of this process
+                (num_workers=0) decode a few hundred images a second, for Pillow releases the
+                interpreter lock.
+            source: the examples.
             builder: encodes them.
             batch_size: prompts per batch over all hosts; each host gets batch_size / process_count.
             seed: of the order, with `shuffle`.
@@ -223,47 +171,25 @@ class PromptLoader:
             drop_last: drop an epoch's incomplete batch (True), or pad it (False); None does as
                 `shuffle` says.
             num_epochs: epochs until the iterator ends; None for no end.
-            max_prompt_tokens: see `build_index`.
-            bad_image_budget_frac: see `build_index`.
             pad_id: token past the end of a prompt.
-            num_workers: Grain worker processes; 0 decodes in threads of this process, which is
-                enough for a few hundred images a second, for Pillow releases the interpreter lock.
-            num_threads: threads per process.
-            prefetch_batches: finished batches held ready.
-            process_index: number of this host.
-            process_count: number of hosts.
-            num_blocks: see `host_rows`.
-            prompt_buckets: see `collate`.
-            window_buckets: see `collate`.
-            cache_bytes: resized images kept between epochs (only with num_workers=0); 0 for none.
-            index_dir: see `build_index`.
+            process_index: of this host; with `process_count` and `num_blocks` see `host_rows`.
 
         Raises:
             ValueError: see `build_index`; or sizes that do not fit each other.
         """
-        self._cache = PixelCache(0 if num_workers else cache_bytes)
-        self.index: PromptIndex = build_index(
-            source,
-            builder,
-            max_prompt_tokens,
-            bad_image_budget_frac,
-            self._cache,
-            index_dir,
-            num_threads,
-        )
+        cache = PixelCache(0 if data.num_workers else data.cache_mb * 2**20)
+        index_dir = resolve_data_dir(data.data_dir) / "index"
+        self.index: PromptIndex = build_index(source, builder, data, cache, index_dir)
         is_dropping = shuffle if drop_last is None else drop_last
         self.plan = EpochPlan(len(self.index.kept), batch_size, seed, shuffle, is_dropping)
         _check_sizes(self.plan)
         self._rows = host_rows(batch_size, process_index, process_count, num_blocks)
         self.num_batches = self.plan.batches_per_epoch * (num_epochs or _ENDLESS_EPOCHS)
         self.wait_s = 0.0
-        self._encode = _Encode(source, builder, self.index.kept, self.plan, self._cache)
-        self._builder, self._pad_id = builder, pad_id
-        self._buckets = (tuple(prompt_buckets), tuple(window_buckets))
-        self._num_workers, self._num_threads = num_workers, num_threads
-        self._prefetch_batches = prefetch_batches
+        self._encode = _Encode(source, builder, self.index.kept, self.plan, self._rows, cache)
+        self._data, self._builder, self._pad_id = data, builder, pad_id
         self._next_batch = 0
-        self._pipeline: Iterator[PromptBatch] | None = None
+        self._pipeline: grain.DatasetIterator[PromptBatch] | None = None
 
     def __iter__(self) -> PromptLoader:
         """Itself; iteration goes on where the loader stands."""
@@ -276,7 +202,7 @@ class PromptLoader:
         start = time.perf_counter()
         if self._pipeline is None:
             self._pipeline = self._start()
-        batch = next(self._pipeline)
+        batch: PromptBatch = next(self._pipeline)
         self._next_batch += 1
         self.wait_s += time.perf_counter() - start
         return batch
@@ -321,9 +247,8 @@ class PromptLoader:
 
     def close(self) -> None:
         """Stops read-ahead. The loader may be used again; it goes on at the same position."""
-        closing = getattr(self._pipeline, "close", None)
-        if closing is not None:
-            closing()
+        if self._pipeline is not None:
+            self._pipeline.close()
         self._pipeline = None
 
     def shapes(self, num_batches: int | None = None) -> list[tuple[int, int]]:
@@ -341,16 +266,14 @@ class PromptLoader:
             rows = self._rows_of(number)
             tokens = int(self.index.num_tokens[rows].max(initial=1))
             windows = int(self.index.num_windows[rows].max(initial=1))
-            found.add(
-                (prompt_bucket(tokens, self._buckets[0]), window_bucket(windows, self._buckets[1]))
-            )
+            length = prompt_bucket(tokens, self._data.prompt_buckets)
+            found.add((length, window_bucket(windows, self._data.window_buckets)))
         return sorted(found)
 
     def _rows_of(self, batch: int) -> np.ndarray:
         epoch, first = self.plan.locate(batch * self.plan.batch_size)
         ranks = first + self._rows
-        order = self.plan.order(epoch)
-        return np.asarray(order[ranks[ranks < self.plan.num_prompts]])
+        return np.asarray(_order(self.plan, epoch)[ranks[ranks < self.plan.num_prompts]])
 
     def _collate(self, items: Sequence[_Item]) -> PromptBatch:
         return collate(
@@ -359,30 +282,24 @@ class PromptLoader:
             self._builder.limits,
             self._pad_id,
             num_prompts=len(items),
-            prompt_buckets=self._buckets[0],
-            window_buckets=self._buckets[1],
+            prompt_buckets=self._data.prompt_buckets,
+            window_buckets=self._data.window_buckets,
             global_index=[item.position for item in items],
         )
 
-    def _start(self) -> Iterator[PromptBatch]:
+    def _start(self) -> grain.DatasetIterator[PromptBatch]:
         rows = len(self._rows)
-        positions = _Positions(self.plan, self.num_batches, self._next_batch, self._rows)
-        pipeline = (
-            grain.MapDataset.source(positions)
-            .map(self._encode)
-            .to_iter_dataset(
-                grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=max(rows, 16))
-            )
-        )
-        if self._num_workers:
+        threads = grain.ReadOptions(self._data.num_threads, prefetch_buffer_size=max(rows, 16))
+        numbers = grain.MapDataset.range(self._next_batch * rows, self.num_batches * rows)
+        pipeline = numbers.map(self._encode).to_iter_dataset(threads)
+        if self._data.num_workers:
             _mark_flags_parsed()
-            pipeline = pipeline.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._num_workers)
-            )
+            workers = grain.MultiprocessingOptions(num_workers=self._data.num_workers)
+            pipeline = pipeline.mp_prefetch(workers)
         batches = pipeline.batch(rows, drop_remainder=True, batch_fn=self._collate)
         return iter(
             grain_experimental.ThreadPrefetchIterDataset(
-                batches, prefetch_buffer_size=self._prefetch_batches
+                batches, prefetch_buffer_size=self._data.prefetch_batches
             )
         )
 

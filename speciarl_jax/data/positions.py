@@ -63,4 +63,4 @@ def mrope_positions(
             f"{len(image_grids)} images account for"
         )
     positions[:, start:] = np.arange(next_id, next_id + length - start)
-    return positions, next_id + length - start - length
+    return positions, next_id - start  # the last id is next_id + (length - start) - 1

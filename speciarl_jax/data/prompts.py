@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +22,7 @@ from speciarl_jax.data.positions import mrope_positions
 from speciarl_jax.types import Example
 
 IMAGE_TOKEN = "<|image_pad|>"
-POOL_SEPARATOR = "---"
+_POOL_SEPARATOR = re.compile(r"^\s*---\s*$", re.MULTILINE)
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 # In a checkout, and where setup.py installs the same files.
 SHIPPED_PROMPTS = (_PACKAGE.parent / "configs" / "prompts", _PACKAGE / "prompts")
@@ -80,7 +81,8 @@ class PromptTemplate:
         """
         texts: list[str] = []
         for part in filter(None, (piece.strip() for piece in name.split(","))):
-            texts += _split_pool(_find_prompt(part, recipe_dir).read_text(encoding="utf-8"))
+            content = _find_prompt(part, recipe_dir).read_text(encoding="utf-8")
+            texts += [text.strip() for text in _POOL_SEPARATOR.split(content.strip())]
         return cls(name, tuple(texts))
 
     def pick(self, seed: int, prompt_id: str, epoch: int = 0) -> str:
@@ -90,18 +92,6 @@ class PromptTemplate:
         key = f"{seed}/{epoch}/{prompt_id}".encode()
         number = int.from_bytes(hashlib.sha256(key).digest()[:8], "big")
         return self.texts[number % len(self.texts)]
-
-
-def _split_pool(content: str) -> list[str]:
-    texts: list[str] = []
-    lines: list[str] = []
-    for line in [*content.strip().splitlines(), POOL_SEPARATOR]:
-        if line.strip() == POOL_SEPARATOR:
-            texts.append("\n".join(lines).strip())
-            lines = []
-        else:
-            lines.append(line)
-    return texts
 
 
 def _find_prompt(name: str, recipe_dir: str | pathlib.Path | None) -> pathlib.Path:
@@ -123,7 +113,7 @@ class EncodedPrompt:
     """One prompt, ready to be padded into a batch.
 
     Attributes:
-        prompt_id, ground_truth, dataset, image_name: of its example.
+        prompt_id, ground_truth, dataset: of its example.
         tokens: [S] int32, placeholders expanded.
         longest_tokens: S of the longest text in the prompt pool; batches are padded for that one,
             so that shapes do not depend on the draw.
@@ -136,7 +126,6 @@ class EncodedPrompt:
     prompt_id: str
     ground_truth: str
     dataset: str
-    image_name: str
     tokens: np.ndarray
     longest_tokens: int
     positions: np.ndarray
@@ -156,14 +145,7 @@ class PromptBuilder:
         template: PromptTemplate,
         seed: int = 0,
     ) -> None:
-        """Stores its parts and renders every text of the template once.
-
-        Args:
-            tokenizer: transformers tokenizer with a Qwen2.5-VL chat template.
-            arch: gives patch sizes and token ids.
-            limits: image sizes and normalisation.
-            template: the user's side of the prompt.
-            seed: of the draw from a prompt pool.
+        """Renders every text of the template once; `seed` is of the draw from a prompt pool.
 
         Raises:
             ValueError: the tokenizer has no chat template, its template leaves the image out, or
@@ -232,12 +214,9 @@ class PromptBuilder:
     def encode(
         self, example: Example, pixels: np.ndarray | None = None, epoch: int = 0
     ) -> EncodedPrompt:
-        """Encodes an example.
+        """Encodes an example, from its resized image if the caller kept that.
 
-        Args:
-            example: what to ask about.
-            pixels: its resized image, if the caller kept it.
-            epoch: takes part in the draw from a prompt pool.
+        The epoch takes part in the draw from a prompt pool.
 
         Raises:
             BadImageError: unreadable image.
@@ -249,12 +228,9 @@ class PromptBuilder:
     def encode_images(
         self, images: Sequence[bytes], text: str | None = None, name: str = "image"
     ) -> EncodedPrompt:
-        """Encodes a prompt that belongs to no data set, with any number of images.
+        """Encodes a prompt that belongs to no data set, with any number of images (encoded bytes).
 
-        Args:
-            images: encoded bytes.
-            text: the question; None takes the template's first.
-            name: becomes prompt id and image name.
+        The question is `text`, or the template's first; `name` becomes the prompt id.
 
         Raises:
             BadImageError: unreadable image.
@@ -277,7 +253,6 @@ class PromptBuilder:
             prompt_id=example.prompt_id,
             ground_truth=example.ground_truth,
             dataset=example.dataset,
-            image_name=example.image_name,
             tokens=tokens,
             longest_tokens=max(self._longest_tokens(grids), len(tokens)),
             positions=positions,

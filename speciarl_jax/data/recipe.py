@@ -1,17 +1,14 @@
-"""From a recipe's data section to sources, a prompt builder and loaders."""
+"""From a recipe's data section to sources and a prompt builder."""
 
 from __future__ import annotations
 
 import pathlib
-from typing import Unpack
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.config.schema import DataConfig
 from speciarl_jax.data.images import ImageLimits
 from speciarl_jax.data.index import Source
-from speciarl_jax.data.loader import LoaderOptions, PromptLoader
 from speciarl_jax.data.prompts import PromptBuilder, PromptTemplate, Tokenizer
-from speciarl_jax.data.sources.catalog import resolve_data_dir
 from speciarl_jax.data.sources.selection import Selection, open_selected
 
 
@@ -64,36 +61,3 @@ def make_builder(
         PromptTemplate.load(data.prompt, recipe_dir),
         seed,
     )
-
-
-def make_loader(
-    data: DataConfig,
-    source: Source,
-    builder: PromptBuilder,
-    batch_size: int,
-    **options: Unpack[LoaderOptions],
-) -> PromptLoader:
-    """A loader with the recipe's limits and workers.
-
-    Args:
-        data: the recipe's data section.
-        source: examples.
-        builder: encodes them.
-        batch_size: prompts per batch over all hosts.
-        **options: of `PromptLoader`: seed, shuffle, num_epochs, pad_id, process_index, ...
-
-    Raises:
-        ValueError: see `PromptLoader`.
-    """
-    settings: LoaderOptions = {
-        "max_prompt_tokens": data.max_prompt_tokens,
-        "bad_image_budget_frac": data.bad_image_budget_frac,
-        "num_workers": data.num_workers,
-        "num_threads": data.num_threads,
-        "prefetch_batches": data.prefetch_batches,
-        "prompt_buckets": data.prompt_buckets,
-        "window_buckets": data.window_buckets,
-        "cache_bytes": data.cache_mb * 2**20,
-        "index_dir": resolve_data_dir(data.data_dir) / "index",
-    }
-    return PromptLoader(source, builder, batch_size, **(settings | options))

@@ -39,8 +39,20 @@ Leaf = TypeVar("Leaf", default=Array)
 Tree = TypeVar("Tree")
 
 PROMPT_AXES = ("data", "fsdp")  # what the prompts of a batch are spread over
-_COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")  # out over tensor
-_ROW = ("o_proj", "down_proj")  # in over tensor
+_COLUMN = {  # heads, MLP columns, vocabulary: the output lies over `tensor`
+    "kernel": ("fsdp", "tensor"),
+    "bias": ("tensor",),
+    "lora_a": ("fsdp", None),
+    "lora_b": (None, "tensor"),
+}
+_ROW = {  # back to the width: the input does
+    "kernel": ("tensor", "fsdp"),
+    "bias": (None,),
+    "lora_a": ("tensor", None),
+    "lora_b": (None, "fsdp"),
+}
+_LAYERS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), _COLUMN)
+_LAYERS |= dict.fromkeys(("o_proj", "down_proj"), _ROW)
 
 
 def param_spec(path: tuple[Hashable, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -52,26 +64,14 @@ def param_spec(path: tuple[Hashable, ...], shape: tuple[int, ...], mesh: Mesh) -
         mesh: axis sizes.
     """
     names = [str(part) for part in path]
-    kind, layer = names[-1], next((n for n in names[:-1] if n in (*_COLUMN, *_ROW)), "")
+    kind, layer = names[-1], next((n for n in names[:-1] if n in _LAYERS), "")
     axes: tuple[str | None, ...] = ()
     if names[0] == "visual":
         axes = ("fsdp", None) if kind == "kernel" else ()
     elif kind == "embedding":
         axes = ("tensor", "fsdp")
-    elif layer in _COLUMN:
-        axes = {
-            "kernel": ("fsdp", "tensor"),
-            "bias": ("tensor",),
-            "lora_a": ("fsdp", None),
-            "lora_b": (None, "tensor"),
-        }[kind]
-    elif layer in _ROW:
-        axes = {
-            "kernel": ("tensor", "fsdp"),
-            "bias": (None,),
-            "lora_a": ("tensor", None),
-            "lora_b": (None, "fsdp"),
-        }[kind]
+    elif layer:
+        axes = _LAYERS[layer][kind]
     full = (None,) * (len(shape) - len(axes)) + axes
     fitted = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(full, shape, strict=True)]
     return PartitionSpec(*fitted)
@@ -97,12 +97,7 @@ def prompt_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def cache_sharding(mesh: Mesh, *, is_stacked: bool) -> NamedSharding:
-    """Keys and values [X, K, ...]: prompts or rows over the replicas, heads over `tensor`.
-
-    Args:
-        mesh: of this process.
-        is_stacked: layers come first, whole.
-    """
+    """Keys and values [X, K, ...], or [L, X, K, ...] stacked: heads lie over `tensor`."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * is_stacked, PROMPT_AXES, "tensor"))
 
 
@@ -115,14 +110,7 @@ def image_sharding(mesh: Mesh, num_images: int) -> NamedSharding:
 def optimizer_shardings(
     optimizer: optax.GradientTransformation, state: PyTree, shardings: Params, mesh: Mesh
 ) -> PyTree[NamedSharding]:
-    """Moments lie where their parameters do; counters everywhere.
-
-    Args:
-        optimizer: the one whose state it is.
-        state: its state, arrays or ShapeDtypeStructs.
-        shardings: of the parameters, from `param_shardings`.
-        mesh: the mesh.
-    """
+    """Moments of an optimiser's `state` lie where their parameters do; counters everywhere."""
     return optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -133,12 +121,7 @@ def optimizer_shardings(
 
 
 def local_view(tree: Tree, local: Mesh) -> Tree:
-    """The same parameters as arrays of this process's replicas only; nothing is copied.
-
-    Args:
-        tree: arrays over the whole mesh, none of them cut along ``data``.
-        local: from `local_mesh`.
-    """
+    """Arrays, none cut along ``data``, as those of this process's replicas only; nothing copied."""
 
     def view(x: jax.Array) -> jax.Array:
         assert isinstance(x.sharding, NamedSharding), x.sharding
@@ -154,12 +137,7 @@ def local_view(tree: Tree, local: Mesh) -> Tree:
 
 
 def place(tree: Tree, shardings: PyTree[NamedSharding]) -> Tree:
-    """Moves arrays to their places on the mesh.
-
-    Args:
-        tree: arrays that lie there already, or that every process holds whole and equal.
-        shardings: one for each.
-    """
+    """Moves arrays, there already or held whole and equal by all processes, to their places."""
 
     def move(x: AnyArray, sharding: NamedSharding) -> jax.Array:
         if jax.process_count() == 1:
@@ -175,11 +153,9 @@ def place(tree: Tree, shardings: PyTree[NamedSharding]) -> Tree:
 
 
 def own_prompts(x: jax.Array, axis: int = 0) -> AnyArray:
-    """This process's prompts of a global array; the array itself in a job of one process.
+    """This process's prompts of a global array, which is spread over the replicas on `axis` only.
 
-    Args:
-        x: as a program returned it, spread over the replicas on axis `axis` and on no other.
-        axis: of the prompts.
+    In a job of one process the array itself.
     """
     if jax.process_count() == 1:
         return x
@@ -190,10 +166,7 @@ def own_prompts(x: jax.Array, axis: int = 0) -> AnyArray:
 def place_prompts(tree: Tree, mesh: Mesh, axis: int = 0) -> Tree:
     """Arrays of this process's prompts as one global array each, spread over the replicas.
 
-    Args:
-        tree: leaves with this process's prompts on axis `axis`, as many in every process.
-        mesh: of the job.
-        axis: of the prompts; everything else stays whole.
+    `axis` is that of the prompts, as many in every process; everything else stays whole.
     """
     sharding = prompt_sharding(mesh, axis)
 

@@ -14,8 +14,6 @@ from speciarl_jax.arch import Arch
 from speciarl_jax.config.schema import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
-
-
 _WEIGHT_SHARE = 0.45  # of a device's memory that the base may take before `auto` cuts it further
 
 
@@ -50,17 +48,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh.fsdp={fsdp} x mesh.tensor={tensor}: a replica of {replica} devices would span "
             f"processes, which hold {uneven[0]} each; lower mesh.fsdp or mesh.tensor"
         )
-    blocks = [_host_block(host, fsdp, tensor) for host in hosts]
+    # A host's chips stay in jax's order: on v5e, where chips route in straight lines only, XLA
+    # refuses collectives over hosts that order theirs differently.
+    blocks = [np.asarray(host, dtype=object).reshape(-1, fsdp, tensor) for host in hosts]
     return Mesh(np.concatenate(blocks), AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def _host_block(devices: list[jax.Device], fsdp: int, tensor: int) -> np.ndarray:
-    """A host's replicas, its chips in jax's order.
-
-    On v5e, where chips route in straight lines only, XLA refuses collectives over hosts that order
-    their chips differently.
-    """
-    return np.asarray(devices, dtype=object).reshape(-1, fsdp, tensor)
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
@@ -100,6 +91,7 @@ def choose_mesh(
     if memory_bytes is None:
         return MeshConfig(), "data only: these devices share the host's memory"
     budget = _WEIGHT_SHARE * memory_bytes
+    # Heads are cut first, as far as they divide; then the other dimension, until the base fits.
     heads = math.gcd(arch.text.num_kv_heads, local_devices)
     tensors = [size for size in range(1, heads + 1) if heads % size == 0]
     pairs = [(1, tensor) for tensor in tensors]

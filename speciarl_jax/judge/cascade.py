@@ -15,41 +15,35 @@ from speciarl_jax.types import Category
 class Cascade:
     """Exact match, then synonym table; None means: ask the model."""
 
-    def __init__(self, synonyms: dict[str, frozenset[int]] | None = None) -> None:
-        """Starts with a table from normalised name to the numbers of its synonym groups."""
-        self._groups = synonyms or {}
-
-    @classmethod
-    def from_file(cls, path: str) -> Cascade:
+    def __init__(self, synonyms: str = "") -> None:
         """Reads a synonym table: CSV rows or a JSON list of lists; names of a row are equal.
+
+        Args:
+            synonyms: path of the table; empty for none.
 
         Raises:
             JudgeError: the file is missing, not of that form, or a name is empty.
         """
-        groups: dict[str, set[int]] = {}
-        for number, names in enumerate(_read_rows(Path(path)), start=1):
+        self._groups: dict[str, set[int]] = {}  # normalised name -> rows that hold it
+        for number, names in enumerate(_read_rows(Path(synonyms)) if synonyms else (), start=1):
             for name in names:
                 if not normalize(name):
-                    raise JudgeError(f"synonyms {path} row {number}: the name {name!r} is empty")
-                groups.setdefault(normalize(name), set()).add(number)
-        return cls({name: frozenset(rows) for name, rows in groups.items()})
+                    raise JudgeError(
+                        f"synonyms {synonyms} row {number}: the name {name!r} is empty"
+                    )
+                self._groups.setdefault(normalize(name), set()).add(number)
 
     def decide(self, pair: Pair) -> tuple[Category, str] | None:
         """Category and judge name for a normalised pair, or None if a model must decide."""
         if pair.ground_truth == pair.answer:
             return Category.SPECIFIC, "exact"
-        truth = self._groups.get(pair.ground_truth)
-        if truth and truth & self._groups.get(pair.answer, frozenset()):
+        if self._groups.get(pair.ground_truth, set()) & self._groups.get(pair.answer, set()):
             return Category.SPECIFIC, "synonym"
         return None
 
 
 def _read_rows(path: Path) -> list[list[str]]:
-    """Rows of equal names.
-
-    Raises:
-        JudgeError: the file is missing or not of its form.
-    """
+    """Rows of equal names."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":

@@ -17,7 +17,6 @@ import collections
 import dataclasses
 import random
 import time
-import types
 from collections.abc import Sequence
 
 from speciarl_jax.config.judge import JudgeConfig
@@ -26,7 +25,7 @@ from speciarl_jax.judge.base import Outcome, Pair, as_cached, failure, spread
 from speciarl_jax.judge.cascade import Cascade
 from speciarl_jax.judge.offline.server import LocalJudgeServer
 from speciarl_jax.judge.parse import normalize
-from speciarl_jax.judge.remote.endpoints import Endpoint, EndpointPool, key_source, open_endpoints
+from speciarl_jax.judge.remote.endpoints import Endpoint, EndpointPool
 from speciarl_jax.judge.remote.limiter import RateLimiter
 from speciarl_jax.judge.remote.prompt import load_prompt
 from speciarl_jax.judge.remote.request import RETRY_AFTER_MAX_S, AskError, Reply, read_labels
@@ -85,14 +84,13 @@ class JudgeClient:
                 f"judge.pairs_per_request={config.pairs_per_request} needs a batch prompt: set "
                 f"judge.prompt=six_way_batch_v1 (now {config.prompt})"
             )
-        self._api_key = key_source(config) if config.mode != "replay" else "none"
+        self._pool = EndpointPool(config, self._prompt)
         self._keys = KeyMaker(
             model=config.model, revision=config.revision, prompt=self._prompt.fingerprint,
             temperature=config.temperature, structured=config.structured,
             thinking=config.thinking, max_reply_tokens=config.max_reply_tokens,
         )  # fmt: skip
-        self._cascade = Cascade.from_file(config.synonyms) if config.synonyms else Cascade()
-        self._judge_name = config.model
+        self._cascade = Cascade(config.synonyms)
         self._stats = ClientStats()
         self._jitter = random.Random()
         self._queue: collections.deque[_Job] = collections.deque()
@@ -104,7 +102,6 @@ class JudgeClient:
             config.tokens_per_minute / config.num_hosts,
         )
         self._server: LocalJudgeServer | None = None
-        self._pool: EndpointPool | None = None
         self._is_closed = False
 
     async def __aenter__(self) -> JudgeClient:
@@ -124,25 +121,17 @@ class JudgeClient:
         if config.kind == "taxonomy" and not urls:
             self._server = LocalJudgeServer(config.taxonomy_path)
             urls = (await asyncio.to_thread(self._server.start),)
-        endpoints, self._http = open_endpoints(urls, config, self._prompt, self._api_key)
-        self._pool = EndpointPool(endpoints, config)
+        self._pool.open(urls)
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Stops workers, server and connections; closes the files."""
         self._is_closed = True
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
         self._fail_all(JudgeError("judge client closed while pairs were waiting"))
-        if self._pool is not None:
-            await self._pool.close()
-            await self._http.aclose()
+        await self._pool.close()
         if self._server is not None:
             await asyncio.to_thread(self._server.stop)
         for file in (self._cache, self._log, self._recording):
@@ -180,29 +169,30 @@ class JudgeClient:
     async def _label_distinct(self, pairs: list[Pair], step: int) -> list[Outcome]:
         """Outcomes of distinct normalised pairs."""
         keys = self._keys.keys(pairs)
-        if self._config.mode == "replay":
-            assert self._recording is not None
-            found = [self._recording.replay(k, step, p) for k, p in zip(keys, pairs, strict=True)]
-            return found
-        outcomes: list[Outcome | None] = [*map(self._cache.get_many(keys).get, keys)]
-        waiting: list[tuple[int, _Ask, bool]] = []
+        if self._recording is not None and self._config.mode == "replay":
+            return [self._recording.replay(k, step, p) for k, p in zip(keys, pairs, strict=True)]
+        outcomes: dict[bytes, Outcome] = {**self._cache.get_many(keys)}
         fresh: list[_Ask] = []
-        for index in [number for number, found in enumerate(outcomes) if found is None]:
-            key, pair = keys[index], pairs[index]
-            outcomes[index] = self._settle(key, pair, step)
-            if outcomes[index] is None:
-                ask, is_new = self._join(key, pair)
-                waiting.append((index, ask, is_new))
-                if is_new:
-                    fresh.append(ask)
-        if fresh and self._pool is not None and not self._workers:
+        joined: list[_Ask] = []  # somebody else asks already
+        for key, pair in zip(keys, pairs, strict=True):
+            if key in outcomes:
+                continue
+            if (settled := self._settle(key, pair, step)) is not None:
+                outcomes[key] = settled
+            elif (ask := self._in_flight.get(key)) is not None:
+                joined.append(ask)
+            else:
+                fresh.append(self._new_ask(key, pair))
+        if fresh and not self._workers:
             self._pool.renew()
-        self._submit(fresh)
-        await _all_done([ask.future for _, ask, _ in waiting])
-        for index, ask, is_new in waiting:
-            outcome = ask.future.result()
-            outcomes[index] = outcome if is_new else as_cached(outcome)
-        done = [outcome for outcome in outcomes if outcome is not None]
+        size = self._config.pairs_per_request
+        for start in range(0, len(fresh), size):
+            self._enqueue(_Job(fresh[start : start + size]))
+        if fresh or joined:  # being cancelled leaves the futures running for others
+            await asyncio.wait([ask.future for ask in fresh + joined])
+        outcomes.update((ask.key, ask.future.result()) for ask in fresh)
+        outcomes.update((ask.key, as_cached(ask.future.result())) for ask in joined)
+        done = [outcomes[key] for key in keys]
         if self._recording is not None:
             for key, pair, outcome in zip(keys, pairs, done, strict=True):
                 self._recording.add(key, step, pair, outcome)
@@ -212,36 +202,22 @@ class JudgeClient:
         """The outcome of a pair that is not in the cache and still needs no request, or None."""
         if not pair.answer or not pair.ground_truth:
             side = "ground truth" if pair.answer else "answer"
-            return failure(
-                FailureKind.UNPARSABLE, f"{side} is empty after normalisation: a format failure"
-            )
-        if len(pair.answer) > self._config.max_answer_chars:
-            return failure(
-                FailureKind.TOO_LONG,
-                f"answer has {len(pair.answer)} characters, more than judge.max_answer_chars="
-                f"{self._config.max_answer_chars}",
-            )
+            message = f"{side} is empty after normalisation: a format failure"
+            return failure(FailureKind.UNPARSABLE, message)
+        length, limit = len(pair.answer), self._config.max_answer_chars
+        if length > limit:
+            message = f"answer has {length} characters, more than judge.max_answer_chars={limit}"
+            return failure(FailureKind.TOO_LONG, message)
         if self._config.has_cascade and (decided := self._cascade.decide(pair)) is not None:
-            return Verdict(decided[0], decided[1], is_cached=True)
-        if self._recording is not None and (old := self._recording.find(key, step)) is not None:
-            return old
-        return None
+            return Verdict(*decided, is_cached=True)
+        return self._recording.find(key, step) if self._recording is not None else None
 
-    def _join(self, key: bytes, pair: Pair) -> tuple[_Ask, bool]:
-        """The pending question about a pair, and whether it is a new one."""
-        ask = self._in_flight.get(key)
-        if ask is not None:
-            return ask, False
-        ask = _Ask(key, pair, asyncio.get_running_loop().create_future())
-        ask.future.add_done_callback(_retrieve)
-        self._in_flight[key] = ask
-        return ask, True
-
-    def _submit(self, asks: list[_Ask]) -> None:
-        """Queues new questions, several to a request if the prompt allows."""
-        size = self._config.pairs_per_request
-        for start in range(0, len(asks), size):
-            self._enqueue(_Job(asks[start : start + size]))
+    def _new_ask(self, key: bytes, pair: Pair) -> _Ask:
+        """A question that is in flight from now on."""
+        ask = self._in_flight[key] = _Ask(key, pair, asyncio.get_running_loop().create_future())
+        # Marks an error as seen, for the caller may have been cancelled.
+        ask.future.add_done_callback(asyncio.Future.exception)
+        return ask
 
     def _enqueue(self, job: _Job) -> None:
         """Puts a job into the queue and sees that somebody serves it."""
@@ -269,7 +245,6 @@ class JudgeClient:
 
     async def _work(self) -> None:
         """Serves the queue until it is empty."""
-        assert self._pool is not None
         while self._queue:
             job = self._queue.popleft()
             if all(ask.future.done() for ask in job.asks):
@@ -295,13 +270,13 @@ class JudgeClient:
 
     async def _ask(self, endpoint: Endpoint, pairs: list[Pair]) -> Reply | AskError:
         """One request to one endpoint, counted and timed."""
-        assert self._pool is not None
         started = time.monotonic()
-        result: Reply | AskError = AskError(FailureKind.SERVER, "cancelled", is_retryable=False)
+        error: AskError | None = AskError(FailureKind.SERVER, "cancelled", is_retryable=False)
         try:
             result = await endpoint.ask(pairs)
+            error = result if isinstance(result, AskError) else None
         finally:
-            self._pool.release(endpoint, result if isinstance(result, AskError) else None)
+            self._pool.release(endpoint, error)
         self._stats.request(time.monotonic() - started, result)
         return result
 
@@ -310,8 +285,8 @@ class JudgeClient:
         labels = read_labels(self._prompt, reply, len(job.asks))
         if labels is not None:
             for ask, category in zip(job.asks, labels, strict=True):
-                self._cache.put(ask.key, ask.pair, category, self._judge_name, self._keys.scope)
-                self._finish(ask, Verdict(category, self._judge_name))
+                self._cache.put(ask.key, ask.pair, category, self._config.model, self._keys.scope)
+                self._finish(ask, Verdict(category, self._config.model))
             return
         job.unparsable += 1
         if job.unparsable <= self._config.unparsable_retries:
@@ -323,7 +298,6 @@ class JudgeClient:
 
     def _retry_or_fail(self, job: _Job, error: AskError) -> None:
         """Decides whether a failed request is tried again."""
-        assert self._pool is not None
         if not error.is_retryable:
             self._give_up(job, error.kind, error.message)
             return
@@ -338,10 +312,7 @@ class JudgeClient:
         if is_over:
             self._give_up(job, error.kind, f"after {job.attempts} tries: {error.message}")
             return
-        wait = 0.0
-        if error.retry_after_s <= RETRY_AFTER_MAX_S:
-            wait = error.retry_after_s
-        self._again(job, wait)
+        self._again(job, error.retry_after_s if error.retry_after_s <= RETRY_AFTER_MAX_S else 0.0)
 
     def _is_refused_for_good(self, job: _Job, has_answered: bool) -> bool:
         """Counts a refusal; True if this job alone is refused, again and again.
@@ -369,7 +340,7 @@ class JudgeClient:
             for ask in job.asks:
                 self._enqueue(_Job([ask]))
             return
-        ask = job.asks[0]
+        (ask,) = job.asks
         self._finish(ask, failure(kind, f"{ask.pair.answer!r}: {message}"))
 
     def _finish(self, ask: _Ask, outcome: Outcome) -> None:
@@ -384,27 +355,14 @@ class JudgeClient:
         Raises:
             JudgeError: none does within `deadline_s`; at once for a refused key or model.
         """
-        if self._pool is not None:
+        if self._config.mode != "replay":
             await self._pool.check(deadline_s)
 
     def stats(self) -> dict[str, float]:
         """Metrics since the client opened, under `judge/`."""
-        pool = self._pool
         return {
             **self._stats.metrics(),
-            "judge/pause_s": pool.pause_s if pool else 0.0,
-            "judge/endpoints_up": float(pool.num_up) if pool else 0.0,
+            "judge/pause_s": self._pool.pause_s,
+            "judge/endpoints_up": float(self._pool.num_up),
             "judge/limited_s": self._limiter.waited_s,
         }
-
-
-def _retrieve(future: asyncio.Future[Outcome]) -> None:
-    """Marks an exception as seen: the caller may have been cancelled."""
-    if not future.cancelled():
-        future.exception()
-
-
-async def _all_done(futures: list[asyncio.Future[Outcome]]) -> None:
-    """Waits for all futures; being cancelled leaves them running for others."""
-    if futures:
-        await asyncio.wait(futures)

@@ -21,15 +21,7 @@ _ASCII_TABLE = {
 }
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 _WRAPPING = " \t\r\n\"'`*"
-_NAMES = {
-    spelling: category
-    for category in Category
-    for spelling in (
-        category.label,
-        category.label.replace("_", " "),
-        category.label.replace("_", "-"),
-    )
-}
+_NAMES = {category.label.replace("_", mark): category for category in Category for mark in "_ -"}
 BINARY_NAMES = {"correct": Category.SPECIFIC, "incorrect": Category.WRONG}
 
 
@@ -64,25 +56,22 @@ def extract_answer(completion: str) -> str | None:
     return answer if normalize(answer) else None
 
 
-def _lookup(text: JsonValue, names: dict[str, Category]) -> Category | None:
+def _lookup(text: JsonValue, is_binary: bool) -> Category | None:
     """One name, bare: quotes, emphasis and one full stop around it are forgiven."""
+    names = BINARY_NAMES if is_binary else _NAMES
     if not isinstance(text, str):
         return None
     bare = text.strip(_WRAPPING).removesuffix(".").strip(_WRAPPING)
     return names.get(" ".join(bare.lower().split()))
 
 
-def _json_or_none(text: str) -> JsonValue:
-    """`text` parsed as JSON, or None."""
+def json_or_none(text: str) -> JsonValue:
+    """`text` parsed as JSON; None if it is `null`, no JSON or nested too deeply."""
     try:
         value: JsonValue = json.loads(text)
     except (ValueError, RecursionError):
         return None
     return value
-
-
-def _names(is_binary: bool) -> dict[str, Category]:
-    return BINARY_NAMES if is_binary else _NAMES
 
 
 def parse_category(reply: str, is_binary: bool = False) -> Category | None:
@@ -95,17 +84,14 @@ def parse_category(reply: str, is_binary: bool = False) -> Category | None:
     Args:
         reply: the text the judge's model wrote.
         is_binary: the prompt asked for `correct` / `incorrect`; these count as specific / wrong.
-
-    Returns:
-        The category, or None if the reply is not exactly one name.
     """
     text = _THINKING.sub("", reply).strip()
     if text.startswith("{"):
-        value = _json_or_none(text)
+        value = json_or_none(text)
         if not isinstance(value, dict) or set(value) != {"category"}:
             return None
-        return _lookup(value["category"], _names(is_binary))
-    return _lookup(text, _names(is_binary))
+        return _lookup(value["category"], is_binary)
+    return _lookup(text, is_binary)
 
 
 def parse_batch(reply: str, count: int, is_binary: bool = False) -> list[Category] | None:
@@ -113,19 +99,14 @@ def parse_batch(reply: str, count: int, is_binary: bool = False) -> list[Categor
 
     The list may be wrapped as `{"categories": [...]}`, the form a JSON schema asks for.
 
-    Args:
-        reply: the text the judge's model wrote.
-        count: number of pairs that were sent.
-        is_binary: as in `parse_category`.
-
     Returns:
         The categories in the order asked, or None if anything is missing, extra or unknown.
     """
-    value = _json_or_none(_THINKING.sub("", reply).strip())
+    value = json_or_none(_THINKING.sub("", reply).strip())
     if isinstance(value, dict) and set(value) == {"categories"}:
         value = value["categories"]
     if not isinstance(value, list) or len(value) != count:
         return None
-    found = [_lookup(item, _names(is_binary)) for item in value]
+    found = [_lookup(item, is_binary) for item in value]
     labels = [category for category in found if category is not None]
     return labels if len(labels) == count else None

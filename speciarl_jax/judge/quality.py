@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
 
 from speciarl_jax.config.judge import JudgeConfig
 from speciarl_jax.files import whole_file
@@ -38,9 +37,7 @@ def cohen_kappa(pairs: Sequence[tuple[Category, Category]], is_weighted: bool = 
     columns = [sum(second == rung for _, second in pairs) / count for rung in Category]
     observed = sum(_distance(first, second, is_weighted) for first, second in pairs) / count
     expected = sum(
-        rows[i] * columns[j] * _distance(i, j, is_weighted)
-        for i in range(len(rows))
-        for j in range(len(columns))
+        rows[i] * columns[j] * _distance(i, j, is_weighted) for i in Category for j in Category
     )
     return 1.0 if expected == 0 else 1.0 - observed / expected
 
@@ -73,11 +70,11 @@ class QualityReport:
     reward_agreement: float
     confusion: dict[str, dict[str, int]]
     by_group: dict[str, float]
-    seconds: float
-    labels_per_s: float
-    latency_s: float
-    prompt_tokens: int
-    completion_tokens: int
+    seconds: float = 0.0
+    labels_per_s: float = 0.0
+    latency_s: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
     def to_json(self) -> JsonObject:
         """All fields, JSON-ready."""
@@ -104,21 +101,8 @@ class QualityReport:
         return "\n".join(lines)
 
 
-class Agreement(TypedDict):
-    """The fields of a `QualityReport` that depend on labels only."""
-
-    num_pairs: int
-    num_failed: int
-    agreement: float
-    kappa: float
-    weighted_kappa: float
-    reward_agreement: float
-    confusion: dict[str, dict[str, int]]
-    by_group: dict[str, float]
-
-
-def measure(items: Sequence[dict[str, str]], outcomes: Sequence[Outcome]) -> Agreement:
-    """The part of a report that depends on labels only.
+def measure(items: Sequence[dict[str, str]], outcomes: Sequence[Outcome]) -> QualityReport:
+    """A report of what depends on labels only; seconds and tokens stay 0.
 
     Args:
         items: objects with a hand-made `category`, perhaps `domain` and `trick`.
@@ -140,16 +124,16 @@ def measure(items: Sequence[dict[str, str]], outcomes: Sequence[Outcome]) -> Agr
     bar = Category.SPECIFIC
     same_side = sum((truth >= bar) == (said >= bar) for truth, said in labels)
     count = max(1, len(labels))
-    return {
-        "num_pairs": len(items),
-        "num_failed": len(items) - len(labels),
-        "agreement": sum(truth == said for truth, said in labels) / count,
-        "kappa": cohen_kappa(labels) if labels else 0.0,
-        "weighted_kappa": cohen_kappa(labels, is_weighted=True) if labels else 0.0,
-        "reward_agreement": same_side / count,
-        "confusion": confusion,
-        "by_group": {name: sum(hits) / len(hits) for name, hits in sorted(groups.items())},
-    }
+    return QualityReport(
+        num_pairs=len(items),
+        num_failed=len(items) - len(labels),
+        agreement=sum(truth == said for truth, said in labels) / count,
+        kappa=cohen_kappa(labels) if labels else 0.0,
+        weighted_kappa=cohen_kappa(labels, is_weighted=True) if labels else 0.0,
+        reward_agreement=same_side / count,
+        confusion=confusion,
+        by_group={name: sum(hits) / len(hits) for name, hits in sorted(groups.items())},
+    )
 
 
 async def evaluate_file(config: JudgeConfig, path: str = "", out: str = "") -> QualityReport:
@@ -179,8 +163,8 @@ async def evaluate_file(config: JudgeConfig, path: str = "", out: str = "") -> Q
         with whole_file(out) as partial, partial.open("w", encoding="utf-8") as file:
             for item, outcome in zip(items, outcomes, strict=True):
                 file.write(json.dumps({**item, "judged": outcome_json(outcome)}) + "\n")
-    return QualityReport(
-        **measure(items, outcomes),
+    return dataclasses.replace(
+        measure(items, outcomes),
         seconds=seconds,
         labels_per_s=len(items) / max(seconds, 1e-9),
         latency_s=stats["judge/latency_s"],

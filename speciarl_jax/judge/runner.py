@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import pathlib
-import types
 from collections.abc import Sequence
 
 from anyio.from_thread import start_blocking_portal
@@ -21,7 +20,7 @@ from speciarl_jax.judge.vote import make_judge
 _JUDGE_STARTUP_S = 60.0
 
 
-class JudgeThread:
+class JudgeThread(contextlib.AbstractContextManager["JudgeThread"]):
     """Runs a judge beside the caller; labels arrive while the caller goes on decoding.
 
     Example:
@@ -52,13 +51,8 @@ class JudgeThread:
     ) -> concurrent.futures.Future[list[Outcome]]:
         """Starts labelling and returns at once.
 
-        Args:
-            pairs: raw text.
-            step: training step, for the verdict log and the recording.
-
         Returns:
-            A future of the outcomes, in the order of `pairs`. Its exceptions are those of
-            `JudgeClient.label`.
+            A future that ends as `JudgeClient.label` does.
 
         Raises:
             JudgeError: the judge is closed.
@@ -73,11 +67,7 @@ class JudgeThread:
         return self.submit(pairs, step).result()
 
     def check_health(self, deadline_s: float = 60.0) -> None:
-        """Waits until an endpoint labels a probe.
-
-        Raises:
-            JudgeError: none does within `deadline_s`; at once for a refused key or model.
-        """
+        """`JudgeClient.check_health`, waited for."""
         health = self._client.check_health(deadline_s)
         asyncio.run_coroutine_threadsafe(health, self._loop).result()
 
@@ -90,17 +80,7 @@ class JudgeThread:
         self._is_open = False
         self._stack.close()
 
-    def __enter__(self) -> JudgeThread:
-        """Already running; returns itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        """Closes."""
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -113,13 +93,13 @@ def open_judge(
         judge: settings; a cache or log that they name elsewhere stays there.
         workdir: run directory.
         step: the log is cut back to it.
-        process: number of this process, which has its own files.
-        num_processes: of the job, which share the judge's limits.
+        process: its number; each process has its own files.
+        num_processes: of the job; they share the judge's limits.
 
     Raises:
         JudgeError: nobody answers; one line with the place.
     """
-    own = f".{process}" if process else ""  # each process has its own files
+    own = f".{process}" if process else ""
     judge = dataclasses.replace(
         judge,
         cache_path=judge.cache_path or str(workdir / f"judge_cache{own}.sqlite"),
@@ -127,9 +107,8 @@ def open_judge(
         num_hosts=max(judge.num_hosts, num_processes),
     )
     if pathlib.Path(judge.log_path).is_file():
-        log = VerdictLog(judge.log_path)
-        log.cut_back(step)
-        log.close()
+        with contextlib.closing(VerdictLog(judge.log_path)) as log:
+            log.cut_back(step)
     with contextlib.ExitStack() as undo:
         thread = undo.enter_context(JudgeThread(judge))
         thread.check_health(_JUDGE_STARTUP_S)

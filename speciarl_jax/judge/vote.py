@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import types
 from collections.abc import Sequence
 
 from speciarl_jax.config.judge import JudgeConfig, apply_overrides
@@ -32,10 +31,8 @@ def majority(outcomes: Sequence[Outcome]) -> Outcome:
     verdicts = [outcome for outcome in outcomes if isinstance(outcome, Verdict)]
     failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     if 2 * len(failures) >= len(outcomes):
-        first = failures[0]
-        return failure(
-            first.kind, f"{len(failures)} of {len(outcomes)} voters failed: {first.message}"
-        )
+        count = f"{len(failures)} of {len(outcomes)}"
+        return failure(failures[0].kind, f"{count} voters failed: {failures[0].message}")
     votes = collections.Counter(verdict.category for verdict in verdicts)
     most = max(votes.values())
     category = min(rung for rung, count in votes.items() if count == most)
@@ -60,7 +57,6 @@ class VoteJudge:
         for voter in configs[1:]:
             voter.log_path = ""
         self.clients = [JudgeClient(voter) for voter in configs]
-        self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> VoteJudge:
         """Opens every voter.
@@ -74,12 +70,7 @@ class VoteJudge:
             self._stack = stack.pop_all()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Closes every voter."""
         await self._stack.aclose()
 

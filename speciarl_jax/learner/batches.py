@@ -44,7 +44,7 @@ def bucket_tokens(tokens: int, limit: int) -> int:
     Each is at most a quarter and 16 tokens above the last, so that few programs are compiled.
 
     Args:
-        tokens: at least 0 and at most `limit`.
+        tokens: 0..`limit`.
         limit: the configured maximum, or the padded length of the step's arrays.
     """
     size = _STEP
@@ -56,13 +56,7 @@ def bucket_tokens(tokens: int, limit: int) -> int:
 def pad_completions(
     groups: Sequence[Sequence[Rollout]], limit: int, longest: int = 0
 ) -> Completions:
-    """Pads the completions of equal-sized groups.
-
-    Args:
-        groups: of this process.
-        limit: the configured maximum length.
-        longest: completion of all processes, which pad alike.
-    """
+    """Pads this process's equal-sized groups; `longest` is that of all, which pad alike."""
     lengths = np.array([[len(r.completion_tokens) for r in group] for group in groups], np.int32)
     width = bucket_tokens(max(int(lengths.max()), longest), limit)
     tokens = np.zeros((*lengths.shape, width), np.int32)
@@ -77,12 +71,9 @@ def pad_completions(
 def make_tree(
     batch: PromptBatch, completions: Completions, image_embeds: Array | None
 ) -> TreeBatch[AnyArray]:
-    """Joins prompts with their completions.
+    """Joins P prompts with their P groups.
 
-    Args:
-        batch: P prompts, as many as groups.
-        completions: of P groups.
-        image_embeds: [I*M, D] of the frozen tower; None puts the patches in, to train it.
+    `image_embeds` [I*M, D] are the frozen tower's; None puts the patches in, to train it.
 
     Raises:
         ValueError: the tower is trained and a prompt has several images.

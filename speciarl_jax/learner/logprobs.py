@@ -13,11 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from speciarl_jax.config.schema import Config
-from speciarl_jax.devices.layout import (
-    Leaf,
-    Params,
-    prompt_sharding,
-)
+from speciarl_jax.devices.layout import Leaf, Params, prompt_sharding
 from speciarl_jax.devices.mesh import num_replicas
 from speciarl_jax.policy.flash import attend_causal, attend_group
 from speciarl_jax.policy.layers import last_axis
@@ -76,7 +72,7 @@ class TrainBatch(Generic[Leaf]):
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Static part of the loss; hashable. Fields as in `config.AlgoConfig`."""
+    """Static part of the loss; hashable. Fields as in `schema.AlgoConfig`."""
 
     objective: str = "policy"  # policy, gspo or sft
     clip_eps_low: float = 0.2
@@ -185,13 +181,7 @@ def token_logprobs(
 
     At most `logprob_chunk_tokens` rows of logits [., V] exist at once on a replica, in the backward
     pass too. A chunk takes the same columns of every prompt, so that it is spread like the prompts.
-
-    Args:
-        text: gives the head.
-        hidden: states from `tree_hidden`.
-        tokens: what was sampled.
-        banned: ids outside the sampler's vocabulary, removed here as there.
-        config: temperature and chunk size.
+    `hidden` is that of `tree_hidden`; `banned` are ids outside the sampler's vocabulary.
     """
     prompts, count = tokens.shape[0], tokens.shape[1] * tokens.shape[2]
     replicas = num_replicas(config.mesh) if config.mesh else 1
@@ -267,14 +257,9 @@ def batch_logprobs(
     banned: Array,
     config: LossConfig,
 ) -> Float[Array, "U P G C"]:
-    """Log-probs of sampled tokens under a policy or the reference, micro-batch by micro-batch.
+    """Log-probs of sampled tokens, micro-batch by micro-batch; leaves of `batch` are [U, P, ...].
 
-    Args:
-        graphdef: structure with or without the adapter.
-        states: what it merges with.
-        batch: leaves [U, P, ...], U micro-batches.
-        banned: ids outside the sampler's vocabulary.
-        config: temperature, chunk size.
+    `graphdef` and `states` are those of the policy, or without the adapter of the reference.
     """
 
     def one(micro: TreeBatch) -> Array:

@@ -56,13 +56,7 @@ def split_for(config: Config, policy: Policy) -> PolicyParts:
 
 
 def abstract_parts(config: Config, arch: Arch, mesh: Mesh) -> PolicyParts:
-    """The policy of a recipe by shape and place.
-
-    Args:
-        config: a validated recipe.
-        arch: its model.
-        mesh: real or planned devices.
-    """
+    """The policy of a recipe by shape and place, on real or planned devices."""
     dtypes = model_dtypes(config.model)
 
     def make() -> Policy:
@@ -101,14 +95,7 @@ def _with_places(tree: Tree, places: PyTree[NamedSharding]) -> Tree:
 def optim_shardings(
     optimizer: optax.GradientTransformation, optim: OptimState, trainable: Params, mesh: Mesh
 ) -> OptimState[NamedSharding]:
-    """A place for each leaf of the optimiser's state: moments with their parameters.
-
-    Args:
-        optimizer: the one whose state it is.
-        optim: arrays or ShapeDtypeStructs.
-        trainable: what it updates, arrays or ShapeDtypeStructs.
-        mesh: of the job.
-    """
+    """A place for each leaf of the optimiser's state, from arrays or from ShapeDtypeStructs."""
     places = param_shardings(trainable, mesh)
     moments = optimizer_shardings(optimizer, optim.inner, places, mesh)
     return OptimState[NamedSharding](moments, replicated(mesh), replicated(mesh))

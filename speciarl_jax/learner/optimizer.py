@@ -31,11 +31,7 @@ class OptimState(Generic[Leaf]):
 
 
 def learning_rate_schedule(config: OptimConfig, num_updates: int) -> optax.Schedule:
-    """The learning rate as a function of applied updates.
-
-    Args:
-        config: peak rate, shape, warm-up.
-        num_updates: updates of the whole run; the decaying shapes reach 0 there.
+    """The learning rate as a function of applied updates; decaying shapes end at `num_updates`.
 
     Raises:
         ValueError: unknown schedule.

@@ -125,15 +125,14 @@ def _deal(members: np.ndarray, real: np.ndarray, count: int, num_replicas: int) 
 
 def cut_tree(tree: TreeBatch[AnyArray], pack: Pack) -> TreeBatch[AnyArray]:
     """The groups of a micro-batch, leaves [n, ...]; padding repeats the first group."""
-    prompt = slice(pack.prompt_tokens)
-    return TreeBatch[AnyArray](
-        prompt_tokens=_take(tree.prompt_tokens, pack)[:, prompt],
-        prompt_lengths=_take(tree.prompt_lengths, pack),
-        positions=_take(tree.positions, pack)[:, :, prompt],
-        next_position=_take(tree.next_position, pack),
-        image_rows=_take(tree.image_rows, pack)[:, prompt],
-        images=jax.tree.map(lambda x: _take(x, pack), tree.images),
-        completion_tokens=_take_tokens(tree.completion_tokens, pack),
+    own: TreeBatch[AnyArray] = jax.tree.map(lambda x: _take(x, pack), tree)
+    prompt, width = pack.prompt_tokens, pack.completion_tokens
+    return dataclasses.replace(
+        own,
+        prompt_tokens=own.prompt_tokens[:, :prompt],
+        positions=own.positions[:, :, :prompt],
+        image_rows=own.image_rows[:, :prompt],
+        completion_tokens=own.completion_tokens[:, :, :width],
     )
 
 
@@ -171,10 +170,7 @@ def _place(micro: Batch, config: LossConfig, axis: int = 0) -> Batch:
 def unpack(parts: Sequence[AnyArray], packs: Sequence[Pack], like: AnyArray) -> Array:
     """Per-token results [n, G, C] of micro-batches in the order of this process's groups.
 
-    Args:
-        parts: one array per micro-batch.
-        packs: their rows.
-        like: [P, G, C] array whose shape the result has; 0 past a micro-batch's own C.
+    The result is [P, G, C] as `like`, 0 past a micro-batch's own C.
     """
     rows = np.concatenate([pack.rows for pack in packs])
     wide = [jnp.pad(x, ((0, 0), (0, 0), (0, like.shape[2] - x.shape[2]))) for x in parts]
@@ -212,8 +208,7 @@ def packed_update(
 ) -> tuple[Params, OptimState, dict[str, Array]]:
     """`update.update_step` over micro-batches of different shapes; `trainable` is donated too.
 
-    Returns:
-        (trainable, optimiser state, statistics) as there; ``logprobs`` is [P, G, C].
+    Of the statistics that it returns ``logprobs`` is [P, G, C].
     """
     grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32, device=x.sharding), trainable)
     totals: dict[str, Array] = {}

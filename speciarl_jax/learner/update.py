@@ -187,7 +187,7 @@ def update_step(
         optim_state: donated.
         batch: leaves [U, P, ...]; gradients add up over the U micro-batches by scan.
         banned: ids outside the sampler's vocabulary.
-        optimizer: from `optim.make_optimizer`; static.
+        optimizer: from `optimizer.make_optimizer`; static.
         config: static part of the loss.
 
     Returns:

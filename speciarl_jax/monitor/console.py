@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Mapping
 
 from rich.console import Console
-from rich.table import Table
 
 from speciarl_jax.config.schema import Config, TrainConfig
 from speciarl_jax.data.loader import PromptLoader
@@ -20,7 +19,7 @@ from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.rollout.groups import RolloutBatch
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.state import TrainState
-from speciarl_jax.scoring.bootstrap import MAIN_METRICS
+from speciarl_jax.scoring.bootstrap import MAIN_METRICS, ScoringRule
 from speciarl_jax.scoring.predictions import from_rollout, read_predictions, write_predictions
 from speciarl_jax.scoring.results import Evaluation
 from speciarl_jax.timing import format_seconds
@@ -52,15 +51,7 @@ def report_step(
     eta_s: float,
     rollouts: RolloutBatch | None,
 ) -> None:
-    """The line of a step; now and then a table of its answers.
-
-    Args:
-        console: of the run.
-        train: how often.
-        row: the step's metrics.
-        eta_s: remaining time, s.
-        rollouts: what it learned from; None after a supervised step.
-    """
+    """The line of a step; now and then a table of its answers, unless it was supervised."""
     step = int(row["step"])
     if rollouts is not None:
         console.print(step_line(row, train.num_steps, eta_s), markup=False)
@@ -104,19 +95,17 @@ def report_end(
     base: Evaluation | None,
     trained: Evaluation | None,
 ) -> None:
-    """Plots and the closing table.
-
-    Args:
-        console: of the run.
-        workdir: run directory.
-        config: the recipe.
-        base: scores before training, if there are any.
-        trained: scores after it.
-    """
+    """Plots and the closing table; `base` are the scores before training, if there are any."""
     plots = plot_training(workdir / "metrics.jsonl", workdir / "plots")
     scored = trained or base
     if base and trained:
-        console.print(change_table(workdir, config))
+        found = compare(
+            read_predictions(workdir / "eval" / "base" / "predictions.jsonl"),
+            read_predictions(workdir / "eval" / "trained" / "predictions.jsonl"),
+            config.data.in_domain,
+            ScoringRule(config.eval.format_failures, config.eval.bootstrap_samples),
+        )
+        console.print(comparison_table(found, "before and after training"))
     elif scored:
         console.print(metrics_table(scored, "scores"))
     best_of = workdir / "eval" / "best_of" / "metrics.json"
@@ -124,24 +113,6 @@ def report_end(
         metrics = read_json(best_of, "delete eval/best_of and --resume: it is scored again")
         report_best_of(console, metrics)
     console.print(f"{len(plots)} plots in {workdir / 'plots'}", markup=False)
-
-
-def change_table(workdir: pathlib.Path, config: Config) -> Table:
-    """Trained against base on the same images, differences with paired intervals."""
-    settings = config.eval
-    base, trained = (
-        read_predictions(workdir / "eval" / name / "predictions.jsonl")
-        for name in ("base", "trained")
-    )
-    found = compare(
-        base,
-        trained,
-        in_domain=config.data.in_domain,
-        format_failures=settings.format_failures,
-        bootstrap_samples=settings.bootstrap_samples,
-    )
-    title = "before and after training"
-    return comparison_table(found["a"], found["b"], title, differences=found["differences"])
 
 
 def report_best_of(console: Console, metrics: Evaluation) -> None:

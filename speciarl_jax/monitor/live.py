@@ -46,13 +46,7 @@ class LiveView:
     """A bar over training steps and the last rollouts, on a terminal; nothing in a log."""
 
     def __init__(self, console: Console, num_steps: int, step: int) -> None:
-        """Prepares the view.
-
-        Args:
-            console: where the run prints its lines.
-            num_steps: of the whole run.
-            step: done already.
-        """
+        """Prepares the view of a run of `num_steps`, of which `step` are done."""
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -81,13 +75,7 @@ class LiveView:
             self._live.stop()
 
     def update(self, step: int, eta_s: float, groups: Sequence[Sequence[Rollout]]) -> None:
-        """Shows a finished step.
-
-        Args:
-            step: its number.
-            eta_s: remaining time, s.
-            groups: its judged rollouts; empty (supervised steps) keeps the table as it is.
-        """
+        """Shows a finished step; no groups (supervised steps) keep the table as it is."""
         if self._live is None:
             return
         self._progress.update(self._task, completed=step, eta_s=eta_s)
@@ -103,10 +91,7 @@ class LiveView:
 def progress(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that says how many of `total` images are done.
 
-    Args:
-        console: a bar on a terminal; else a line every 30 s.
-        what: is being done, a few words.
-        total: images.
+    On a terminal it moves a bar; in a log it prints a line every 30 s that begins with `what`.
     """
     if console.is_terminal:
         columns = (

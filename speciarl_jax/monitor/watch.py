@@ -21,12 +21,7 @@ class Heartbeat:
     """
 
     def __init__(self, workdir: pathlib.Path, process: int) -> None:
-        """Writes nothing yet.
-
-        Args:
-            workdir: run directory, which the processes of a job share.
-            process: number of this one; all but the first have it in their file's name.
-        """
+        """Writes nothing yet; all processes of a job but the first have a number in the name."""
         self._path = workdir / (f"heartbeat.{process}.json" if process else "heartbeat.json")
         self._last = 0.0
 

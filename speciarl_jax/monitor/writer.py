@@ -56,12 +56,9 @@ class MetricsWriter:
     def __init__(
         self, workdir: pathlib.Path, resume_step: int, wandb_run: WandbRun | None = None
     ) -> None:
-        """Opens the files.
+        """Opens the files; rows of steps after `resume_step` belong to work that was lost.
 
-        Args:
-            workdir: run directory.
-            resume_step: rows of later steps belong to work that was lost; they are removed.
-            wandb_run: of `open_wandb`; None for none. It is finished by `close`.
+        `wandb_run`, of `open_wandb`, is finished by `close`.
         """
         from tensorboardX import SummaryWriter
 
@@ -73,29 +70,21 @@ class MetricsWriter:
 
     def write(self, row: Mapping[str, float]) -> None:
         """Writes one row; it must hold ``step``. The row is on disk when this returns."""
-        self._file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
+        plain = {name: _plain(value) for name, value in row.items()}
+        self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        finite = {
-            name: float(value)
-            for name, value in row.items()
-            if name != "step" and value is not None and np.isfinite(value)
-        }
+        step = int(row["step"])
+        finite = {n: float(v) for n, v in plain.items() if n != "step" and v is not None}
         for name, number in finite.items():
-            self._board.add_scalar(name, number, int(row["step"]))
+            self._board.add_scalar(name, number, step)
         if self._wandb is not None:
-            self._wandb.log(finite, step=int(row["step"]))
+            self._wandb.log(finite, step=step)
 
     def write_rollouts(
         self, step: int, groups: Sequence[Sequence[Rollout]], images: Mapping[str, bytes]
     ) -> None:
-        """Sends the pictures and answers of the first groups to TensorBoard and W&B.
-
-        Args:
-            step: their training step.
-            groups: judged rollouts.
-            images: encoded image of each prompt id.
-        """
+        """Sends the first groups to TensorBoard and W&B; `images` are encoded, by prompt id."""
         shown = groups[:_SHOWN_GROUPS]
         for number, group in enumerate(shown):
             pixels = _pixels(images[group[0].prompt_id])
@@ -115,14 +104,8 @@ class MetricsWriter:
 def open_wandb(config: Config, workdir: pathlib.Path) -> WandbRun | None:
     """The W&B run of a work directory; a resumed run goes on with the same one.
 
-    W&B reads its own environment: WANDB_MODE=offline keeps everything below ``workdir/wandb``.
-
-    Args:
-        config: its name and `logging.wandb_project`; sent along as the run's settings.
-        workdir: run directory.
-
-    Returns:
-        The run, or None if no project is named.
+    None if `logging.wandb_project` is empty. The recipe is sent along as the run's settings. W&B
+    reads its own environment: WANDB_MODE=offline keeps everything below ``workdir/wandb``.
 
     Raises:
         ValueError: a project is named and wandb is not installed.

@@ -1,7 +1,7 @@
 """Advantages: how much better a rollout was than its group. Pure numpy, float64, no jax.
 
-Every function takes `rewards` and `valid`, both [P, G], and gives [P, G]; rollouts that are not
-valid (see `reward.valid_mask`) leave mean, std and count, and get advantage 0.
+Every function takes finite `rewards` and `valid`, both [P, G], and gives [P, G]; rollouts that are
+not valid (see `reward.valid_mask`) leave mean, std and count, and get advantage 0.
 """
 
 from __future__ import annotations
@@ -34,13 +34,10 @@ def group_advantages(
     the advantage is exactly 0: rounding must not pick a direction.
 
     Args:
-        rewards: any finite values; ignored where not valid.
+        rewards: ignored where not valid.
         valid: True for rollouts that take part.
         norm_by_std: False for Dr.GRPO: A_i = r_i - mean(r).
-        eps: added to the standard deviation, in units of reward.
-
-    Returns:
-        Advantages, 0 where not valid.
+        eps: in units of reward.
 
     Source: GRPO (arXiv 2402.03300) section 4.1.2, Dr.GRPO (arXiv 2503.20783);
     verl, compute_grpo_outcome_advantage.
@@ -63,13 +60,6 @@ def rloo_advantages(
     over the n valid rollouts of the group. With one valid rollout there is no other to compare
     with, and its advantage is its reward.
 
-    Args:
-        rewards: any finite values; ignored where not valid.
-        valid: True for rollouts that take part.
-
-    Returns:
-        Advantages, 0 where not valid.
-
     Source: RLOO (arXiv 2402.14740) equation 8; verl, compute_rloo_outcome_advantage.
     """
     count, centred = _centre(rewards, valid)
@@ -91,14 +81,10 @@ def _centre(
 def has_spread(
     rewards: Float[np.ndarray, "P G"], valid: Bool[np.ndarray, "P G"]
 ) -> Bool[np.ndarray, " P"]:
-    """True for groups whose valid rewards are not all equal: the ones that can teach.
+    """True for groups whose valid rewards, two at least, are not all equal: those that can teach.
 
     Dynamic sampling keeps these (on the raw reward, before the overlong penalty), and
     group/zero_std_frac counts the others.
-
-    Args:
-        rewards: any finite values; ignored where not valid.
-        valid: True for rollouts that take part; a group with fewer than two has no spread.
 
     Source: DAPO (arXiv 2503.14476) section 3.2.
     """
@@ -116,9 +102,6 @@ def resolve(name: str, norm_by_std: bool = True) -> AdvantageFn:
             by the std, whatever `norm_by_std`); ``rloo``; or the dotted path of a user's
             ``function(rewards, valid) -> advantages``.
         norm_by_std: whether the group-relative ones divide by the std; not used by the others.
-
-    Returns:
-        A function from rewards and valid, both [P, G], to advantages [P, G].
 
     Raises:
         ValueError: a name without an advantage (``sft`` has none), or a path that leads nowhere;

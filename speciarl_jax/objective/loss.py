@@ -92,19 +92,21 @@ def gspo_loss(
     the paper.
 
     Args:
-        policy_logprobs: of the parameters being trained, nats; whole sequences.
-        old_logprobs: of the parameters at rollout, nats; a constant.
+        policy_logprobs: as in `policy_loss`, of whole sequences.
+        old_logprobs: as there.
         advantages: one per sequence.
         mask: True for trained tokens. A sequence without any has ratio 1.
-        clip_eps_low: eps below 1, in [0, 1).
-        clip_eps_high: eps above 1, >= 0.
-        clip_dual: c > 1, static; 0 for none, as in the paper.
+        clip_eps_low: as there.
+        clip_eps_high: as there.
+        clip_dual: as there; the paper has none.
 
     Returns:
         Loss per token (also at masked positions), and `PolicyStats`.
 
     Source: GSPO (arXiv 2507.18071) equation 5; verl, compute_policy_loss_gspo, whose token-level
-    form with stopped gradients has the same gradient under the same aggregation.
+    form with stopped gradients has the same gradient under the same aggregation. Not so where
+    importance weights w_t come on top: here the sequence's gradient is multiplied by their mean,
+    there the share of each token by its own w_t; the paper has none.
     """
     policy, old = _finite(mask, policy_logprobs), _finite(mask, old_logprobs)
     log_ratio = policy - jax.lax.stop_gradient(old)
@@ -195,13 +197,7 @@ def importance_weights(
 
 
 def sft_loss(policy_logprobs: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-    """Cross-entropy per token, -log pi(token), for supervised fine-tuning.
-
-    Args:
-        policy_logprobs: log-probs of the target tokens, nats; finite everywhere.
-
-    Source: own.
-    """
+    """Cross-entropy per token, -log pi(token), nats, for supervised fine-tuning. Source: own."""
     return -policy_logprobs
 
 

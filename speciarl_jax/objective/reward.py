@@ -40,17 +40,10 @@ STATIC_REWARDS: dict[str, tuple[float, ...]] = {
 
 
 def category_codes(groups: Sequence[Sequence[Rollout]]) -> Int[np.ndarray, "P G"]:
-    """Integer codes of a batch of judged groups.
+    """Integer codes, int64, of judged groups in rollout order, which the ``single`` reward follows.
 
     A rollout without a prediction is a `FORMAT_FAILURE`, whatever its outcome; one that the judge
     failed to label is `UNLABELLED`; any other has the value of its category.
-
-    Args:
-        groups: P groups of the same size G, each in rollout order (`sample_index`), which decides
-            ties in the ``single`` reward.
-
-    Returns:
-        int64 codes, each a `Category` value, `UNLABELLED` or `FORMAT_FAILURE`.
 
     Raises:
         ValueError: groups differ in size, or a rollout with a prediction has not been judged (a
@@ -90,17 +83,7 @@ def apply_label_noise(
     `more_specific` counts as `specific`: if it moves it becomes `less_specific`, and nothing ever
     rises above `specific`. Codes that are not labels stay. The draw of a rollout depends only on
     (seed, step, its prompt's global index, its place in the group), so neither batch splits nor
-    resumption nor group size change it.
-
-    Args:
-        codes: see `category_codes`.
-        prob: probability in [0, 1] that a label moves; 0 returns an equal copy.
-        seed: of the run, >= 0.
-        step: of the run, >= 0.
-        global_index: position of each prompt in the run's global order, >= 0.
-
-    Returns:
-        New codes; the argument is not changed.
+    resumption nor group size change it. The argument is not changed.
 
     Raises:
         ValueError: `prob` outside [0, 1], or a negative seed, step or index.
@@ -177,10 +160,7 @@ def rewards(
 
     A format failure earns -1 in all of them except a user's own, which decides for itself.
 
-    Args:
-        name: one of the above.
-        codes: see `category_codes`.
-        bar_support: m of `bar`; only ``dynamic`` and ``single`` have a bar.
+    Only ``dynamic`` and ``single`` have a bar, whose m is `bar_support`.
 
     Returns:
         float64 rewards; 0 where unlabelled, a placeholder that `valid_mask` excludes.
@@ -256,10 +236,6 @@ def overlong_penalty(
 def dropped_groups(codes: Int[np.ndarray, "P G"], quorum_frac: float) -> Bool[np.ndarray, " P"]:
     """Groups with too few labels to rank their answers: failed > floor(quorum_frac * G).
 
-    Args:
-        codes: see `category_codes`.
-        quorum_frac: share of a group's labels that may be missing, 0..1.
-
     Raises:
         ValueError: `quorum_frac` outside [0, 1].
 
@@ -273,16 +249,9 @@ def dropped_groups(codes: Int[np.ndarray, "P G"], quorum_frac: float) -> Bool[np
 
 
 def valid_mask(codes: Int[np.ndarray, "P G"], quorum_frac: float) -> Bool[np.ndarray, "P G"]:
-    """Rollouts that may teach: not those unlabelled, nor any of a dropped group.
+    """Rollouts that may teach: not those unlabelled, nor any of `dropped_groups`. Source: own.
 
-    Args:
-        codes: see `category_codes`; format failures are valid, they earn -1.
-        quorum_frac: see `dropped_groups`.
-
-    Raises:
-        ValueError: `quorum_frac` outside [0, 1].
-
-    Source: own.
+    Format failures are valid, they earn -1.
     """
     is_kept: np.ndarray = ~dropped_groups(codes, quorum_frac)
     is_valid: np.ndarray = (codes != UNLABELLED) & is_kept[:, None]

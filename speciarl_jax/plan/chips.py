@@ -96,8 +96,7 @@ class Topology:
     """Devices to plan for.
 
     Attributes:
-        name: as given, ``v5e:8x8``.
-        chip: what each device is.
+        name, chip: as given, ``v5e:8x8``, and what each device is.
         devices: jax devices that programs can be compiled for, not run on.
         local_devices: those of one process, which samples on them.
         host_devices: as many of a host that is no part of a slice, for programs that libtpu does
@@ -139,14 +138,9 @@ def parse_topology(name: str) -> tuple[str, str, int]:
 def libtpu_misfit(name: str) -> str:
     """Whether the installed libtpu is another one than jax was made for, and how to mend it.
 
-    A newer libtpu compiles, and XLA in jaxlib then cannot read what it compiled.
-
-    Args:
-        name: topology, as on the command line.
-
-    Returns:
-        One line with both versions; "" if they fit, none is installed (`open_topology` says so),
-        TPU_LIBRARY_PATH names a file whose version nobody knows, or no TPU is planned for.
+    A newer libtpu compiles, and XLA in jaxlib then cannot read what it compiled. Returns one line
+    with both versions; "" if they fit, none is installed (`open_topology` says so),
+    TPU_LIBRARY_PATH names a file whose version nobody knows, or topology `name` is no TPU.
     """
     if name.startswith("gpu:") or "TPU_LIBRARY_PATH" in os.environ:
         return ""

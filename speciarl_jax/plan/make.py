@@ -12,8 +12,8 @@ from flax import nnx
 from speciarl_jax.arch import Arch
 from speciarl_jax.config.schema import Config, MeshConfig
 from speciarl_jax.devices.mesh import check_mesh, choose_mesh, make_mesh
-from speciarl_jax.plan.chips import HOST_CAVEAT, Topology
-from speciarl_jax.plan.measure import Measured, as_json, measure
+from speciarl_jax.plan.chips import GIB, HOST_CAVEAT, Topology
+from speciarl_jax.plan.measure import Measured, measure
 from speciarl_jax.plan.models import planned_arch
 from speciarl_jax.plan.programs import (
     AbstractSession,
@@ -39,10 +39,7 @@ class Planned:
 
     Attributes:
         config: with the mesh that is used.
-        topology: devices.
-        session: abstract policy and optimiser.
         shapes: the largest ones.
-        layout: of the model.
         caveat: what the figures do not say, "" if nothing.
     """
 
@@ -117,16 +114,6 @@ def log(line: str) -> None:
     print(f"plan: {line}", file=sys.stderr, flush=True)
 
 
-def compile_all(planned: Planned, programs: list[Program]) -> list[Measured]:
-    """Compiles programs one after the other."""
-    found = []
-    for program in programs:
-        found.append(measure(program))
-        peak, seconds = found[-1].peak / 2**30, found[-1].compile_s
-        log(f"{program.name}: {peak:.2f} GiB, compiled in {seconds:.0f} s")
-    return found
-
-
 def bucket_programs(planned: Planned) -> list[Program]:
     """Programs of the smaller buckets, named by their shapes; the largest are not repeated."""
     session, largest = planned.session, planned.shapes
@@ -143,8 +130,7 @@ def bucket_programs(planned: Planned) -> list[Program]:
         if (shapes.prompt_tokens, shapes.windows) != (largest.prompt_tokens, largest.windows):
             add(prefill_program(session, shapes), f"{prompt} W={shapes.windows}")
         if shapes.windows == largest.windows and shapes != largest:
-            both = [*decode_programs(session, shapes), *learning_programs(session, shapes)]
-            for program in both:
+            for program in decode_programs(session, shapes) + learning_programs(session, shapes):
                 add(program, f"{prompt} {width}")
     return list(found.values())
 
@@ -156,26 +142,26 @@ def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> Plan:
         planned: from `open_plan`.
         has_all_buckets: the smaller shapes too.
         price: of one chip, money per hour; 0 if unknown.
-
-    Returns:
-        What ``--json`` prints; see docs/scale.md.
     """
-    chip, work = planned.topology.chip, planned.work()
-    measured = compile_all(planned, step_programs(planned.session, planned.shapes))
-    smaller = compile_all(planned, bucket_programs(planned)) if has_all_buckets else []
-    rows = [_row(planned, one, work.get(one.name)) for one in [*measured, *smaller]]
+    work = planned.work()
+    programs = step_programs(planned.session, planned.shapes)
+    rows = []
+    for program in [*programs, *(bucket_programs(planned) if has_all_buckets else [])]:
+        found = measure(program)
+        log(f"{found.name}: {found.peak / GIB:.2f} GiB, compiled in {found.compile_s:.0f} s")
+        rows.append(_row(planned, found, work.get(found.name)))
     return {
         "recipe": planned.config.name,
         "model": planned.config.model.path,
         "topology": planned.topology.name,
         "num_devices": len(planned.topology.devices),
         "num_hosts": planned.topology.num_hosts,
-        "usable_gib": chip.usable_bytes / 2**30,
+        "usable_gib": planned.topology.chip.usable_bytes / GIB,
         "mesh": dict(planned.session.mesh.shape),
         "remat": planned.config.model.remat,
         "shapes": dataclasses.asdict(planned.shapes) | {"num_waves": planned.shapes.num_waves},
         "programs": rows,
-        "fits": all(one.fits(chip.usable_bytes) for one in [*measured, *smaller]),
+        "fits": all(row["fits"] for row in rows),
         "totals": _totals(planned, work, price),
         "caveat": planned.caveat,
     }
@@ -183,15 +169,14 @@ def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> Plan:
 
 def _row(planned: Planned, measured: Measured, work: Work | None) -> ProgramRow:
     chip = planned.topology.chip
-    known = as_json(measured)
     row: ProgramRow = {
         "name": measured.name,
-        "arguments_gib": known["arguments_gib"],
-        "temporaries_gib": known["temporaries_gib"],
-        "others_gib": known["others_gib"],
-        "peak_gib": known["peak_gib"],
-        "collectives": known["collectives"],
-        "compile_s": known["compile_s"],
+        "arguments_gib": measured.arguments / GIB,
+        "temporaries_gib": measured.temporaries / GIB,
+        "others_gib": measured.others / GIB,
+        "peak_gib": measured.peak / GIB,
+        "collectives": measured.collectives,
+        "compile_s": measured.compile_s,
         "fits": measured.fits(chip.usable_bytes),
     }
     if work is not None:
@@ -210,16 +195,16 @@ def _totals(planned: Planned, work: dict[str, Work], price: float) -> Totals:
     train, shapes = planned.config.train, planned.shapes
     seconds = sum(one.seconds for one in work.values())
     calls = shapes.sampled_prompts * shapes.group_size
-    hours = seconds * train.num_steps / 3600
+    hours, num_chips = seconds * train.num_steps / 3600, planned.layout.num_devices
     model_flops = sum(one.model_flops for one in work.values())
-    peak = planned.topology.chip.peak * planned.layout.num_devices
+    peak = planned.topology.chip.peak * num_chips
     return {
         "step_s": seconds,
         "mfu_bound": model_flops / (seconds * peak),
         "num_steps": train.num_steps,
         "hours": hours,
-        "chip_hours": hours * planned.layout.num_devices,
-        "cost": hours * planned.layout.num_devices * price,
+        "chip_hours": hours * num_chips,
+        "cost": hours * num_chips * price,
         "price_per_chip_hour": price,
         "judge_calls_per_step": calls,
         "judge_calls_per_run": calls * train.num_steps,

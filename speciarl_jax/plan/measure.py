@@ -6,11 +6,9 @@ import collections
 import dataclasses
 import re
 import time
-from typing import TypedDict
 
 import jax
 
-from speciarl_jax.plan.chips import GIB
 from speciarl_jax.plan.programs import Program, device_bytes
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -58,7 +56,8 @@ def measure(program: Program) -> Measured:
     """Compiles one program.
 
     Raises:
-        ValueError: XLA fails for another reason than memory; the message is its own.
+        ValueError: XLA fails for another reason than memory; the message is its own. Or jaxlib
+            cannot read what another libtpu than its own compiled.
     """
     start = time.perf_counter()
     lowered, others = program.lower(), device_bytes(program.others)
@@ -66,17 +65,15 @@ def measure(program: Program) -> Measured:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         arguments = device_bytes((program.args, program.kwargs))
-        needed = _needed_bytes(str(error), arguments)
-        return Measured(
-            program.name,
-            arguments,
-            max(needed - arguments, 0),
-            others,
-            {},
-            time.perf_counter() - start,
-            is_too_large=True,
-        )
-    memory, text = compiled.memory_analysis(), _text(compiled)
+        more = max(_needed_bytes(str(error), arguments) - arguments, 0)
+        seconds = time.perf_counter() - start
+        return Measured(program.name, arguments, more, others, {}, seconds, is_too_large=True)
+    memory = compiled.memory_analysis()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"jaxlib cannot read what libtpu compiled ({reason})") from error
     if memory is None or text is None:
         raise ValueError(
             f"{program.name}: this XLA tells neither memory nor operations of a compiled program; "
@@ -91,19 +88,6 @@ def measure(program: Program) -> Measured:
         count_collectives(text),
         time.perf_counter() - start,
     )
-
-
-def _text(compiled: jax.stages.Compiled) -> str | None:
-    """The optimised HLO.
-
-    Raises:
-        ValueError: jaxlib cannot read what another libtpu than its own compiled.
-    """
-    try:
-        return compiled.as_text() or ""
-    except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"jaxlib cannot read what libtpu compiled ({reason})") from error
 
 
 def _needed_bytes(message: str, arguments: int) -> int:
@@ -121,31 +105,3 @@ def _needed_bytes(message: str, arguments: int) -> int:
 def count_collectives(text: str) -> dict[str, int]:
     """Collective operations of an HLO text by kind; ``-start`` and ``-done`` count as one."""
     return dict(collections.Counter(_CALL.findall(text)))
-
-
-def in_gib(num_bytes: float) -> float:
-    """Bytes as GiB."""
-    return num_bytes / GIB
-
-
-class Measurement(TypedDict):
-    """Plain data of a compiled program, bytes in GiB."""
-
-    arguments_gib: float
-    temporaries_gib: float
-    others_gib: float
-    peak_gib: float
-    collectives: dict[str, int]
-    compile_s: float
-
-
-def as_json(measured: Measured) -> Measurement:
-    """Plain data of a compiled program, bytes in GiB."""
-    return {
-        "arguments_gib": in_gib(measured.arguments),
-        "temporaries_gib": in_gib(measured.temporaries),
-        "others_gib": in_gib(measured.others),
-        "peak_gib": in_gib(measured.peak),
-        "collectives": measured.collectives,
-        "compile_s": measured.compile_s,
-    }

@@ -40,8 +40,7 @@ from speciarl_jax.learner.opening import abstract_optim, abstract_parts, place_s
 from speciarl_jax.learner.optimizer import OptimState, make_optimizer
 from speciarl_jax.learner.update import update_step
 from speciarl_jax.plan.shapes import StepShapes
-from speciarl_jax.policy.model import PolicyParts
-from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.policy.model import PolicyParts, encode_images
 from speciarl_jax.rollout import decode, layout
 from speciarl_jax.rollout.decode import DecodeState, PromptCache, RowMap, map_rows
 from speciarl_jax.rollout.placement import Placement
@@ -60,13 +59,9 @@ class Jitted(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One call of a jitted function.
+    """One call of a jitted function, with static values and ShapeDtypeStructs with shardings.
 
-    Attributes:
-        name: as in the plan's table.
-        function: jitted.
-        args, kwargs: static values and ShapeDtypeStructs with shardings.
-        others: what else is alive on the devices meanwhile.
+    `others` is what else is alive on the devices meanwhile.
     """
 
     name: str
@@ -85,10 +80,7 @@ class AbstractSession:
     """A session without arrays: what `speciarl_jax.run.session.Session` opens, by shape.
 
     Attributes:
-        config: the recipe.
-        arch: its model.
-        mesh: devices of the job.
-        local: those of one process.
+        mesh, local: devices of the job, and those of one process.
         parts: the policy; `trainable` and `frozen` are laid out on `mesh`.
         optimizer: the run's; jit compares it by identity.
         optim: its state.
@@ -112,14 +104,7 @@ class AbstractSession:
 def abstract_session(
     config: Config, arch: Arch, mesh: Mesh, local: Mesh | None = None
 ) -> AbstractSession:
-    """Shapes and places of policy and optimiser.
-
-    Args:
-        config: a validated recipe.
-        arch: its model.
-        mesh: from `sharding.make_mesh`, real or planned devices.
-        local: devices that stand for one process's; None for those of process 0 in `mesh`.
-    """
+    """Shapes and places of policy and optimiser; `local` is that of process 0 unless given."""
     parts = abstract_parts(config, arch, mesh)
     optimizer = make_optimizer(config.optim, config.num_updates)
     optim = abstract_optim(optimizer, parts.trainable, mesh)
@@ -149,22 +134,18 @@ def step_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]
 
 def encode_program(session: AbstractSession, shapes: StepShapes) -> Program:
     """The vision tower over one process's images."""
-    images = _images(session, shapes, shapes.host_prompts, _image_place(session, shapes))
+    place = image_sharding(session.local, shapes.host_prompts)
+    images = _images(session, shapes, (shapes.host_prompts,), place)
     args = (session.parts.graphdef, session.states, *images, session.local)
     return Program("encode", encode_images, args, others=(session.optim,))
 
 
-def _image_place(session: AbstractSession, shapes: StepShapes) -> Sharding:
-    return image_sharding(session.local, shapes.host_prompts)
-
-
 def _images(
-    session: AbstractSession, shapes: StepShapes, lead: int | tuple[int, ...], place: Sharding
+    session: AbstractSession, shapes: StepShapes, lead: tuple[int, ...], place: Sharding
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Patches, positions, mask."""
     vision = session.arch.vision
     patches = shapes.windows * vision.window_patches
-    lead = (lead,) if isinstance(lead, int) else lead
     return (
         _array((*lead, patches, vision.patch_dim), jnp.float32, place),
         _array((*lead, patches, 2), jnp.int32, place),
@@ -180,8 +161,9 @@ def _table_rows(session: AbstractSession, shapes: StepShapes) -> int:
 def image_table(session: AbstractSession, shapes: StepShapes) -> jax.ShapeDtypeStruct:
     """Embeddings of one process's images, [I*M, D]."""
     rows = shapes.host_prompts * _table_rows(session, shapes)
-    width = session.arch.text.hidden_size
-    return _array((rows, width), session.config.model.compute_dtype, _image_place(session, shapes))
+    shape = (rows, session.arch.text.hidden_size)
+    place = image_sharding(session.local, shapes.host_prompts)
+    return _array(shape, session.config.model.compute_dtype, place)
 
 
 def _host_array(session: AbstractSession) -> Callable[..., jax.ShapeDtypeStruct]:
@@ -202,12 +184,9 @@ def prefill_program(session: AbstractSession, shapes: StepShapes) -> Program:
         image_table(session, shapes),
     )
     args = (session.parts.graphdef, session.states, *arrays)
-    kwargs = {"is_int8": _is_int8(session), "placement": _placement(session)}
+    is_int8 = session.config.rollout.kv_cache_dtype == "int8"
+    kwargs = {"is_int8": is_int8, "placement": _placement(session)}
     return Program("prefill", decode.prefill, args, kwargs, others=(session.optim,))
-
-
-def _is_int8(session: AbstractSession) -> bool:
-    return session.config.rollout.kv_cache_dtype == "int8"
 
 
 def _prompt_cache(
@@ -217,12 +196,9 @@ def _prompt_cache(
     cache: PromptCache[jax.ShapeDtypeStruct] = jax.eval_shape(
         functools.partial(decode.prefill, *program.args[:1], **program.kwargs), *program.args[1:]
     )
-    return dataclasses.replace(_on_prompts(session, cache), kv=_on_heads(session, cache.kv))
-
-
-def _on_prompts(session: AbstractSession, tree: Abstract) -> Abstract:
     place = prompt_sharding(session.local)
-    return jax.tree.map(lambda x: _array(x.shape, x.dtype, place), tree)
+    rest = jax.tree.map(lambda x: x.update(sharding=place), cache)
+    return dataclasses.replace(rest, kv=_on_heads(session, cache.kv))
 
 
 def _placement(session: AbstractSession) -> Placement:
@@ -231,7 +207,7 @@ def _placement(session: AbstractSession) -> Placement:
 
 def _on_heads(session: AbstractSession, tree: Abstract) -> Abstract:
     place = cache_sharding(session.local, is_stacked=not isinstance(tree, tuple))
-    return jax.tree.map(lambda x: _array(x.shape, x.dtype, place), tree)
+    return jax.tree.map(lambda x: x.update(sharding=place), tree)
 
 
 def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:
@@ -247,20 +223,11 @@ def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Progra
     keys, is_done = host((rows, 2), jnp.uint32), host((rows,), jnp.bool_)
     state = _decode_state(session, shapes, (prompts, row_map, keys, is_done))
     vocabulary = host((session.arch.text.vocab_size,), jnp.bool_)
+    stop_ids = host((2,), jnp.int32)
     scalar = host((), jnp.int32)
     args = (
-        session.parts.graphdef,
-        session.states,
-        prompts,
-        row_map,
-        state,
-        is_done,
-        host((2,), jnp.int32),
-        vocabulary,
-        scalar,
-        scalar,
-        training_sampling(session.config),
-        placement,
+        *(session.parts.graphdef, session.states, prompts, row_map, state, is_done),
+        *(stop_ids, vocabulary, scalar, scalar, training_sampling(session.config), placement),
     )
     table = image_table(session, shapes)
     found = [Program("decode", decode.decode_chunk, args, others=(session.optim, table))]
@@ -281,7 +248,7 @@ def _decode_state(
     )
     state: DecodeState[jax.ShapeDtypeStruct] = jax.eval_shape(start, *arrays)
     place = prompt_sharding(session.local)
-    rest = map_rows(lambda x: _array(x.shape, x.dtype, place), state)
+    rest = map_rows(lambda x: x.update(sharding=place), state)
     step = _host_array(session)((), jnp.int32)
     return dataclasses.replace(rest, own=_on_heads(session, state.own), step=step)
 
@@ -292,10 +259,9 @@ def learning_programs(session: AbstractSession, shapes: StepShapes) -> list[Prog
     settings = LossConfig.of(session.config, session.mesh)
     vocabulary = _array((session.arch.text.vocab_size,), jnp.bool_, replicated(mesh))
     found = []
-    whole = dataclasses.replace(
-        shapes, num_micro=shapes.num_micro * _updates_at_once(session, shapes)
-    )
-    plain = tree_batch(session, whole)
+    # Log-probs of all mini-batches are one program, unless groups are packed.
+    at_once = 1 if session.config.train.micro_batch_tokens else shapes.num_updates
+    plain = tree_batch(session, dataclasses.replace(shapes, num_micro=shapes.num_micro * at_once))
     if session.config.needs_old_logprobs:
         states = (parts.trainable, parts.frozen)
         old = (parts.graphdef, states, plain, vocabulary, settings)
@@ -304,30 +270,11 @@ def learning_programs(session: AbstractSession, shapes: StepShapes) -> list[Prog
         ref = (parts.reference_graphdef, (parts.frozen,), plain, vocabulary, settings)
         alive = (session.optim, parts.trainable)
         found.append(Program("reference log-probs", batch_logprobs, ref, others=alive))
-    has_old = session.config.needs_old_logprobs or algo.old_logprobs == "rollout"
-    batch = train_batch(
-        session,
-        shapes,
-        old_logprobs=has_old,
-        ref_logprobs=bool(algo.kl_coef),
-        importance=algo.importance_cap > 0,
-    )
     args = (
-        parts.graphdef,
-        parts.trainable,
-        parts.frozen,
-        session.optim,
-        batch,
-        vocabulary,
-        session.optimizer,
-        settings,
+        *(parts.graphdef, parts.trainable, parts.frozen, session.optim),
+        *(train_batch(session, shapes), vocabulary, session.optimizer, settings),
     )
     return [*found, Program("update", update_step, args)]
-
-
-def _updates_at_once(session: AbstractSession, shapes: StepShapes) -> int:
-    """Log-probs of all mini-batches are one program, unless groups are packed."""
-    return 1 if session.config.train.micro_batch_tokens else shapes.num_updates
 
 
 def tree_batch(session: AbstractSession, shapes: StepShapes) -> TreeBatch[jax.ShapeDtypeStruct]:
@@ -348,16 +295,10 @@ def tree_batch(session: AbstractSession, shapes: StepShapes) -> TreeBatch[jax.Sh
     )
 
 
-def train_batch(
-    session: AbstractSession,
-    shapes: StepShapes,
-    *,
-    old_logprobs: bool = False,
-    ref_logprobs: bool = False,
-    importance: bool = False,
-) -> TrainBatch[jax.ShapeDtypeStruct]:
-    """`tree_batch` with what the loss needs, with or without optional fields."""
-    make = _group_array(session, shapes)
+def train_batch(session: AbstractSession, shapes: StepShapes) -> TrainBatch[jax.ShapeDtypeStruct]:
+    """`tree_batch` with what the recipe's loss needs."""
+    make, algo = _group_array(session, shapes), session.config.algo
+    has_old = session.config.needs_old_logprobs or algo.old_logprobs == "rollout"
     group = (shapes.group_size, shapes.completion_tokens)
 
     def make_if(is_there: bool) -> jax.ShapeDtypeStruct | None:
@@ -367,9 +308,9 @@ def train_batch(
         tree=tree_batch(session, shapes),
         weights=make(*group, dtype=np.float32),
         advantages=make(shapes.group_size, dtype=np.float32),
-        old_logprobs=make_if(old_logprobs),
-        ref_logprobs=make_if(ref_logprobs),
-        importance=make_if(importance),
+        old_logprobs=make_if(has_old),
+        ref_logprobs=make_if(bool(algo.kl_coef)),
+        importance=make_if(algo.importance_cap > 0),
     )
 
 

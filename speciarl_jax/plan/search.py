@@ -7,12 +7,13 @@ of the memory bounds the caches of a rollout.
 
 from __future__ import annotations
 
+import bisect
 import copy
 import dataclasses
 import math
 
 from speciarl_jax.config.schema import Config, MeshConfig
-from speciarl_jax.plan.chips import Topology
+from speciarl_jax.plan.chips import GIB, Topology
 from speciarl_jax.plan.make import Planned, log, open_plan
 from speciarl_jax.plan.measure import measure
 from speciarl_jax.plan.models import planned_arch
@@ -40,9 +41,7 @@ class Found:
 def search(config: Config, topology: Topology) -> Found:
     """Tries meshes, policies and micro-batches by compiling the update.
 
-    Args:
-        config: a validated recipe; its own mesh, remat and micro-batch are not looked at.
-        topology: devices.
+    The recipe's own mesh, remat and micro-batch are not looked at.
 
     Raises:
         ValueError: nothing fits, or groups are packed by tokens.
@@ -130,7 +129,7 @@ def _fits(planned: Planned) -> bool:
     is_fit = measured.fits(planned.topology.chip.usable_bytes)
     log(
         f"mesh {_mesh_name(planned)}, remat {planned.config.model.remat}, "
-        f"{planned.config.train.prompts_per_micro_batch} prompts: {measured.peak / 2**30:.2f} GiB"
+        f"{planned.config.train.prompts_per_micro_batch} prompts: {measured.peak / GIB:.2f} GiB"
         f"{'' if is_fit else ' does not fit'} ({measured.compile_s:.0f} s)"
     )
     return is_fit
@@ -144,15 +143,12 @@ def _largest_micro_batch(planned: Planned) -> int:
     """Bisection over the divisors of a replica's share of an update; 1 is known to fit."""
     config, topology = planned.config, planned.topology
     sizes = _divisors(config.train.prompts_per_update // planned.layout.num_replicas)
-    low, high = 0, len(sizes)
-    while high - low > 1:
-        middle = (low + high) // 2
-        remat = config.model.remat
-        if _fits(_with_settings(config, topology, config.mesh, remat, sizes[middle])):
-            low = middle
-        else:
-            high = middle
-    return sizes[low]
+
+    def is_too_large(size: int) -> bool:
+        mesh, remat = config.mesh, config.model.remat
+        return not _fits(_with_settings(config, topology, mesh, remat, size))
+
+    return sizes[bisect.bisect_left(sizes, True, lo=1, key=is_too_large) - 1]
 
 
 def _found(planned: Planned) -> Found:

@@ -14,6 +14,7 @@ from speciarl_jax.config.schema import Config, micro_batch_prompts
 from speciarl_jax.data.collate import prompt_bucket, window_bucket
 from speciarl_jax.data.images import num_windows
 from speciarl_jax.rollout import layout, memory
+from speciarl_jax.rollout.sampling import training_sampling
 
 _MAX_ASPECT = 2.0  # of photographs; a longer image of the same area needs more windows
 # Completion lengths of the time estimate: log-normal, as measured on this task (docs/design.md).
@@ -65,13 +66,7 @@ class StepShapes:
 def plan_shapes(
     config: Config, arch: Arch, mesh_shape: dict[str, int], num_hosts: int
 ) -> StepShapes:
-    """The largest shapes of a recipe.
-
-    Args:
-        config: a validated recipe.
-        arch: its model.
-        mesh_shape: sizes of data, fsdp, tensor.
-        num_hosts: processes of the job.
+    """The largest shapes of a recipe on a mesh of these axis sizes and processes.
 
     Raises:
         ValueError: a recipe without rollouts, or batch sizes that do not divide over the mesh.
@@ -103,17 +98,11 @@ def plan_shapes(
         num_updates=config.updates_per_step,
     )
     wave = rollout_shape(config, shapes, mesh_shape["tensor"])
-    width = memory.prompts_per_wave(arch.text, wave, config.rollout.max_cache_mb)
-    return dataclasses.replace(shapes, wave_prompts=width)
+    return dataclasses.replace(shapes, wave_prompts=memory.prompts_per_wave(arch.text, wave))
 
 
 def _longest_prompt(config: Config) -> int:
-    buckets = config.data.prompt_buckets
-    return (
-        min(config.data.max_prompt_tokens, buckets[-1])
-        if buckets
-        else (config.data.max_prompt_tokens)
-    )
+    return min([config.data.max_prompt_tokens, *config.data.prompt_buckets[-1:]])
 
 
 def _micro_batches(config: Config, replicas: int) -> tuple[int, int]:
@@ -154,19 +143,15 @@ def _most_windows(config: Config, vision: VisionArch, prompt_tokens: int) -> int
 
 def rollout_shape(config: Config, shapes: StepShapes, tensor: int) -> memory.RolloutShape:
     """What `rollout.memory` counts for one process."""
-    rollout = config.rollout
     return memory.RolloutShape(
+        config=config.rollout,
         num_prompts=shapes.wave_prompts,
         group_size=shapes.group_size,
         prompt_tokens=shapes.prompt_tokens,
-        completion_tokens=shapes.completion_tokens,
-        chunk_tokens=rollout.chunk_tokens,
-        compact=rollout.compact,
         compute_bytes=config.model.compute_bytes,
-        is_int8=rollout.kv_cache_dtype == "int8",
         num_shards=shapes.num_replicas // shapes.num_hosts,
         tensor=tensor,
-        truncates=rollout.top_p < 1 or rollout.top_k > 0 or rollout.min_p > 0,
+        truncates=training_sampling(config).truncates,
     )
 
 
@@ -185,10 +170,9 @@ def all_shapes(config: Config, shapes: StepShapes) -> list[StepShapes]:
 
 
 def expected_lengths(shapes: StepShapes) -> Int[np.ndarray, "P G"]:
-    """[P, G] completion lengths of a typical step: quantiles of the log-normal, cut at the limit.
+    """Completion lengths of a typical step: quantiles of the log-normal, cut at the limit.
 
-    Returns:
-        int64 tokens; the mean is about 190 where the limit does not matter.
+    Their mean is about 190 tokens where the limit does not matter.
     """
     count = shapes.num_prompts * shapes.group_size
     normal = statistics.NormalDist()

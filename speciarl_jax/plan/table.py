@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NotRequired, TypedDict
 
-from speciarl_jax.plan.measure import Measurement
-
 _SHORT = {
     "all-reduce": "AR",
     "all-gather": "AG",
@@ -30,10 +28,16 @@ _HEADER = (
 )
 
 
-class ProgramRow(Measurement):
+class ProgramRow(TypedDict):
     """One program of a plan; how long it takes is known for the largest shapes only."""
 
     name: str
+    arguments_gib: float
+    temporaries_gib: float
+    others_gib: float
+    peak_gib: float
+    collectives: dict[str, int]
+    compile_s: float
     fits: bool
     tflops_per_device: NotRequired[float]
     memory_gb_per_device: NotRequired[float]

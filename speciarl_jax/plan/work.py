@@ -16,8 +16,9 @@ import numpy as np
 from speciarl_jax.arch import Arch
 from speciarl_jax.config.schema import Config
 from speciarl_jax.plan.chips import Chip
-from speciarl_jax.plan.shapes import StepShapes, expected_lengths
+from speciarl_jax.plan.shapes import StepShapes, expected_lengths, rollout_shape
 from speciarl_jax.policy import flops
+from speciarl_jax.rollout.memory import kv_token_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +78,7 @@ class Layout:
 def step_work(
     config: Config, arch: Arch, shapes: StepShapes, layout: Layout, chip: Chip
 ) -> dict[str, Work]:
-    """Work of each program of a step, by the names of `plan.programs`.
-
-    Args:
-        config: a validated recipe.
-        arch: its model.
-        shapes: the largest shapes.
-        layout: of the model.
-        chip: what each device is.
-    """
+    """Work of each program of a step at the largest shapes, by the names of `plan.programs`."""
     counts = _counts(arch, shapes)
     sampling = dataclasses.replace(shapes, num_prompts=shapes.sampled_prompts)
     sampled_counts = _counts(arch, sampling)
@@ -94,9 +87,11 @@ def step_work(
     learned = flops.learning_flops(arch, counts, training)
     traffic = _Traffic(config, arch, shapes, layout)
 
+    wire_rate = 2 * chip.link_gb_s * 1e9  # of a ring over neighbours, both directions of one axis
+
     def make(model: float, hardware: float, memory: float, wire: float) -> Work:
         compute = hardware / (layout.num_devices * chip.peak)
-        seconds = max(compute, memory / (chip.hbm_gb_s * 1e9)) + wire / _wire_rate(chip)
+        seconds = max(compute, memory / (chip.hbm_gb_s * 1e9)) + wire / wire_rate
         return Work(model, hardware, memory, wire, seconds)
 
     tree = counts.prompt_tokens + counts.completion_tokens
@@ -135,11 +130,6 @@ def _counts(arch: Arch, shapes: StepShapes) -> flops.Counts:
     return flops.count_tokens(prompts, expected_lengths(shapes), patches)
 
 
-def _wire_rate(chip: Chip) -> float:
-    """Bytes a second of a ring over neighbours: both directions of one axis at once."""
-    return 2 * chip.link_gb_s * 1e9
-
-
 def _ring(size: int, num_bytes: float) -> float:
     """Bytes that a device sends when `size` devices sum an array of `num_bytes`."""
     return 2 * (size - 1) / size * num_bytes
@@ -154,17 +144,6 @@ class _Traffic:
     shapes: StepShapes
     layout: Layout
 
-    @property
-    def compute_bytes(self) -> int:
-        return self.config.model.compute_bytes
-
-    @property
-    def token_kv_bytes(self) -> float:
-        """Keys and values of a token on one device."""
-        text, is_int8 = self.arch.text, self.config.rollout.kv_cache_dtype == "int8"
-        head = text.head_dim + 4 if is_int8 else text.head_dim * self.compute_bytes
-        return 2 * text.num_layers * text.num_kv_heads * head / self.layout.tensor
-
     def encode(self) -> float:
         """Weights once, float32 patches once."""
         vision, shapes = self.arch.vision, self.shapes
@@ -173,15 +152,9 @@ class _Traffic:
         return self.layout.vision_bytes + 4 * values
 
     def wire(self, tokens: int, passes: int, gathers: int) -> float:
-        """Two sums over `tensor` a layer and pass; weights gathered over `fsdp`.
-
-        Args:
-            tokens: of the whole step.
-            passes: through the layers.
-            gathers: how often the weights are gathered.
-        """
+        """Two sums of all `tokens` over `tensor` a layer and pass; weights gathered over `fsdp`."""
         text, layout = self.arch.text, self.layout
-        states = tokens / layout.num_replicas * text.hidden_size * self.compute_bytes
+        states = tokens / layout.num_replicas * text.hidden_size * self.config.model.compute_bytes
         sums = _ring(layout.tensor, states) * 2 * text.num_layers * passes
         return sums + gathers * (layout.fsdp - 1) * layout.text_bytes
 
@@ -194,7 +167,8 @@ def _decode_work(
     replica_rows = lengths.size / layout.num_replicas
     steps = np.arange(int(lengths.max()))
     live = (lengths.reshape(-1)[:, None] > steps).mean(axis=0) * replica_rows  # [steps]
-    waves, cache = shapes.num_waves, traffic.token_kv_bytes
+    waves = shapes.num_waves
+    cache = kv_token_bytes(text, rollout_shape(traffic.config, shapes, layout.tensor))
     prompts = shapes.sampled_prompts / layout.num_replicas * shapes.prompt_tokens
     own = float(np.sum(live * (steps + 1)))
     weights = len(steps) * waves * layout.text_bytes

@@ -22,9 +22,8 @@ class Request:
     Attributes:
         config: a validated recipe.
         topology: as given on the command line.
-        has_all_buckets: compile the smaller shapes too.
+        has_all_buckets, price: see `make.make_plan`.
         is_search: look for the largest settings that fit first.
-        price: of one chip, money per hour; 0 if unknown.
     """
 
     config: Config

@@ -34,16 +34,9 @@ def attend(
     v: Float[Array, "B Tk K A"],
     mask: Bool[Array, "#B #Tq Tk"] | None = None,
 ) -> Float[Array, "B Tq H A"]:
-    """Attention with grouped key-value heads.
+    """Attention with grouped key-value heads, in `q`'s dtype; without `mask` all keys are seen.
 
-    Args:
-        q: queries; H is a multiple of K, consecutive query heads share a key-value head.
-        k: keys.
-        v: values.
-        mask: where queries may look, None for everywhere.
-
-    Returns:
-        The attention output in `q`'s dtype.
+    H is a multiple of K, and consecutive query heads share a key-value head.
 
     Source: transformers eager_attention_forward.
     """
@@ -71,10 +64,7 @@ def attend_shared(
 ) -> Float[Array, "P G C H A"]:
     """Completions over [prompt, own tokens so far]; prompt keys and values are not copied G times.
 
-    Args:
-        q, k, v: of the completions.
-        prompt_k, prompt_v: of each group's prompt.
-        sees_prompt: True for real prompt tokens.
+    `sees_prompt` is True for real prompt tokens.
     """
     prompts, group, width, heads, dim = q.shape
     kv, prompt_len = k.shape[3], prompt_k.shape[1]

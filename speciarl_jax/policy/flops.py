@@ -44,13 +44,7 @@ PEAK_FLOPS = (
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device, None if the table does not know it.
-
-    Args:
-        device_kind: `jax.Device.device_kind`, such as ``TPU v5 lite``.
-
-    Source: see `PEAK_FLOPS`.
-    """
+    """Dense bfloat16 FLOP/s of a `jax.Device.device_kind`, None if the table does not know it."""
     for start, peak in PEAK_FLOPS:
         if device_kind.startswith(start):
             return peak
@@ -118,7 +112,7 @@ class Training:
         train_vision: the tower runs forward and backward in the update.
         num_old: forward passes for old log-probs, 0 or 1.
         num_reference: forward passes of the adapter-off policy, 0 or 1.
-        remat: of `config.ModelConfig`: none, dots or full.
+        remat: of `schema.ModelConfig`: none, dots or full.
     """
 
     adapter_params: int = 0
@@ -130,12 +124,7 @@ class Training:
 
     @classmethod
     def of(cls, config: Config, adapter_params: int) -> Training:
-        """What a step of a recipe computes.
-
-        Args:
-            config: a validated recipe.
-            adapter_params: scalars of its adapter; 0 without.
-        """
+        """What a step of a recipe computes."""
         return cls(
             adapter_params=adapter_params,
             train_base=config.model.train_base,

@@ -31,12 +31,7 @@ def adapted_paths(policy: Policy, targets: str) -> list[tuple[str, Linear]]:
 
 
 def add_lora(policy: Policy, config: LoraConfig, seed: int) -> None:
-    """Adds adapters in place, float32 whatever the base is stored in.
-
-    Args:
-        policy: a policy without adapters.
-        config: rank r, alpha and the regular expression of target paths.
-        seed: of the random A matrices.
+    """Adds adapters in place, float32 whatever the base is stored in; `seed` draws the A matrices.
 
     Raises:
         ValueError: the expression matches no layer.

@@ -8,6 +8,7 @@ reference policy is `reference_graphdef` merged with the same frozen arrays: no 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,19 @@ class Policy(nnx.Module):
         return self.text.forward(hidden, positions, lengths, remat)
 
 
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
+def encode_images(
+    graphdef: nnx.GraphDef[Policy],
+    states: tuple[Params, ...],
+    patches: Array,
+    positions: Array,
+    mask: Array,
+    mesh: Mesh | None = None,
+) -> Float[Array, "IM D"]:
+    """`Policy.encode`, jitted for frozen use."""
+    return nnx.merge(graphdef, *states).encode(patches, positions, mask, mesh=mesh)
+
+
 def abstract_policy(arch: Arch, dtypes: Dtypes) -> Policy:
     """The policy with ShapeDtypeStructs in place of arrays; allocates nothing."""
     return nnx.eval_shape(lambda: Policy(arch, dtypes=dtypes, rngs=nnx.Rngs(0)))
@@ -80,12 +94,7 @@ class PolicyParts:
 
 
 def trainable_filter(train_base: bool, train_vision: bool) -> nnx.filterlib.Filter:
-    """Which variables an update may change.
-
-    Args:
-        train_base: the language model's own weights rather than the adapter.
-        train_vision: the vision tower's weights too.
-    """
+    """Which variables an update may change: the adapter, the text's own weights, the tower's."""
     filters: list[nnx.filterlib.Filter] = [LoRAParam]
     if train_base:
         filters.append(lambda path, _: path[0] == "text")
@@ -101,8 +110,7 @@ def split_policy(
     chosen = trainable_filter(train_base, train_vision)
     graphdef, *states = nnx.split(policy, chosen, ...)
     trainable, frozen = states
-    dtypes = policy_dtypes(policy)
-    reference = nnx.graphdef(abstract_policy(policy.arch, dtypes))
+    reference = nnx.graphdef(abstract_policy(policy.arch, policy_dtypes(policy)))
     return PolicyParts(graphdef, reference, trainable, frozen)
 
 

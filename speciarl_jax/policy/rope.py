@@ -19,12 +19,8 @@ def _inverse_frequencies(dim: int, theta: float) -> np.ndarray:
 def vision_angles(positions: Int[Array, "I N 2"], arch: VisionArch) -> Float[Array, "I N A_half"]:
     """Axial angles: the first quarter of the head turns with the row, the second with the column.
 
-    Args:
-        positions: (row, column) of each patch in its image, in patches; any value at padding.
-        arch: gives the head dimension and the base.
-
-    Returns:
-        Angles in radians for half of the head dimension; both halves use the same ones.
+    `positions` are (row, column) of each patch in its image, in patches; any value at padding.
+    Angles are radians for half of the head dimension; both halves use the same ones.
 
     Source: transformers Qwen2_5_VLVisionRotaryEmbedding (frequencies from arange(0, A/2, 2)).
     """
@@ -37,12 +33,8 @@ def vision_angles(positions: Int[Array, "I N 2"], arch: VisionArch) -> Float[Arr
 def text_angles(positions: Int[Array, "... 3 T"], arch: TextArch) -> Float[Array, "... T A_half"]:
     """M-RoPE angles: contiguous chunks of the half dimension turn with time, row and column.
 
-    Args:
-        positions: (t, h, w) ids; equal to each other for text tokens; any value at padding.
-        arch: gives the head dimension, the base and the three chunk sizes.
-
-    Returns:
-        Angles in radians for half of the head dimension; both halves use the same ones.
+    `positions` are (t, h, w) ids, equal to each other for text tokens; any value at padding.
+    Angles are radians for half of the head dimension; both halves use the same ones.
 
     Source: transformers Qwen2_5_VLRotaryEmbedding.recomposition_frequencies.
     """

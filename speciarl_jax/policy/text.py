@@ -137,14 +137,7 @@ class TextModel(nnx.Module):
         *,
         remat: str = "none",
     ) -> tuple[Float[Array, "... D"], Carry, Result]:
-        """Runs all layers.
-
-        Args:
-            hidden: embedded tokens.
-            angles: rotary angles, see `rope.text_angles`.
-            attend_fn: attention of one layer, see `AttendFn`.
-            carry: threaded through the layers (a key-value cache updated in place).
-            remat: see `speciarl_jax.policy.remat`.
+        """Runs all layers on embedded tokens, threading `carry` (a key-value cache) through them.
 
         Returns:
             (normed hidden states, final carry, per-layer results stacked on a leading axis).
@@ -170,15 +163,7 @@ class TextModel(nnx.Module):
         attend_fn: AttendFn[Carry, None],
         carry: Carry,
     ) -> tuple[Float[Array, "... D"], Carry]:
-        """`run` layer by layer, with the layers' numbers and not by a scan.
-
-        Args:
-            layers: from `unstacked`.
-            hidden, angles, attend_fn, carry: as there.
-
-        Returns:
-            (normed hidden states, final carry).
-        """
+        """`run` without a scan, over the layers of `unstacked` and with their numbers."""
         graphdef, _ = nnx.split(self.blocks)
         for index, layer in enumerate(layers):
             block = nnx.merge(graphdef, layer)

@@ -8,7 +8,6 @@ loop, and all images of a batch have one shape.
 from __future__ import annotations
 
 import functools
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -50,14 +49,9 @@ class VisionBlock(nnx.Module):
         is_full: Bool[Array, ""] | bool,
         mesh: Mesh | None = None,
     ) -> Float[Array, "I N D"]:
-        """Applies the block; padded patches stay finite and are seen by no real patch.
+        """Applies the block, over whole images if `is_full` and within windows if not.
 
-        Args:
-            hidden: patch states, padded windows included.
-            angles: rotary angles, float32.
-            mask: True for real patches.
-            is_full: this block attends over the whole image rather than within windows.
-            mesh: where the images lie; chooses the attention kernel.
+        `mask` is True for real patches, which see no padded one; those stay finite.
         """
         qkv = self.qkv(self.norm1(hidden))
         qkv = qkv.reshape(*hidden.shape[:2], 3, self.num_heads, -1)  # [I, N, 3, H, A]
@@ -127,7 +121,7 @@ class VisionTower(nnx.Module):
             patches: normalised pixels in padded window order; 0 at padding.
             positions: (row, column) of each patch, in patches; 0 at padding.
             mask: True for real patches.
-            remat: see `speciarl_jax.policy.remat`.
+            remat: see `text.checkpointed`.
             mesh: where the images lie; chooses the attention kernel. None for the plain form.
 
         Returns:
@@ -150,30 +144,3 @@ class VisionTower(nnx.Module):
         stack = (states, jnp.asarray(is_full))
         hidden, _ = jax.lax.scan(scan_body, self.patch_embed(patches), stack)
         return self.merger(hidden)
-
-
-class HasVision(Protocol):
-    """The part of `model.Policy` that encoding needs."""
-
-    visual: VisionTower
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh"))
-def encode_images(
-    graphdef: nnx.GraphDef[HasVision],
-    states: tuple[Params, ...],
-    patches: Array,
-    positions: Array,
-    mask: Array,
-    mesh: Mesh | None = None,
-) -> Float[Array, "IM D"]:
-    """Jitted tower for frozen use: merged tokens of all images as one table, [I*M, D].
-
-    Args:
-        graphdef: of the whole policy.
-        states: what it merges with.
-        patches, positions, mask, mesh: see `VisionTower`.
-    """
-    tower = nnx.merge(graphdef, *states).visual
-    merged = tower(patches, positions, mask, mesh=mesh)
-    return jnp.reshape(merged, (-1, merged.shape[-1]))

@@ -50,12 +50,7 @@ def allowed_logits(
 def make_vocabulary(
     tokenizer: PreTrainedTokenizerBase, arch: Arch, stop_ids: set[int]
 ) -> Vocabulary:
-    """Bans vision tokens and ids without a token.
-
-    Args:
-        tokenizer: the model's own.
-        arch: its vocabulary's size and vision tokens.
-        stop_ids: of ``generation_config.json``.
+    """Bans vision tokens and ids without a token; `stop_ids` are of ``generation_config.json``.
 
     Raises:
         ValueError: no stop token, or one that is not in the vocabulary.

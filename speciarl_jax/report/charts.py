@@ -9,25 +9,19 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from speciarl_jax.report.sections import PUBLISHED
-from speciarl_jax.report.style import LIGHT, RUNGS, line_color, readable
+from speciarl_jax.report.style import LIGHT, line_color, readable
+from speciarl_jax.scoring.predictions import RUNGS
 from speciarl_jax.scoring.results import CurvePoint, MainMetric, Scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One evaluation in the correctness-specificity plane.
-
-    Attributes:
-        label: beside the point.
-        run: number of the run, for the colour.
-        scores: an entry of ``metrics.json`` with the three metrics.
-        is_base: drawn hollow.
-    """
+    """One evaluation in the correctness-specificity plane."""
 
     label: str
-    run: int
+    run: int  # number of the run, for the colour
     scores: Scores
-    is_base: bool = False
+    is_base: bool = False  # drawn hollow
 
     @property
     def place(self) -> tuple[float, float] | None:
@@ -39,18 +33,15 @@ class Point:
 def draw_plane(ax: Axes, points: Sequence[Point], title: str, *, has_published: bool) -> bool:
     """Scatter with intervals over HM contours, an arrow from each run's base to its last point.
 
-    Args:
-        ax: where to.
-        points: in order; those of a run follow each other.
-        title: of the panel.
-        has_published: True adds the paper's rows as small diamonds.
+    Points of a run follow each other; `has_published` adds the paper's rows as small diamonds.
     """
-    placed = [(p, p.place) for p in points]
-    known = [(p, xy) for p, xy in placed if xy is not None]
+    known = [(p, p.place) for p in points if p.place is not None]
     if not known:
         return False
     published = [(p.correctness, p.specificity) for p in PUBLISHED] if has_published else []
-    _limits(ax, [xy for _, xy in known] + published)
+    xs, ys = zip(*(xy for _, xy in known), *published, strict=True)
+    ax.set_xlim(*_padded(xs))
+    ax.set_ylim(*_padded(ys))
     _contours(ax)
     for row, (x, y) in zip(PUBLISHED, published, strict=False):
         ax.plot(x, y, marker="D", color=LIGHT["muted"], markersize=4, linestyle="none")
@@ -68,12 +59,6 @@ def draw_plane(ax: Axes, points: Sequence[Point], title: str, *, has_published: 
     ax.set_ylabel("specificity")
     ax.set_title(title)
     return True
-
-
-def _limits(ax: Axes, places: Sequence[tuple[float, float]]) -> None:
-    xs, ys = zip(*places, strict=True)
-    ax.set_xlim(*_padded(xs))
-    ax.set_ylim(*_padded(ys))
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -105,9 +90,8 @@ def _neighbours(
 
 def _point(ax: Axes, p: Point, x: float, y: float, labels_below: int) -> None:
     errors: list[list[list[float]] | None] = []
-    found: tuple[tuple[MainMetric, float], ...] = (("correctness", x), ("specificity", y))
-    for metric, value in found:
-        low, high = p.scores[metric]["low"], p.scores[metric]["high"]
+    for estimate, value in ((p.scores["correctness"], x), (p.scores["specificity"], y)):
+        low, high = estimate["low"], estimate["high"]
         if low is None or high is None:
             errors.append(None)
         else:
@@ -152,12 +136,11 @@ def draw_best_of(
         if not known:
             continue
         k = [p["k"] for p in known]
-        value, low, high = (
-            [x for p in known if (x := p[metric][side]) is not None]
-            for side in ("value", "low", "high")
+        value, low, high = (  # an undefined end is nan
+            np.array([p[metric][side] for p in known], float) for side in ("value", "low", "high")
         )
         ax.plot(k, value, marker="o", markersize=3.5, label=label, color=line_color(index))
-        if len(low) == len(high) == len(known):
+        if np.isfinite(low + high).all():
             ax.fill_between(k, low, high, color=line_color(index), alpha=0.15, linewidth=0)
         index += 1
     if not index:

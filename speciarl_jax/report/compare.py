@@ -6,34 +6,25 @@ import csv
 import io
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
-from speciarl_jax.report.load import load_run
-from speciarl_jax.report.tables import format_estimate, format_value, metric_rows
-from speciarl_jax.scoring.bootstrap import METRICS
+from speciarl_jax.report.load import Stage, load_run
+from speciarl_jax.report.tables import MAIN, format_estimate, metric_rows
+from speciarl_jax.scoring.bootstrap import DEFAULT_RULE, METRICS, ScoringRule
 from speciarl_jax.scoring.metrics import by_dataset, metrics_json, paired_differences
 from speciarl_jax.scoring.predictions import Prediction
-from speciarl_jax.scoring.results import (
-    Difference,
-    Estimate,
-    Evaluation,
-    MainMetric,
-    ScoringSettings,
-)
+from speciarl_jax.scoring.results import Comparison, Estimate, Evaluation, MainMetric
 from speciarl_jax.scoring.seeds import mean_over_seeds
 
-MAIN: tuple[MainMetric, ...] = ("specificity", "correctness", "hm")
 
-
-def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, list[Prediction], Evaluation]:
-    """The rows that speak for a directory.
+def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, Stage]:
+    """The evaluation that speaks for a directory.
 
     Args:
         path: a run directory, or one evaluation of it (``RUN/eval/base``).
         stage: evaluation of the run; empty takes ``trained``, else the last one.
 
     Returns:
-        Name, rows, content of its ``metrics.json``.
+        (its name with that of its run, the evaluation).
 
     Raises:
         ValueError: no such directory or evaluation.
@@ -47,69 +38,49 @@ def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, list[Predic
     name = run.name if found.name == "eval" else f"{run.name}/{found.name}"
     if found.name == "eval" and path.resolve().parent.name == "eval":
         name = f"{path.resolve().parents[1].name}/{run.name}"
-    return name, found.predictions, found.metrics
+    return name, found
 
 
-def in_domain_of(*evaluations: Evaluation) -> list[str]:
-    """Names of the data sets that any of them averages as ``in_domain``."""
-    names = {n for e in evaluations for n in e.get("settings", {}).get("in_domain", [])}
-    return sorted(n for n in names if isinstance(n, str))
+def scoring_rule(
+    stages: Sequence[Stage], format_failures: str = "", bootstrap_samples: int = 0, seed: int = 0
+) -> ScoringRule:
+    """The rule that evaluations were scored with, but for what is asked here.
 
+    A comparison that takes all of it prints the intervals that stand in ``metrics.json``.
 
-def scoring_of(*evaluations: Evaluation) -> tuple[str, int]:
-    """(rule for format failures, bootstrap samples) that evaluations were scored with.
-
-    A comparison that takes them prints the intervals that stand in ``metrics.json``. The larger
-    number of samples, where they differ.
+    Args:
+        stages: what is compared.
+        format_failures: instead of theirs; "" takes theirs.
+        bootstrap_samples: likewise; 0 takes theirs, the larger number where they differ.
+        seed: of the resampling.
 
     Raises:
-        ValueError: they were scored with different rules.
+        ValueError: they were scored with different rules, and none is given here.
     """
-    settings = [e.get("settings", {}) for e in evaluations]
-    rules = sorted({str(s.get("format_failures", "wrong")) for s in settings})
-    if len(rules) > 1:
+    settings = [stage.metrics.get("settings", {}) for stage in stages]
+    default = DEFAULT_RULE
+    rules = sorted({str(s.get("format_failures", default.format_failures)) for s in settings})
+    if len(rules) > 1 and not format_failures:
         raise ValueError(
             f"the runs were scored with format_failures {' and '.join(rules)}; choose one for both "
             "with --format_failures"
         )
-    return rules[0], max(s.get("bootstrap_samples", 2000) for s in settings)
-
-
-class Comparison(TypedDict):
-    """What `compare` returns."""
-
-    a: Evaluation
-    b: Evaluation
-    differences: dict[str, Difference]
-    left_out: list[str]
+    samples = [int(s.get("bootstrap_samples", default.bootstrap_samples)) for s in settings]
+    return ScoringRule(format_failures or rules[0], bootstrap_samples or max(samples), seed)
 
 
 def compare(
     a: Sequence[Prediction],
     b: Sequence[Prediction],
     in_domain: Collection[str] = (),
-    format_failures: str = "wrong",
-    bootstrap_samples: int = 2000,
-    seed: int = 0,
+    rule: ScoringRule = DEFAULT_RULE,
 ) -> Comparison:
     """Evaluation of both and paired differences (b minus a), per data set and average.
 
-    Only data sets both have are compared; the others are named in ``left_out``.
-
-    Args:
-        a: rows of the first evaluation.
-        b: rows of the second.
-        in_domain: names averaged as ``in_domain``.
-        format_failures: one of `bootstrap.FORMAT_RULES`.
-        bootstrap_samples: resamples behind each interval.
-        seed: of the resampling.
-
-    Returns:
-        ``{"a": metrics, "b": metrics, "differences": {name: ...}, "left_out": [...]}``; names are
-        data sets and ``mean <average>``.
+    Only data sets that both have are compared; `in_domain` names those averaged as such.
 
     Raises:
-        ValueError: no common data set or image, or an unknown rule.
+        ValueError: no common data set or image.
     """
     by_a, by_b = by_dataset(a), by_dataset(b)
     common = [n for n in by_a if n in by_b]
@@ -117,20 +88,14 @@ def compare(
         raise ValueError(
             f"no data set in common: {', '.join(sorted(by_a))} against {', '.join(sorted(by_b))}"
         )
-    settings: ScoringSettings = {
-        "format_failures": format_failures,
-        "bootstrap_samples": bootstrap_samples,
-        "seed": seed,
-    }
     metrics_a, metrics_b = (
-        metrics_json([p for n in common for p in rows[n]], in_domain, **settings)
-        for rows in (by_a, by_b)
+        metrics_json([p for n in common for p in rows[n]], in_domain, rule) for rows in (by_a, by_b)
     )
     differences = {}
     for name, scores, is_average in metric_rows(metrics_a):
         members = scores["datasets"] if is_average else [name]
         differences[name] = paired_differences(
-            [p for m in members for p in by_a[m]], [p for m in members for p in by_b[m]], **settings
+            [p for m in members for p in by_a[m]], [p for m in members for p in by_b[m]], rule
         )
     left_out = sorted((set(by_a) | set(by_b)) - set(common))
     return {"a": metrics_a, "b": metrics_b, "differences": differences, "left_out": left_out}
@@ -154,20 +119,14 @@ def over_seeds(evaluations: Sequence[Evaluation]) -> dict[str, dict[MainMetric, 
 
 
 def headline_csv(evaluations: Mapping[str, Evaluation]) -> str:
-    """One line per evaluation and data set or average; empty cells are undefined.
-
-    Args:
-        evaluations: content of ``metrics.json`` by name.
-    """
+    """One line per evaluation and data set or average; empty cells are undefined."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    sides = ("value", "low", "high")
-    suffix = {"value": "", "low": "_low", "high": "_high"}
-    header = [m + suffix[s] for m in METRICS for s in sides]
+    header = [m + suffix for m in METRICS for suffix in ("", "_low", "_high")]
     writer.writerow(["evaluation", "data_set", "n", *header])
     for evaluation, metrics in evaluations.items():
         for name, scores, _ in metric_rows(metrics):
-            cells = [scores[m][s] for m in METRICS for s in sides]
+            cells = [scores[m][s] for m in METRICS for s in ("value", "low", "high")]
             numbers = ["" if v is None else f"{v:.6f}" for v in cells]
             writer.writerow([_no_formula(evaluation), _no_formula(name), scores["n"], *numbers])
     return out.getvalue()
@@ -189,11 +148,7 @@ def _latex(text: str) -> str:
 
 
 def headline_latex(evaluations: Mapping[str, Evaluation]) -> str:
-    """A ``tabular`` (booktabs) of specificity, correctness and HM with intervals.
-
-    Args:
-        evaluations: content of ``metrics.json`` by name.
-    """
+    """A ``tabular`` (booktabs) of specificity, correctness and HM with intervals."""
     lines = [
         r"\begin{tabular}{llccc}",
         r"\toprule",
@@ -210,8 +165,5 @@ def headline_latex(evaluations: Mapping[str, Evaluation]) -> str:
 
 
 def _latex_estimate(estimate: Mapping[str, float | None]) -> str:
-    value = format_value(estimate["value"]).replace("—", "--")
-    if estimate["low"] is None:
-        return value
-    interval = format_estimate(estimate).split(" ", 1)[1]
-    return rf"{value} {{\scriptsize {interval}}}"
+    value, _, interval = format_estimate(estimate).replace("—", "--").partition(" ")
+    return rf"{value} {{\scriptsize {interval}}}" if interval else value

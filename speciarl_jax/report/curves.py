@@ -1,34 +1,33 @@
 """Curves over training steps. Every function draws into given axes and says whether it drew.
 
-`runs` maps a run's name to its series (`series.read_series`); with one run the lines of a panel
+`runs` maps a run's name to its series (`read_series`); with one run the lines of a panel
 are its metrics, with several each run has its own colour.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from speciarl_jax.report.load import Series
-from speciarl_jax.report.style import LIGHT, RUNGS, line_color, readable
+from speciarl_jax.report.style import LIGHT, line_color, readable
+from speciarl_jax.scoring.predictions import RUNGS
 
 AVERAGES = ("out_of_domain", "in_domain", "fine_grained", "very_fine_grained", "all")
 _WINDOW = 5  # steps in the moving average drawn over the raw values
+_MOST = 600  # points of a line
+Points: TypeAlias = Sequence[tuple[int, float]]  # (step, value)
 
 
-def _arrays(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    steps, values = zip(*points, strict=True)
-    return np.asarray(steps, float), np.asarray(values, float)
-
-
-def _thin(points: Sequence[tuple[int, float]], most: int = 600) -> Sequence[tuple[int, float]]:
+def _thin(points: Points) -> Points:
     """Evenly chosen points, the last one included, so that a long run stays a small drawing."""
-    if len(points) <= most:
+    if len(points) <= _MOST:
         return points
-    return [points[i] for i in np.linspace(0, len(points) - 1, most).astype(int)]
+    return [points[i] for i in np.linspace(0, len(points) - 1, _MOST).astype(int)]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -37,10 +36,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _line(
-    ax: Axes, points: Sequence[tuple[int, float]], label: str, colour: str, *, is_noisy: bool
-) -> None:
-    x, y = _arrays(_thin(points))
+def _line(ax: Axes, points: Points, label: str, colour: str, *, is_noisy: bool) -> None:
+    x, y = np.array(_thin(points), float).T
     if is_noisy and len(y) >= 2 * _WINDOW:
         ax.plot(x, y, color=colour, alpha=0.28, linewidth=1.0)
         ax.plot(x, _smooth(y), color=colour, label=label)
@@ -62,29 +59,23 @@ def _finish(ax: Axes, title: str, *, has_legend: bool = True) -> None:
 def draw_named(
     ax: Axes, runs: Mapping[str, Series], names: Sequence[str], title: str, *, floor: bool = False
 ) -> bool:
-    """Draws metrics by name, one line per run and metric; labels say what differs.
+    """Draws metrics by name, one line per run and metric that it has; labels say what differs.
 
-    Args:
-        ax: where to.
-        runs: series by run.
-        names: metrics; those a run lacks are left out.
-        title: of the panel.
-        floor: True puts 0 at the bottom.
+    `floor` puts 0 at the bottom.
     """
     present = [n for n in names if any(n in series for series in runs.values())]
-    index = 0
+    lines = []
     for run, series in runs.items():
-        for name in present:
-            if name not in series:
-                continue
+        for name in filter(series.__contains__, present):
             short = readable(name.split("/", 1)[-1])
             label = short if len(runs) == 1 else run if len(present) == 1 else f"{run}: {short}"
-            _line(ax, series[name], label, line_color(index), is_noisy=True)
-            index += 1
-    if index and floor:
+            lines.append((label, series[name]))
+    for i, (label, points) in enumerate(lines):
+        _line(ax, points, label, line_color(i), is_noisy=True)
+    if lines and floor:
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     _finish(ax, title)
-    return index > 0
+    return bool(lines)
 
 
 def eval_groups(series: Series) -> list[str]:
@@ -93,24 +84,23 @@ def eval_groups(series: Series) -> list[str]:
                                 and n.startswith("eval/")))  # fmt: skip
     averages = [a for a in AVERAGES if a in groups]
     if {"in_domain", "out_of_domain"} <= set(averages):
-        averages.remove("all") if "all" in averages else None
+        averages = [a for a in averages if a != "all"]
     return averages or groups
 
 
 def draw_metric(ax: Axes, runs: Mapping[str, Series], metric: str, title: str) -> bool:
     """Draws one evaluation metric over steps, a line per run and average."""
-    index = 0
-    for run, series in runs.items():
-        for group in eval_groups(series):
-            points = series.get(f"eval/{group}/{metric}")
-            if not points:
-                continue
-            label = readable(group) if len(runs) == 1 else f"{run}: {readable(group)}"
-            _line(ax, points, label, line_color(index), is_noisy=False)
-            index += 1
+    lines = [
+        (readable(group) if len(runs) == 1 else f"{run}: {readable(group)}", series[name])
+        for run, series in runs.items()
+        for group in eval_groups(series)
+        if (name := f"eval/{group}/{metric}") in series
+    ]
+    for i, (label, points) in enumerate(lines):
+        _line(ax, points, label, line_color(i), is_noisy=False)
     _widen(ax)
     _finish(ax, title)
-    return index > 0
+    return bool(lines)
 
 
 def _widen(ax: Axes, span: float = 0.1) -> None:
@@ -121,27 +111,26 @@ def _widen(ax: Axes, span: float = 0.1) -> None:
         ax.set_ylim(low, low + span)
 
 
+def _columns(series: Series, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that any of the metrics has, and [names, steps] values; 0 where one lacks a step."""
+    points = [dict(series[n]) for n in names]
+    steps = sorted(set().union(*points))
+    values = [[p.get(step, 0.0) for step in steps] for p in points]
+    return np.array(steps, float), np.array(values)
+
+
 def draw_categories(ax: Axes, series: Series, title: str) -> bool:
     """Draws the shares of the categories, stacked, best on top of worst."""
     present = [r for r in RUNGS if f"category/{r}_frac" in series]
     if not present:
         return False
-    points = [dict(series[f"category/{r}_frac"]) for r in present]
-    steps = sorted(set().union(*points))
-    shares = np.array([[p.get(s, 0.0) for s in steps] for p in points])
-    if len(steps) >= 2 * _WINDOW:
+    x, shares = _columns(series, [f"category/{r}_frac" for r in present])
+    if len(x) >= 2 * _WINDOW:
         shares = np.array([_smooth(row) for row in shares])
-    x = np.asarray(steps, float)
     if len(x) == 1:
         x, shares = np.array([x[0] - 0.5, x[0] + 0.5]), np.repeat(shares, 2, axis=1)
-    ax.stackplot(
-        x,
-        shares,
-        colors=[LIGHT[r] for r in present],
-        labels=[readable(r) for r in present],
-        edgecolor=LIGHT["paper"],
-        linewidth=0.5,
-    )
+    colours, labels = [LIGHT[r] for r in present], [readable(r) for r in present]
+    ax.stackplot(x, shares, colors=colours, labels=labels, edgecolor=LIGHT["paper"], linewidth=0.5)
     ax.set_ylim(0, max(1e-9, float(shares.sum(0).max())))
     ax.set_xlim(x[0], x[-1])
     ax.grid(visible=False)
@@ -157,9 +146,7 @@ def draw_time(ax: Axes, series: Series, title: str) -> bool:
     parts = [n for n in names if not n.endswith(("step_s", "total_s"))] or names
     if not parts:
         return False
-    points = [dict(series[n]) for n in parts]
-    steps = sorted(set().union(*points))
-    seconds = np.array([[p.get(s, 0.0) for s in steps] for p in points])
+    steps, seconds = _columns(series, parts)
     labels = [readable(n.removeprefix("time/").removesuffix("_s")) for n in parts]
     colours = [line_color(i) for i in range(len(parts))]
     if len(steps) < 2:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Sequence
@@ -15,35 +16,24 @@ from pathlib import Path
 
 from speciarl_jax.report import thumbnails
 from speciarl_jax.report.load import Run
-from speciarl_jax.report.style import RUNGS
-from speciarl_jax.scoring.predictions import Prediction
+from speciarl_jax.scoring.predictions import RUNGS, Prediction
 from speciarl_jax.types import JsonObject, JsonValue
 
 _CHUNK_ROWS = 400
 _LENGTHS = (20_000, 6_000, 2_500, 1_000, 400, 150)  # characters of a completion, widest first
 _PREDICTION_CHARS = 400  # of a prediction in the index; the completion has all of it
-FORMAT_CODE, JUDGE_CODE = 0, len(RUNGS) - 1
 
 
 @dataclasses.dataclass
 class Gallery:
-    """What goes into the page, all of it base64 text.
+    """What goes into the page; the first three are base64 text."""
 
-    Attributes:
-        index: columns of all rows, see `_index`.
-        completions: chunks, one after the other; the index knows where each begins.
-        images: JPEGs, one after the other.
-        shown: number of rows in the page.
-        total: number of rows there are.
-        notes: what was shortened or left out, for the reader.
-    """
-
-    index: str
-    completions: str
-    images: str
-    shown: int
-    total: int
-    notes: list[str]
+    index: str  # columns of all rows, see `_index`
+    completions: str  # chunks, one after the other; the index knows where each begins
+    images: str  # JPEGs, one after the other
+    shown: int  # rows in the page
+    total: int  # rows there are
+    notes: list[str]  # what was shortened or left out, for the reader
 
 
 _Key = tuple[str, str]
@@ -60,7 +50,7 @@ class _Group:
     @property
     def key(self) -> _Key:
         """What names the image, in whichever run."""
-        return self.rows[0].dataset, self.rows[0].prompt_id
+        return self.rows[0].image_key
 
 
 def _find_image(runs: Sequence[Run], rows: dict[int, Prediction]) -> Path | None:
@@ -83,12 +73,7 @@ def build_gallery(runs: Sequence[Run], max_rollouts: int, budget_bytes: int) -> 
 
     Where there are too many, at least a quarter is left to training (whole groups from evenly
     spaced steps), and evaluations keep the answers to the same images. Thumbnails shrink and
-    completions are cut where the budget asks for it.
-
-    Args:
-        runs: loaded runs.
-        max_rollouts: rows in the page at most.
-        budget_bytes: for all three texts together.
+    completions are cut where the budget, for all three texts, asks for it.
     """
     stages, groups, total = _choose(runs, max_rollouts)
     notes = []
@@ -160,10 +145,9 @@ def _fit_images(groups: list[_Group], most: int) -> list[_Group]:
 
 
 def _groups(run: int, stage: int, rows: Iterable[Prediction]) -> list[_Group]:
-    groups: dict[tuple[int | None, str, str], _Group] = {}
+    groups: dict[tuple[int | None, _Key], _Group] = {}
     for row in rows:
-        key = (row.step, row.dataset, row.prompt_id)
-        groups.setdefault(key, _Group(run, stage, [])).rows.append(row)
+        groups.setdefault((row.step, row.image_key), _Group(run, stage, [])).rows.append(row)
     return list(groups.values())
 
 
@@ -182,24 +166,6 @@ def _fit_steps(groups: list[_Group], most: int) -> list[_Group]:
     return kept
 
 
-def code(p: Prediction) -> int:
-    """Place of a row in `style.RUNGS`."""
-    if p.is_format_failure:
-        return FORMAT_CODE
-    return JUDGE_CODE if p.category is None else 1 + int(p.category)
-
-
-class _Strings:
-    """Table of the distinct strings."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-
-    def add(self, text: str | None) -> int:
-        """Number of a string, -1 for None."""
-        return -1 if text is None else self.numbers.setdefault(text, len(self.numbers))
-
-
 def _index(
     runs: Sequence[Run],
     stages: Sequence[tuple[int, str]],
@@ -207,29 +173,32 @@ def _index(
     firsts: dict[_Key, dict[int, Prediction]],
 ) -> JsonObject:
     """Columns; strings are numbers into `strings`, rows of a group follow each other."""
-    strings = _Strings()
+    strings: dict[str, int] = {}
+
+    def number(text: str | None) -> int:
+        """Place of a string among the distinct ones, -1 for None."""
+        return -1 if text is None else strings.setdefault(text, len(strings))
+
     image_number = {key: i for i, key in enumerate(firsts)}
     rows = [row for group in groups for row in group.rows]
     index: JsonObject = {
         "rungs": list(RUNGS),
         "runs": [run.name for run in runs],
-        "stages": [[run, strings.add(name)] for run, name in stages],
-        "image_dataset": [strings.add(dataset) for dataset, _ in firsts],
-        "image_id": [strings.add(prompt_id) for _, prompt_id in firsts],
-        "image_truth": [
-            strings.add(next(iter(rows.values())).ground_truth) for rows in firsts.values()
-        ],
+        "stages": [[run, number(name)] for run, name in stages],
+        "image_dataset": [number(dataset) for dataset, _ in firsts],
+        "image_id": [number(prompt_id) for _, prompt_id in firsts],
+        "image_truth": [number(next(iter(f.values())).ground_truth) for f in firsts.values()],
         "group_stage": [g.stage for g in groups],
         "group_image": [image_number[g.key] for g in groups],
         "group_step": [-1 if g.rows[0].step is None else g.rows[0].step for g in groups],
         "group_size": [len(g.rows) for g in groups],
-        "codes": "".join(str(code(row)) for row in rows),
+        "codes": "".join(str(row.rung) for row in rows),
         "reward": [_short(row.reward) for row in rows],
         "advantage": [_short(row.advantage) for row in rows],
-        "prediction": [strings.add(_cut(row.prediction, _PREDICTION_CHARS)) for row in rows],
-        "failure": [strings.add(_cut(row.failure, _PREDICTION_CHARS)) for row in rows],
+        "prediction": [number(_cut(row.prediction, _PREDICTION_CHARS)) for row in rows],
+        "failure": [number(_cut(row.failure, _PREDICTION_CHARS)) for row in rows],
     }
-    index["strings"] = list(strings.numbers)
+    index["strings"] = list(strings)
     return index
 
 
@@ -250,7 +219,5 @@ def _pack_completions(rows: Sequence[Prediction], budget: int) -> tuple[str, lis
         ]
         if sum(map(len, parts)) <= budget or limit == _LENGTHS[-1]:
             break
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + len(part))
+    starts = list(itertools.accumulate(map(len, parts), initial=0))
     return "".join(parts), starts, limit

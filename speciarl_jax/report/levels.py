@@ -18,25 +18,21 @@ RIGHT, UNRELATED = "right", "nothing shared"
 class Confusion:
     """Counts of answers by the level they name and by what they share with the truth.
 
-    Attributes:
-        levels: rows: levels of the tree from broad to narrow, then `ABSTAINED` and `UNKNOWN`.
-        relations: columns: `RIGHT` (on the truth's own path), then the narrowest level that a wrong
-            answer shares with the truth, narrow to broad, then `UNRELATED`.
-        counts: number of answers by (level, relation).
-        skipped: answers whose ground truth the tree does not know.
+    Relations are `RIGHT` (on the truth's own path), then the narrowest level that a wrong answer
+    shares with the truth, narrow to broad, then `UNRELATED`.
     """
 
-    levels: list[str]
+    levels: list[str]  # of the tree from broad to narrow, then `ABSTAINED` and `UNKNOWN`
     relations: list[str]
-    counts: collections.Counter[tuple[str, str]]
-    skipped: int
+    counts: collections.Counter[tuple[str, str]]  # answers by (level, relation)
+    skipped: int  # answers whose ground truth the tree does not know
 
 
 class NameTree:
     """Look-up of names and of what two of them have in common."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        """Indexes the nodes (`judge.taxonomy_files.read_any` reads them)."""
+        """Indexes the nodes (`offline.name_trees.read_any` reads them)."""
         self._nodes = nodes
         self._by_name: dict[str, list[int]] = {}
         for index, node in enumerate(nodes):
@@ -91,19 +87,15 @@ class NameTree:
 
     def confusion(self, predictions: Iterable[Prediction]) -> Confusion:
         """Counts the answers; format failures have none and do not take part."""
-        counts: collections.Counter[tuple[str, str]] = collections.Counter()
-        skipped = 0
-        for p in predictions:
-            if p.prediction is None:
-                continue
-            place = self.place(p.ground_truth, p.prediction)
-            if place is None:
-                skipped += 1
-            else:
-                counts[place] += 1
+        answered = [(p.ground_truth, p.prediction) for p in predictions if p.prediction is not None]
+        places = [self.place(truth, answer) for truth, answer in answered]
+        counts = collections.Counter(place for place in places if place is not None)
         levels = self.levels()
         relations = [RIGHT, *(f"same {level}" for level in reversed(levels)), UNRELATED]
         used = {relation for _, relation in counts}
         return Confusion(
-            [*levels, ABSTAINED, UNKNOWN], [r for r in relations if r in used], counts, skipped
+            [*levels, ABSTAINED, UNKNOWN],
+            [r for r in relations if r in used],
+            counts,
+            places.count(None),
         )

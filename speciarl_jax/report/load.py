@@ -22,12 +22,12 @@ from typing import cast
 from speciarl_jax.files import read_json
 from speciarl_jax.scoring.metrics import metrics_json
 from speciarl_jax.scoring.predictions import Prediction, read_predictions
-from speciarl_jax.scoring.results import Evaluation
+from speciarl_jax.scoring.results import CurvePoint, Evaluation
 from speciarl_jax.types import JsonObject
 
 Series = dict[str, list[tuple[int, float]]]
 
-_FIRST, _LAST = ("base",), ("best_of", "trained")
+_ORDER = {"base": 0, "best_of": 2, "trained": 3}  # of evaluations; others stand in between
 
 
 @dataclasses.dataclass
@@ -38,26 +38,27 @@ class Stage:
     predictions: list[Prediction]
     metrics: Evaluation
 
+    @property
+    def in_domain(self) -> list[str]:
+        """Data sets that were averaged as ``in_domain``; older files do not say."""
+        names = self.metrics.get("settings", {}).get("in_domain", [])
+        return [n for n in names if isinstance(n, str)]
+
+    def best_of_curve(self, average: str) -> list[CurvePoint]:
+        """What the best of k answers would score; empty where images have one answer."""
+        return self.metrics.get("best_of", {}).get("averages", {}).get(average, [])
+
 
 @dataclasses.dataclass
 class Run:
-    """Everything the report knows about one run directory.
+    """Everything the report knows about one run directory."""
 
-    Attributes:
-        name: short and unique among the runs of a report.
-        path: the directory.
-        series: curves of metrics.jsonl, empty without one.
-        config: content of config.json, empty without one.
-        stages: evaluations, base first, trained last.
-        rollouts: rows sampled while training, in order of steps.
-    """
-
-    name: str
+    name: str  # short and unique among the runs of a report
     path: Path
-    series: Series
-    config: JsonObject
-    stages: list[Stage]
-    rollouts: list[Prediction]
+    series: Series  # curves of metrics.jsonl, empty without one
+    config: JsonObject  # content of config.json, empty without one
+    stages: list[Stage]  # evaluations, base first, trained last
+    rollouts: list[Prediction]  # sampled while training, in order of steps
 
     def stage(self, name: str) -> Stage | None:
         """The evaluation of that name, if there is one."""
@@ -69,19 +70,16 @@ class Run:
         plain = [s for s in self.stages if s.name != "best_of"] or self.stages
         return self.stage("trained") or (plain[-1] if plain else None)
 
-
-_SCORE_AGAIN = "delete the file and score again: `speciarl eval`"
+    @property
+    def change(self) -> tuple[Stage, Stage] | None:
+        """(base, final) where the run has both."""
+        base, final = self.stage("base"), self.final
+        return None if base is None or final is None or base is final else (base, final)
 
 
 def _read_object(path: Path, remedy: str) -> JsonObject:
-    """Content of a JSON object file; empty if there is none.
-
-    Raises:
-        ValueError: not a JSON object.
-    """
-    if not path.is_file():
-        return {}
-    content: JsonObject = read_json(path, remedy)
+    """Content of a JSON object file; empty if there is none."""
+    content: JsonObject = read_json(path, remedy) if path.is_file() else {}
     return content
 
 
@@ -185,17 +183,14 @@ def _in_domain(config: JsonObject) -> list[str]:
 
 
 def _stage_dirs(path: Path) -> list[Path]:
-    def order(folder: Path) -> tuple[int, str]:
-        name = folder.name
-        return (0 if name in _FIRST else 1 + _LAST.index(name) + 1 if name in _LAST else 1), name
-
     folders = [p.parent for p in (path / "eval").glob("*/predictions.jsonl")]
-    return sorted(folders, key=order)
+    return sorted(folders, key=lambda folder: (_ORDER.get(folder.name, 1), folder.name))
 
 
 def _read_stage(path: Path, name: str, in_domain: list[str]) -> Stage:
     predictions = read_predictions(path / "predictions.jsonl")
-    metrics = cast(Evaluation, _read_object(path / "metrics.json", _SCORE_AGAIN))
+    remedy = "delete the file and score again: `speciarl eval`"
+    metrics = cast(Evaluation, _read_object(path / "metrics.json", remedy))
     if "datasets" not in metrics or "averages" not in metrics:
         metrics = metrics_json(predictions, in_domain=in_domain)
     return Stage(name, predictions, metrics)

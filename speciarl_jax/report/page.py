@@ -15,17 +15,16 @@ from pathlib import Path
 
 from speciarl_jax.judge.offline.name_trees import read_any
 from speciarl_jax.report import charts, sections
-from speciarl_jax.report.compare import compare, in_domain_of, scoring_of
+from speciarl_jax.report.compare import compare, scoring_rule
 from speciarl_jax.report.cost import cost_section
 from speciarl_jax.report.gallery import Gallery, build_gallery
 from speciarl_jax.report.html import Markup, el, join
 from speciarl_jax.report.levels import NameTree
 from speciarl_jax.report.load import Run, Stage
-from speciarl_jax.report.style import DARK, LIGHT, RUNGS, readable
+from speciarl_jax.report.style import DARK, LIGHT, readable
 from speciarl_jax.report.training import figure, training_section
 from speciarl_jax.report.verdicts import judge_section
-from speciarl_jax.scoring.predictions import Prediction
-from speciarl_jax.scoring.results import CurvePoint
+from speciarl_jax.scoring.predictions import RUNGS
 
 _SHARED = 1_200_000  # bytes kept free for tables, charts and script
 _NAV = {
@@ -39,30 +38,17 @@ _NAV = {
 
 @dataclasses.dataclass(frozen=True)
 class ReportOptions:
-    """What the reader of a report may choose.
-
-    Attributes:
-        title: of the page.
-        taxonomy: tree of names for the confusion by level; None leaves it out.
-        max_rollouts: rows in the gallery at most.
-        max_mb: size of the page at most, in 1e6 bytes.
-        bootstrap_samples: resamples behind paired differences; 0 takes those of the first run's
-            ``metrics.json``, so that both have the same intervals.
-    """
+    """What the reader of a report may choose."""
 
     title: str = "SpeciaRL run"
-    taxonomy: Path | None = None
-    max_rollouts: int = 20_000
-    max_mb: float = 25.0
-    bootstrap_samples: int = 0
+    taxonomy: Path | None = None  # tree of names for the confusion by level; None leaves it out
+    max_rollouts: int = 20_000  # rows in the gallery at most
+    max_mb: float = 25.0  # size of the page at most, in 1e6 bytes
+    bootstrap_samples: int = 0  # behind paired differences; 0 takes the first run's
 
 
 def build_page(runs: Sequence[Run], options: ReportOptions) -> str:
-    """The whole page as text.
-
-    Args:
-        runs: loaded runs, the one the report is about first.
-        options: see `ReportOptions`.
+    """The whole page as text; the run that the report is about comes first.
 
     Raises:
         ValueError: a budget that holds nothing, or runs without a common image.
@@ -146,7 +132,7 @@ def _header(runs: Sequence[Run], title: str, parts: Sequence[str]) -> Markup:
 def _extent(run: Run) -> str:
     """How much there is of a run, in words."""
     steps = max((points[-1][0] for points in run.series.values()), default=0)
-    images = len({(p.dataset, p.prompt_id) for s in run.stages for p in s.predictions})
+    images = len({p.image_key for s in run.stages for p in s.predictions})
     datasets = len({d for s in run.stages for d in s.metrics["datasets"]})
     rollouts = len(run.rollouts) + sum(len(s.predictions) for s in run.stages)
     counts = (
@@ -182,43 +168,45 @@ def _results(runs: Sequence[Run], options: ReportOptions) -> Markup:
 
 
 def _differences(runs: Sequence[Run], options: ReportOptions) -> Markup:
-    """Trained against base within each run, then each run against the first."""
-    pairs: list[tuple[str, str, list[Prediction], list[Prediction]]] = []
+    """Trained against base within each run, then each run against the first.
+
+    All of them by the rule that the first run was scored with, so that its intervals are those of
+    its ``metrics.json``.
+    """
+    pairs: list[tuple[str, Stage, str, Stage]] = []
     for run in runs:
-        base, final = run.stage("base"), run.final
-        if base is not None and final is not None and base is not final:
-            prefix = f"{run.name} · " if len(runs) > 1 else ""
-            names = (f"{prefix}{base.name}", f"{prefix}{final.name}")
-            pairs.append((*names, base.predictions, final.predictions))
-    first = runs[0].final
-    for run in runs[1:]:
-        if first is not None and run.final is not None:
-            names = (f"{runs[0].name} · {first.name}", f"{run.name} · {run.final.name}")
-            pairs.append((*names, first.predictions, run.final.predictions))
-    scored = [run.final.metrics for run in runs if run.final is not None][:1]
-    rule, own_samples = scoring_of(*scored) if scored else ("wrong", 0)
-    samples = options.bootstrap_samples or own_samples
+        if run.change is not None:
+            (base, final), prefix = run.change, _prefix(run, runs)
+            pairs.append((f"{prefix}{base.name}", base, f"{prefix}{final.name}", final))
+    finals = [(f"{r.name} · {r.final.name}", r.final) for r in runs if r.final is not None]
+    pairs += [(*finals[0], *other) for other in finals[1:]]
     tables = []
-    for a, b, rows_a, rows_b in pairs:
-        if not {(p.dataset, p.prompt_id) for p in rows_a} & {
-            (p.dataset, p.prompt_id) for p in rows_b
-        }:
+    main = finals[0][1]
+    rule = scoring_rule([main], bootstrap_samples=options.bootstrap_samples)
+    for a, first, b, second in pairs:
+        images_a, images_b = ({p.image_key for p in s.predictions} for s in (first, second))
+        if images_a.isdisjoint(images_b):
             tables.append(el("p", f"{a} and {b} have no image in common."))
             continue
-        compared = compare(rows_a, rows_b, in_domain_of(*scored), rule, samples)
+        compared = compare(first.predictions, second.predictions, main.in_domain, rule)
         tables.append(sections.comparison((a, b), compared))
     return join(*tables)
+
+
+def _prefix(run: Run, runs: Sequence[Run]) -> str:
+    """What a heading says of a run where there are several."""
+    return f"{run.name} · " if len(runs) > 1 else ""
+
+
+def _who(run: Run, stage: Stage, runs: Sequence[Run]) -> str:
+    """A label in a chart; it names the run where there are several."""
+    return readable(stage.name) if len(runs) == 1 else f"{run.name} {readable(stage.name)}"
 
 
 def _plane(runs: Sequence[Run]) -> Markup | None:
     average = sections.headline_average(runs)
     points = [
-        charts.Point(
-            readable(s.name) if len(runs) == 1 else f"{r.name} {readable(s.name)}",
-            i,
-            s.metrics["averages"][average],
-            s.name == "base",
-        )
+        charts.Point(_who(r, s, runs), i, s.metrics["averages"][average], s.name == "base")
         for i, r in enumerate(runs)
         for s in r.stages
         if s.name != "best_of" and average in s.metrics["averages"]
@@ -237,18 +225,18 @@ def _plane(runs: Sequence[Run]) -> Markup | None:
 
 def _best_of(runs: Sequence[Run]) -> Markup | None:
     average = sections.headline_average(runs)
-    found: dict[str, list[CurvePoint]] = {}
-    for run in runs:
-        for stage in run.stages:
-            curve = stage.metrics.get("best_of", {}).get("averages", {}).get(average)
-            if curve:
-                found[f"{run.name} {readable(stage.name)}"] = curve
+    curves = {
+        f"{run.name} {readable(stage.name)}": curve
+        for run in runs
+        for stage in run.stages
+        if (curve := stage.best_of_curve(average))
+    }
     title = f"HM of the best of k answers, mean {readable(average)}"
     caption = "What an oracle would score that picks the best of k answers; unbiased for each k."
     return figure(
         "Best of k",
         caption,
-        lambda ax: charts.draw_best_of(ax, found, "hm", title),
+        lambda ax: charts.draw_best_of(ax, curves, "hm", title),
         width=5.0,
         height=3.9,
     )
@@ -262,9 +250,8 @@ def _shares(runs: Sequence[Run]) -> Markup | None:
             for stage in run.stages:
                 scores = stage.metrics["datasets"].get(dataset)
                 if stage.name != "best_of" and scores and "category_fracs" in scores:
-                    who = readable(stage.name)
-                    who = who if len(runs) == 1 else f"{run.name} {who}"
-                    bars.append((f"{readable(dataset)} · {who}", scores["category_fracs"]))
+                    label = f"{readable(dataset)} · {_who(run, stage, runs)}"
+                    bars.append((label, scores["category_fracs"]))
     return figure(
         "Categories per data set",
         "",
@@ -278,18 +265,15 @@ def _what_changed(runs: Sequence[Run], options: ReportOptions) -> Markup:
     tree = None
     if options.taxonomy is not None and options.taxonomy.exists():
         tree = NameTree(read_any(options.taxonomy))
-    blocks: list[Markup | None] = []
+    blocks = []
     for run in runs:
-        base, final = run.stage("base"), run.final
-        prefix = f"{run.name} · " if len(runs) > 1 else ""
-        if final is None:
-            continue
-        if base is not None and base is not final:
+        prefix = _prefix(run, runs)
+        if run.change is not None:
+            base, final = run.change
             title = f"{prefix}What became of the answers of base (shades: share of the row)"
             blocks.append(sections.transitions(base.predictions, final.predictions, title))
-        if tree is not None:
-            stages = [base, final] if base is not None and base is not final else [final]
-            blocks.append(_levels(prefix, stages, tree))
+        if tree is not None and run.final is not None:
+            blocks.append(_levels(prefix, run.change or [run.final], tree))
     return el("div", *blocks, class_="matrices")
 
 

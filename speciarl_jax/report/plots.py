@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from speciarl_jax.report import curves
-from speciarl_jax.report.load import Series, read_series
-from speciarl_jax.report.style import chart, save_png
+from matplotlib.axes import Axes
 
-_METRICS = {"specificity": "Specificity", "correctness": "Correctness", "hm": "HM"}
+from speciarl_jax.report import curves
+from speciarl_jax.report.load import read_series
+from speciarl_jax.report.style import chart, save_png
+from speciarl_jax.report.tables import MAIN
 
 
 def plot_training(metrics_jsonl: str | Path, out_dir: str | Path) -> list[Path]:
     """Draws the curves of one run; panels without data are left empty, files without are skipped.
-
-    Args:
-        metrics_jsonl: the run's ``metrics.jsonl``.
-        out_dir: made if missing.
 
     Returns:
         The files written: reward.png, metrics.png, categories.png, policy.png, and training.png
@@ -28,65 +27,42 @@ def plot_training(metrics_jsonl: str | Path, out_dir: str | Path) -> list[Path]:
     series = read_series(metrics_jsonl)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    drawn = {
-        "reward.png": _reward(series, out_dir / "reward.png"),
-        "metrics.png": _metrics(series, out_dir / "metrics.png"),
-        "categories.png": _categories(series, out_dir / "categories.png"),
-        "policy.png": _policy(series, out_dir / "policy.png"),
-        "training.png": _overview(series, out_dir / "training.png"),
-    }
-    return [out_dir / name for name, is_drawn in drawn.items() if is_drawn]
+    named = partial(curves.draw_named, runs={"": series})
+    metric = partial(curves.draw_metric, runs={"": series})
+    categories = partial(curves.draw_categories, series=series)
+    reward = partial(named, names=["reward/mean"], title="Mean reward")
+    policy = [
+        partial(named, names=["policy/kl"], title="KL to the reference", floor=True),
+        partial(named, names=["policy/entropy"], title="Entropy", floor=True),
+        partial(named, names=curves.length_names(series), title="Length (tokens)"),
+        partial(curves.draw_time, series=series, title="Time per step"),
+    ]
+    answers = partial(categories, title="Categories of the sampled answers")
+    overview = [
+        reward,
+        partial(metric, metric="hm", title="HM on held-out images"),
+        partial(categories, title="Categories"),
+    ]
+    metrics = [partial(metric, metric=name, title=title) for name, title in MAIN.items()]
+    return [
+        *_save(out_dir / "reward.png", (1, 1), (5.6, 3.2), [reward]),
+        *_save(out_dir / "metrics.png", (1, 3), (3.8, 3.0), metrics),
+        *_save(out_dir / "categories.png", (1, 1), (6.4, 3.4), [answers]),
+        *_save(out_dir / "policy.png", (2, 2), (4.4, 2.7), policy),
+        *_save(out_dir / "training.png", (1, 3), (4.2, 3.1), overview),
+    ]
 
 
-def _reward(series: Series, path: Path) -> bool:
-    with chart(width=5.6, height=3.2) as (figure, [ax]):
-        is_drawn = curves.draw_named(ax, {"": series}, ["reward/mean"], "Mean reward")
-        if is_drawn:
-            save_png(figure, path)
-    return is_drawn
-
-
-def _metrics(series: Series, path: Path) -> bool:
-    with chart(1, 3, width=3.8, height=3.0) as (figure, axes):
-        drawn = [
-            curves.draw_metric(ax, {"": series}, metric, title)
-            for ax, (metric, title) in zip(axes, _METRICS.items(), strict=True)
-        ]
-        if any(drawn):
-            save_png(figure, path)
-    return any(drawn)
-
-
-def _categories(series: Series, path: Path) -> bool:
-    with chart(width=6.4, height=3.4) as (figure, [ax]):
-        is_drawn = curves.draw_categories(ax, series, "Categories of the sampled answers")
-        if is_drawn:
-            save_png(figure, path)
-    return is_drawn
-
-
-def _policy(series: Series, path: Path) -> bool:
-    run = {"": series}
-    with chart(2, 2, width=4.4, height=2.7) as (figure, axes):
-        drawn = [
-            curves.draw_named(axes[0], run, ["policy/kl"], "KL to the reference", floor=True),
-            curves.draw_named(axes[1], run, ["policy/entropy"], "Entropy", floor=True),
-            curves.draw_named(axes[2], run, curves.length_names(series), "Length (tokens)"),
-            curves.draw_time(axes[3], series, "Time per step"),
-        ]
-        if any(drawn):
-            save_png(figure, path)
-    return any(drawn)
-
-
-def _overview(series: Series, path: Path) -> bool:
-    run = {"": series}
-    with chart(1, 3, width=4.2, height=3.1) as (figure, axes):
-        drawn = [
-            curves.draw_named(axes[0], run, ["reward/mean"], "Mean reward"),
-            curves.draw_metric(axes[1], run, "hm", "HM on held-out images"),
-            curves.draw_categories(axes[2], series, "Categories"),
-        ]
-        if any(drawn):
-            save_png(figure, path)
-    return any(drawn)
+def _save(
+    path: Path,
+    shape: tuple[int, int],
+    size: tuple[float, float],
+    panels: Sequence[Callable[[Axes], bool]],
+) -> list[Path]:
+    """Rows x columns of panels, each of a size in inches; [] if there is nothing in any."""
+    with chart(*shape, *size) as (figure, axes):
+        is_drawn = [draw(ax) for draw, ax in zip(panels, axes, strict=True)]
+        if not any(is_drawn):
+            return []
+        save_png(figure, path)
+    return [path]

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from speciarl_jax.report.compare import Comparison
-from speciarl_jax.report.gallery import code
 from speciarl_jax.report.html import Markup, el, join
 from speciarl_jax.report.levels import Confusion
 from speciarl_jax.report.load import Run
-from speciarl_jax.report.style import RUNGS, readable
-from speciarl_jax.report.tables import format_estimate, format_value, metric_rows
-from speciarl_jax.scoring.predictions import Prediction
-from speciarl_jax.scoring.results import MainMetric, MainScores, TextMetric, TextMetrics, TextScores
+from speciarl_jax.report.style import readable
+from speciarl_jax.report.tables import MAIN, format_estimate, format_value, metric_rows
+from speciarl_jax.scoring.predictions import RUNGS, Prediction
+from speciarl_jax.scoring.results import (
+    Comparison,
+    MainEstimates,
+    TextMetrics,
+    TextScores,
+)
 from speciarl_jax.scoring.text_metrics import METRICS as TEXT_METRICS
 
-MAIN: dict[MainMetric, str] = {
-    "specificity": "Specificity",
-    "correctness": "Correctness",
-    "hm": "HM",
-}
 _HEADLINE = ("fine_grained", "out_of_domain", "all", "in_domain")
 
 
@@ -32,18 +31,13 @@ class Published:
 
     Trained on 3,000 CUB images with Qwen2.5-VL-7B; judged by Llama-3-70B. From secondary sources,
     +-.001. For orientation: another judge, data or model gives another level.
-
-    Attributes:
-        name: method.
-        specificity, correctness, hm: fine-grained averages.
-        very_fine_hm: mean HM over StanfordCars and FGVCAircraft, None if not published.
     """
 
     name: str
     specificity: float
     correctness: float
     hm: float
-    very_fine_hm: float | None = None
+    very_fine_hm: float | None = None  # mean over StanfordCars and FGVCAircraft
 
 
 PUBLISHED = (
@@ -68,22 +62,15 @@ def headline_average(runs: Sequence[Run]) -> str:
 
 
 def _members(runs: Sequence[Run], average: str) -> list[str]:
-    names: dict[str, None] = {}
-    for run in runs:
-        for stage in run.stages:
-            scores = stage.metrics["averages"].get(average)
-            if scores is not None:
-                names |= dict.fromkeys(scores.get("datasets", []))
-    return list(names)
+    averages = [s.metrics["averages"] for r in runs for s in r.stages]
+    members = [a[average].get("datasets", []) for a in averages if average in a]
+    return list(dict.fromkeys(itertools.chain(*members)))
 
 
 def _cell(estimate: Mapping[str, float | None], *, is_signed: bool = False) -> Markup:
-    text = format_value(estimate["value"], is_signed=is_signed)
-    interval = None
-    if estimate["low"] is not None:
-        whole = format_estimate(estimate, is_signed=is_signed)
-        interval = el("span", whole.split(" ", 1)[1], class_="ci")
-    return el("td", el("span", text, class_="num"), interval)
+    value, _, interval = format_estimate(estimate, is_signed=is_signed).partition(" ")
+    shown = el("span", value, class_="num")
+    return el("td", shown, el("span", interval, class_="ci") if interval else None)
 
 
 def _whisker(estimate: Mapping[str, float | None], low: float, high: float, css: str) -> Markup:
@@ -104,28 +91,22 @@ def _whisker(estimate: Mapping[str, float | None], low: float, high: float, css:
     return el("td", svg)
 
 
-def _headline_rows(run: Run, average: str) -> list[tuple[Run, str, MainScores]]:
-    """(run, evaluation, scores); sampled evaluations give what their best of N would score."""
-    rows: list[tuple[Run, str, MainScores]] = []
+def _headline_rows(run: Run, average: str) -> list[tuple[Run, str, MainEstimates, int]]:
+    """(run, evaluation, scores, n); sampled ones give what their best of N would score."""
+    rows: list[tuple[Run, str, MainEstimates, int]] = []
     for stage in run.stages:
         scores = stage.metrics["averages"].get(average)
         if scores is None:
             continue
         if stage.name != "best_of":
-            rows.append((run, readable(stage.name), scores))
-        curve = stage.metrics.get("best_of", {}).get("averages", {}).get(average)
+            rows.append((run, readable(stage.name), scores, scores["n"]))
+        curve = stage.best_of_curve(average)
         if curve:
             name = "" if stage.name == "best_of" else f"{readable(stage.name)}, "
-            last = curve[-1]
-            best: MainScores = {
-                "correctness": last["correctness"],
-                "specificity": last["specificity"],
-                "hm": last["hm"],
-                "n": scores["n"],
-            }
-            rows.append((run, f"{name}best of {last['k']} (oracle)", best))
+            best = curve[-1]
+            rows.append((run, f"{name}best of {best['k']} (oracle)", best, scores["n"]))
         elif stage.name == "best_of":
-            rows.append((run, "best of N (oracle)", scores))
+            rows.append((run, "best of N (oracle)", scores, scores["n"]))
     return rows
 
 
@@ -133,7 +114,7 @@ def headline(runs: Sequence[Run]) -> Markup:
     """Every evaluation of every run on the headline average, the paper's rows below."""
     average = headline_average(runs)
     rows = [row for run in runs for row in _headline_rows(run, average)]
-    bounds = [v for _, _, scores in rows for v in scores["hm"].values() if v is not None] + [
+    bounds = [v for _, _, scores, _ in rows for v in scores["hm"].values() if v is not None] + [
         p.hm for p in PUBLISHED
     ]
     low, high = min(bounds) - 0.02, max(bounds) + 0.02
@@ -142,7 +123,7 @@ def headline(runs: Sequence[Run]) -> Markup:
         *(el("th", h, scope="col") for h in ("", *MAIN.values(), "HM, 95 % interval", "rollouts")),
     )
     body = []
-    for run, stage, scores in rows:
+    for run, stage, scores, n in rows:
         name = el("b", stage)
         if len(runs) > 1:
             name = join(el("bdi", run.name), " · ", name)
@@ -153,7 +134,7 @@ def headline(runs: Sequence[Run]) -> Markup:
                 el("th", name, scope="row"),
                 *(_cell(scores[m]) for m in MAIN),
                 _whisker(scores["hm"], low, high, css),
-                el("td", f"{scores['n']:,}"),
+                el("td", f"{n:,}"),
             )
         )
     paper = [
@@ -204,8 +185,9 @@ def headline(runs: Sequence[Run]) -> Markup:
 
 def per_dataset(runs: Sequence[Run]) -> Markup:
     """Every data set and average of every evaluation."""
-    texts = [stage.metrics.get("text") for run in runs for stage in run.stages]
-    text_metrics = [m for m in TEXT_METRICS if any(t and _has_metric(t, m) for t in texts)]
+    texts = [stage.metrics["text"] for r in runs for stage in r.stages if "text" in stage.metrics]
+    known = {m for text in texts for scores in text["datasets"].values() for m in scores}
+    text_metrics = [m for m in TEXT_METRICS if m in known]
     columns = (
         "",
         *MAIN.values(),
@@ -250,10 +232,6 @@ def _text_scores(text: TextMetrics | None, name: str) -> TextScores | None:
     if text is None:
         return None
     return text["averages"].get("all") if name == "mean all" else text["datasets"].get(name)
-
-
-def _has_metric(text: TextMetrics, metric: TextMetric) -> bool:
-    return any(metric in scores for scores in text["datasets"].values())
 
 
 def comparison(names: tuple[str, str], compared: Comparison) -> Markup:
@@ -335,9 +313,7 @@ def transitions(base: Sequence[Prediction], final: Sequence[Prediction], title: 
     """What became of the base's categories on the same images (first sample of each)."""
 
     def first(rows: Sequence[Prediction]) -> dict[tuple[str, str], int]:
-        return {
-            (p.dataset, p.prompt_id): code(p) for p in sorted(rows, key=lambda p: -p.sample_index)
-        }
+        return {p.image_key: p.rung for p in sorted(rows, key=lambda p: -p.sample_index)}
 
     before, after = first(base), first(final)
     counts = np.zeros((len(RUNGS), len(RUNGS)))

@@ -6,6 +6,7 @@ colour of `LIGHT` is replaced by a CSS variable, so that dark mode and print nee
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Iterator
@@ -66,16 +67,6 @@ DARK = LIGHT | {
     "line4": "#e680a6",
     "line5": "#b9c76a",
 }
-RUNGS = (
-    "format_failure",
-    "wrong",
-    "abstain",
-    "generic",
-    "less_specific",
-    "specific",
-    "more_specific",
-    "judge_failure",
-)
 _RC: dict[RcKeyType, str | float] = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -138,9 +129,7 @@ def save_png(figure: Figure, path: Path) -> None:
 def to_svg(figure: Figure, label: str) -> str:
     """The figure as an inline SVG element whose colours are CSS variables.
 
-    Args:
-        figure: drawn inside `chart`.
-        label: what a screen reader says, plain text.
+    A screen reader says `label`, plain text.
     """
     with mpl.rc_context(_RC):
         FigureCanvasSVG(figure)
@@ -154,18 +143,13 @@ def to_svg(figure: Figure, label: str) -> str:
         text = text.replace(colour, f"var(--{name.replace('_', '-')})")
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = _unique_ids(text, label)
-    label = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    # The page sets the size; of the attributes only the view box stays.
     return re.sub(
-        r'<svg [^>]*?width="[\d.]+pt" height="[\d.]+pt"([^>]*)>|<svg ([^>]*)>',
-        lambda m: _open_tag(m.group(0), label),
+        r'<svg [^>]*(viewBox="[^"]*")[^>]*>',
+        lambda m: f'<svg {m.group(1)} role="img" aria-label="{html.escape(label)}">',
         text,
         count=1,
     )
-
-
-def _open_tag(tag: str, label: str) -> str:
-    box = re.search(r'viewBox="[^"]*"', tag)
-    return f'<svg {box.group(0) if box else ""} role="img" aria-label="{label}">'
 
 
 def _unique_ids(text: str, label: str) -> str:

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from speciarl_jax.scoring.results import (
+    Comparison,
     Difference,
     Estimate,
     Evaluation,
@@ -18,14 +19,18 @@ from speciarl_jax.scoring.results import (
 )
 from speciarl_jax.scoring.text_metrics import METRICS
 
-COLUMNS: dict[Metric, str] = {
+MAIN: dict[MainMetric, str] = {
+    "specificity": "Specificity",
+    "correctness": "Correctness",
+    "hm": "HM",
+}
+_COLUMNS: dict[Metric, str] = {
     "specificity": "specificity",
     "correctness": "correctness",
     "hm": "HM",
     "format_failure_rate": "format\nfail",
     "judge_failure_rate": "judge\nfail",
 }
-_MAIN: tuple[MainMetric, ...] = ("specificity", "correctness", "hm")
 
 
 def format_value(value: float | None, *, is_signed: bool = False) -> str:
@@ -61,17 +66,12 @@ def metric_rows(metrics: Evaluation) -> Iterator[tuple[str, Scores, bool]]:
 
 
 def metrics_table(metrics: Evaluation, title: str) -> Table:
-    """One line per data set and average, each metric with its 95 % interval.
-
-    Args:
-        metrics: content of ``metrics.json``.
-        title: above the table.
-    """
-    table = _table_of(title, list(COLUMNS.values()))
+    """One line per data set and average, each metric with its 95 % interval."""
+    table = _table_of(title, list(_COLUMNS.values()))
     for name, scores, is_average in metric_rows(metrics):
         cells = [
-            _wrappable(scores[m]) if m in _MAIN else format_value(scores[m]["value"])
-            for m in COLUMNS
+            _wrappable(scores[m]) if m in MAIN else format_value(scores[m]["value"])
+            for m in _COLUMNS
         ]
         table.add_row(name, *cells, str(scores["n"]), style="bold" if is_average else None)
     return table
@@ -104,12 +104,7 @@ def _wrappable(estimate: Mapping[str, float | None], *, is_signed: bool = False)
 
 
 def text_table(text: TextMetrics, title: str) -> Table:
-    """Text metrics, one line per data set and one for their mean.
-
-    Args:
-        text: as `text_metrics.score_text` returns them.
-        title: above the table.
-    """
+    """Text metrics, one line per data set and one for their mean."""
     means = {f"mean {name}": scores for name, scores in text["averages"].items()}
     lines = text["datasets"] | (means if len(text["datasets"]) > 1 else {})
     metrics = [m for m in METRICS if any(m in scores for scores in lines.values())]
@@ -128,10 +123,10 @@ def seeds_table(means: Mapping[str, Mapping[MainMetric, Estimate]], title: str) 
         title: above the table.
     """
     table = _open_table(title, "[ ]: 95 %, Student's t over seeds")
-    for heading in ("data set", *(COLUMNS[m] for m in _MAIN)):
+    for heading in ("data set", *(_COLUMNS[m] for m in MAIN)):
         table.add_column(heading, justify="left" if heading == "data set" else "right")
     for name, estimates in means.items():
-        table.add_row(name, *(_wrappable(estimates[m]) for m in _MAIN))
+        table.add_row(name, *(_wrappable(estimates[m]) for m in MAIN))
     return table
 
 
@@ -148,24 +143,13 @@ def _open_table(title: str, caption: str) -> Table:
 
 
 def comparison_table(
-    base: Evaluation,
-    trained: Evaluation,
-    title: str,
-    names: tuple[str, str] = ("base", "trained"),
-    differences: Mapping[str, Difference] | None = None,
+    compared: Comparison, title: str, names: tuple[str, str] = ("base", "trained")
 ) -> Table:
-    """Two runs side by side: both values and the difference of each of the three metrics.
+    """Two evaluations side by side: both values of each of the three metrics and their difference.
 
-    Beside correctness stands how many images are wrong on one side only, of how many; a dash where
-    that is not a number of images (see `scoring.paired_differences`).
-
-    Args:
-        base: content of the first ``metrics.json``.
-        trained: content of the second.
-        title: above the table.
-        names: headings of the two runs.
-        differences: by data set or ``mean <average>``, as `scoring.paired_differences` returns
-            them; a difference whose interval excludes 0 is coloured. None prints plain differences.
+    A difference whose interval excludes 0 is coloured. Beside correctness stands how many images
+    are wrong on one side only, of how many; a dash where that is not a number of images (see
+    `scoring.metrics.paired_differences`).
     """
     table = _open_table(
         title,
@@ -176,22 +160,18 @@ def comparison_table(
         table.add_column(heading, no_wrap=True)
     for heading in (*names, "difference", "changed"):
         table.add_column(heading, justify="right")
-    second = {name: scores for name, scores, _ in metric_rows(trained)}
-    for name, scores, is_average in metric_rows(base):
-        if name not in second:
-            continue
-        for metric in _MAIN:
-            a, b = scores[metric]["value"], second[name][metric]["value"]
-            paired = (differences or {}).get(name)
+    second = {name: scores for name, scores, _ in metric_rows(compared["b"])}
+    for name, scores, is_average in metric_rows(compared["a"]):
+        for i, metric in enumerate(MAIN):
             table.add_row(
-                name if metric == _MAIN[0] else "",
-                COLUMNS[metric],
-                format_value(a),
-                format_value(b),
-                _styled(paired[metric] if paired else _plain(a, b)),
-                _changed(paired) if paired and metric == "correctness" else "",
+                "" if i else name,
+                _COLUMNS[metric],
+                format_value(scores[metric]["value"]),
+                format_value(second[name][metric]["value"]),
+                _styled(compared["differences"][name][metric]),
+                _changed(compared["differences"][name]) if metric == "correctness" else "",
                 style="bold" if is_average else None,
-                end_section=metric == _MAIN[-1],
+                end_section=metric == "hm",
             )
     return table
 
@@ -199,11 +179,6 @@ def comparison_table(
 def _changed(difference: Difference) -> str:
     discordant = difference["discordant"]
     return "—" if discordant is None else f"{discordant}/{difference['n_images']}"
-
-
-def _plain(a: float | None, b: float | None) -> dict[str, float | None]:
-    value = None if a is None or b is None else b - a
-    return {"value": value, "low": None, "high": None}
 
 
 def _styled(difference: Mapping[str, float | None]) -> str:

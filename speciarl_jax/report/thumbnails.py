@@ -29,12 +29,7 @@ def thumbnail_name(prompt_id: str) -> str:
 
 
 def save_thumbnail(run_dir: str | Path, prompt_id: str, image: bytes) -> str:
-    """Writes the thumbnail of an image unless it is there already.
-
-    Args:
-        run_dir: the run directory.
-        prompt_id: whose image it is.
-        image: encoded, as in `types.Example`.
+    """Writes the thumbnail of an encoded image unless it is there already.
 
     Returns:
         Path relative to `run_dir`, for `Prediction.image`; "" if the image cannot be decoded.

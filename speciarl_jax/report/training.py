@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 
 from speciarl_jax.report import curves
 from speciarl_jax.report.html import Markup, el
-from speciarl_jax.report.load import Run, Series
+from speciarl_jax.report.load import Run
 from speciarl_jax.report.style import chart, to_svg
-
-METRICS = {"specificity": "Specificity", "correctness": "Correctness", "hm": "HM"}
+from speciarl_jax.report.tables import MAIN
 
 
 def figure(
@@ -23,8 +23,7 @@ def figure(
         label: for screen readers.
         caption: below the chart; empty for none.
         draw: draws into the axes and says whether it did.
-        width: inches of the drawing, which sets how large its text is.
-        height: likewise.
+        width, height: inches of the drawing, which set how large its text is.
     """
     with chart(width=width, height=height) as (drawing, [ax]):
         if not draw(ax):
@@ -41,38 +40,26 @@ def training_section(runs: Sequence[Run]) -> Markup | None:
         return None
     figures: list[Markup | None] = []
 
-    def add(title: str, names: Sequence[str], floor: bool = False) -> None:
-        figures.append(
-            figure(title, "", lambda ax: curves.draw_named(ax, series, names, title, floor=floor))
-        )
+    def add(title: str, draw: partial[bool]) -> None:
+        figures.append(figure(title, "", lambda ax: draw(ax, title=title)))
 
-    add("Mean reward", ["reward/mean"])
-    for metric, title in METRICS.items():
-        figures.append(_metric_figure(series, metric, f"{title} while training"))
+    named = partial(curves.draw_named, runs=series)
+    add("Mean reward", partial(named, names=["reward/mean"]))
+    for metric, title in MAIN.items():
+        add(f"{title} while training", partial(curves.draw_metric, runs=series, metric=metric))
+    whose = {name: f" · {name}" if len(series) > 1 else "" for name in series}
     for name, one in series.items():
-        title = "Categories of sampled answers" + (f" · {name}" if len(series) > 1 else "")
-        figures.append(_categories_figure(one, title))
-    add("KL to the reference", ["policy/kl"], floor=True)
-    add("Entropy", ["policy/entropy"], floor=True)
+        title = "Categories of sampled answers" + whose[name]
+        add(title, partial(curves.draw_categories, series=one))
+    add("KL to the reference", partial(named, names=["policy/kl"], floor=True))
+    add("Entropy", partial(named, names=["policy/entropy"], floor=True))
     lengths = dict.fromkeys(n for s in series.values() for n in curves.length_names(s))
     if len(series) > 1:  # the spread of several runs would be a tangle
         lengths = dict.fromkeys(n for n in lengths if n.endswith("_mean"))
-    add("Length (tokens)", list(lengths))
-    add("Share of the step spent waiting for the judge", ["judge/wait_frac"], floor=True)
+    add("Length (tokens)", partial(named, names=list(lengths)))
+    waiting = "Share of the step spent waiting for the judge"
+    add(waiting, partial(named, names=["judge/wait_frac"], floor=True))
     for name, one in series.items():
-        title = "Time per step" + (f" · {name}" if len(series) > 1 else "")
-        figures.append(_time_figure(one, title))
+        add("Time per step" + whose[name], partial(curves.draw_time, series=one))
     grid = el("div", *figures, class_="charts")
     return el("section", el("h2", "Training"), grid, id="training")
-
-
-def _metric_figure(series: Mapping[str, Series], metric: str, title: str) -> Markup | None:
-    return figure(title, "", lambda ax: curves.draw_metric(ax, series, metric, title))
-
-
-def _categories_figure(series: Series, title: str) -> Markup | None:
-    return figure(title, "", lambda ax: curves.draw_categories(ax, series, title))
-
-
-def _time_figure(series: Series, title: str) -> Markup | None:
-    return figure(title, "", lambda ax: curves.draw_time(ax, series, title))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,11 +39,8 @@ def read_log(run: Run) -> list[LoggedVerdict]:
     path = Path(named) if isinstance(named, str) and named else run.path / LOG_FILE
     if not path.is_file():
         return []
-    log = VerdictLog(str(path))
-    try:
+    with contextlib.closing(VerdictLog(str(path))) as log:
         return log.rows()
-    finally:
-        log.close()
 
 
 def judge_section(runs: Sequence[Run]) -> Markup | None:

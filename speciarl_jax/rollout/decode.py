@@ -84,7 +84,7 @@ class DecodeState(Generic[Leaf]):
     Attributes:
         own: caches of R rows and C tokens; column c belongs to completion token c.
         hidden: [R, D] state that predicts the next token.
-        tokens, logprobs: [R, C] sampled so far; 0 past a row's length.
+        completion_tokens, logprobs: [R, C] sampled so far; 0 past a row's length.
         lengths: [R] completion tokens, the stop token included.
         is_done: [R] the row has stopped, or is padding.
         keys: [R, 2] uint32, data of one random key per rollout.
@@ -93,7 +93,7 @@ class DecodeState(Generic[Leaf]):
 
     own: cache.Cache[Leaf]
     hidden: Leaf
-    tokens: Leaf
+    completion_tokens: Leaf
     logprobs: Leaf
     lengths: Leaf
     is_done: Leaf
@@ -103,7 +103,7 @@ class DecodeState(Generic[Leaf]):
     @property
     def num_columns(self: DecodeState) -> int:
         """C."""
-        return self.tokens.shape[1]
+        return self.completion_tokens.shape[1]
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "is_int8", "placement"))
@@ -124,7 +124,7 @@ def prefill(
 
     Args:
         graphdef, states: the policy taken apart.
-        tokens, positions, lengths, position_deltas: see `types.PromptBatch`.
+        tokens, positions, lengths, position_deltas: see `data.batch.PromptBatch`.
         image_rows: as there, but counted from the start of the shard's block of the table.
         image_embeds: the encoder's table of merged tokens.
         is_int8: store the cache in int8; the prompt itself attends exactly.
@@ -167,7 +167,7 @@ def start(
     state = DecodeState(
         own=cache.empty(own, dtype, placement),
         hidden=placement.take(prompts.last_hidden, rows.row_prompt),
-        tokens=jnp.zeros((num_rows, num_columns), jnp.int32),
+        completion_tokens=jnp.zeros((num_rows, num_columns), jnp.int32),
         logprobs=jnp.zeros((num_rows, num_columns), jnp.float32),
         lengths=jnp.zeros((num_rows,), jnp.int32),
         is_done=is_padding,
@@ -188,7 +188,7 @@ def map_rows(function: Callable[[Leaf], Leaf], state: DecodeState[Leaf]) -> Deco
     return dataclasses.replace(
         state,
         hidden=function(state.hidden),
-        tokens=function(state.tokens),
+        completion_tokens=function(state.completion_tokens),
         logprobs=function(state.logprobs),
         lengths=function(state.lengths),
         is_done=function(state.is_done),
@@ -218,17 +218,13 @@ def decode_chunk(
     Without `Placement.has_early_exit` always until `until`.
 
     Args:
-        graphdef, states: the policy taken apart, static and not.
-        prompts: the prompts' part.
-        rows: row to prompt maps.
+        graphdef, states, prompts, rows, sampling, placement: of the wave.
         state: donated; comes back advanced.
         is_done: rows that are not decoded further: the host's own view, stop strings included.
         stop_ids: a sampled stop id is kept and ends its row.
         banned: ids that are never sampled.
         until: step at which to look up; at most the own cache's columns.
         enough: rows of a smaller batch that the host would move to; 0 to finish all.
-        sampling: options, static.
-        placement: where rows live, static.
     """
     text = merge_text(graphdef, *states)
     next_position = placement.take(prompts.next_position, rows.row_prompt)
@@ -246,7 +242,7 @@ def decode_chunk(
         tokens = jnp.where(live, tokens, 0)
         state = dataclasses.replace(
             state,
-            tokens=_write_column(state.tokens, tokens, state.step),
+            completion_tokens=_write_column(state.completion_tokens, tokens, state.step),
             logprobs=_write_column(state.logprobs, jnp.where(live, logprobs, 0), state.step),
             lengths=state.lengths + live,
             is_done=state.is_done | (jnp.isin(tokens, stop_ids) & live),
@@ -276,7 +272,7 @@ def _sample_step(
         is_written = jnp.arange(state.num_columns)[None] < state.lengths[:, None]
         seen = jnp.zeros(logits.shape, bool)
         row_index = jnp.arange(logits.shape[0])[:, None]
-        seen = seen.at[row_index, state.tokens].max(is_written)
+        seen = seen.at[row_index, state.completion_tokens].max(is_written)
     return sample_tokens(logits, uniforms, sampling, seen)
 
 
@@ -351,7 +347,7 @@ def widen(state: DecodeState, num_columns: int, placement: Placement) -> DecodeS
     wide = dataclasses.replace(
         state,
         own=cache.resize_columns(state.own, num_columns),
-        tokens=jnp.pad(state.tokens, extra),
+        completion_tokens=jnp.pad(state.completion_tokens, extra),
         logprobs=jnp.pad(state.logprobs, extra),
     )
     return _pin(wide, placement)

@@ -19,8 +19,7 @@ from jaxtyping import Array, Float
 from speciarl_jax.data.collate import window_bucket
 from speciarl_jax.data.images import VisionArrays
 from speciarl_jax.devices.layout import Params
-from speciarl_jax.policy.model import Policy
-from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.policy.model import Policy, encode_images
 
 
 def encode_by_size(
@@ -30,14 +29,13 @@ def encode_by_size(
     window_patches: int,
     buckets: Sequence[int] = (),
 ) -> Float[Array, "IM D"]:
-    """The table of `policy.vision.encode_images` on one device, with less padding encoded.
+    """The table of `policy.model.encode_images` on one device, with less padding encoded.
 
     If the smaller half of the images fits into a smaller bucket it is encoded by itself. Shapes
     are those of the buckets: as many more programs, and a small one per pair to join them.
 
     Args:
-        graphdef: of the whole policy.
-        states: what it merges with.
+        graphdef, states: the whole policy, taken apart.
         vision: arrays of the batch.
         window_patches: patches in a window.
         buckets: padded windows of an image, as the batch was collated with.

@@ -29,8 +29,6 @@ from speciarl_jax.rollout.placement import Placement
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.timing import num_compiled
 
-__all__ = ["FinishedRow", "RolloutEngine", "RolloutStats", "Vocabulary"]
-
 
 @dataclasses.dataclass
 class RolloutStats:
@@ -77,14 +75,7 @@ class RolloutEngine:
         vocabulary: Vocabulary,
         mesh: Mesh | None = None,
     ) -> None:
-        """Keeps the static parts.
-
-        Args:
-            graphdef: the policy's structure, adapter included.
-            config: chunking, stop strings, limits of length and memory.
-            vocabulary: stop ids, banned ids, detokenizer.
-            mesh: devices of this process, where the parameters lie; None for one device.
-        """
+        """Keeps the static parts; `mesh` is that of this process, None for one device."""
         self.graphdef = graphdef
         self.config = config
         self.vocabulary = vocabulary
@@ -115,11 +106,10 @@ class RolloutEngine:
         Args:
             states: the parts that `graphdef` merges with (trainable, frozen).
             batch: prompts, as many as the mesh's shards or a multiple; padding gets no rows.
-            image_embeds: [I*M, D] from `policy.vision.encode_images`.
+            image_embeds: [I*M, D] from `policy.model.encode_images`.
             group_size: answers per prompt.
             sampling: how tokens are chosen.
-            seed: run seed.
-            step: training step, folded into the randomness.
+            seed, step: of the run; both are folded into the randomness.
 
         Raises:
             ValueError: the prompts do not divide over the shards, or one alone does not fit
@@ -151,20 +141,17 @@ class RolloutEngine:
         arch, compute_bytes = self._text
         mesh = self.placement.mesh
         shape = memory.RolloutShape(
+            config=self.config,
             num_prompts=batch.num_prompts,
             group_size=group_size,
             prompt_tokens=batch.tokens.shape[1],
-            completion_tokens=self.config.max_completion_tokens,
-            chunk_tokens=self.config.chunk_tokens,
-            compact=self.config.compact,
             compute_bytes=compute_bytes,
-            is_int8=self.is_int8,
             num_shards=self.placement.num_shards,
             tensor=mesh.shape["tensor"] if mesh else 1,
             truncates=sampling.truncates,
             is_unrolled=self.placement.is_unrolled,
         )
-        width = memory.prompts_per_wave(arch, shape, self.config.max_cache_mb)
+        width = memory.prompts_per_wave(arch, shape)
         return layout.waves(batch, table_rows, self.placement.num_shards, width)
 
     def start(
@@ -216,8 +203,7 @@ class RolloutEngine:
             yield self._take_finished(wave, wave.step >= limit)
             if wave.rows.is_free.all():
                 return
-            has_shrunk = self.config.compact and self._shrink(wave, full)
-            if has_shrunk:
+            if self.config.compact and self._shrink(wave, full):
                 row_map = wave.rows.row_map(wave.prompts.num_prompts, slots)
             if wave.step == columns:
                 wider = self.columns[self.columns.index(columns) + 1]
@@ -267,7 +253,7 @@ class RolloutEngine:
         stops = self.config.stop_strings
         if not (stops or is_last or (is_stopped & ~was_free).any()):
             return []
-        tokens, logprobs = jax.device_get((wave.state.tokens, wave.state.logprobs))
+        tokens, logprobs = jax.device_get((wave.state.completion_tokens, wave.state.logprobs))
         origin = wave.prompts.origin[wave.rows.flat_prompt(wave.prompts.num_prompts)]
         sample = wave.rows.sample.reshape(-1)
         is_done, finished = is_stopped.copy(), []
@@ -280,11 +266,11 @@ class RolloutEngine:
                     FinishedRow(
                         prompt=int(origin[row]),
                         sample=int(sample[row]),
-                        tokens=sampled[:cut].copy(),
+                        completion_tokens=sampled[:cut].copy(),
                         logprobs=logprobs[row, : len(sampled[:cut])].copy(),
                         is_truncated=cut is None and not is_stopped[row],
                     )
                 )
         wave.rows = wave.rows.without(is_done)
-        self.stats.live_steps += sum(len(row.tokens) for row in finished)
+        self.stats.live_steps += sum(len(row.completion_tokens) for row in finished)
         return finished

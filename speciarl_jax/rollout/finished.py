@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ class FinishedRow:
 
     prompt: int
     sample: int
-    tokens: np.ndarray
+    completion_tokens: np.ndarray
     logprobs: np.ndarray
     is_truncated: bool
 
@@ -30,8 +31,5 @@ def stop_string_length(
 
     if not stops or not is_stopped(len(tokens)):
         return None
-    low, high = 0, len(tokens)  # text grows with the tokens, so bisection finds the first one
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_stopped(middle) else (middle, high)
-    return high
+    # Text grows with the tokens, so bisection finds the first one.
+    return bisect.bisect_left(range(len(tokens)), True, lo=1, key=is_stopped)

@@ -96,9 +96,7 @@ def collect_groups(
 
     Args:
         finished: what `RolloutEngine.generate` yields.
-        batch: the prompts.
-        group_size: G.
-        vocabulary: detokenizer and stop ids.
+        batch, group_size, vocabulary: as the engine got them.
         judge: labels pairs in the background; format failures are not sent.
         step: training step, for the judge's log.
         policy_version: updates that the sampling policy had seen.
@@ -130,14 +128,18 @@ def _to_rollout(
     stop_ids: set[int],
     policy_version: int,
 ) -> Rollout:
-    text_tokens = row.tokens[:-1] if int(row.tokens[-1]) in stop_ids else row.tokens
+    text_tokens = (
+        row.completion_tokens[:-1]
+        if int(row.completion_tokens[-1]) in stop_ids
+        else row.completion_tokens
+    )
     completion = vocabulary.decode(text_tokens.tolist())
     return Rollout(
         prompt_id=batch.prompt_ids[row.prompt],
         dataset=batch.datasets[row.prompt],
         ground_truth=batch.ground_truths[row.prompt],
         sample_index=row.sample,
-        completion_tokens=row.tokens,
+        completion_tokens=row.completion_tokens,
         rollout_logprobs=row.logprobs,
         completion=completion,
         prediction=extract_answer(completion),

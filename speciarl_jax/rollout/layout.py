@@ -58,7 +58,7 @@ class PromptArrays:
 
     Attributes:
         origin: [P] index in the batch, -1 for padding.
-        tokens, positions, lengths, position_deltas: as in `types.PromptBatch`.
+        tokens, positions, lengths, position_deltas: as in `data.batch.PromptBatch`.
         image_rows: [P, S] rows of the image table, counted from the start of the shard's block.
         global_index: [P] int32.
     """
@@ -82,11 +82,8 @@ def waves(
 ) -> list[PromptArrays]:
     """Cuts a batch into equal waves; each takes the same number of prompts from every shard.
 
-    Args:
-        batch: P prompts.
-        table_rows: of the image table, whose blocks lie with their prompts.
-        num_shards: D.
-        prompts_per_wave: multiple of D; the last wave is filled up with padding prompts.
+    Blocks of the image table lie with their prompts. `prompts_per_wave` is a multiple of the
+    shards; the last wave is filled up with padding prompts.
 
     Raises:
         ValueError: P is not a multiple of D.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from speciarl_jax.arch import TextArch
+from speciarl_jax.config.schema import RolloutConfig
 from speciarl_jax.rollout.layout import column_sizes, row_sizes
 
 _MIB = 2**20
@@ -21,26 +22,21 @@ class RolloutShape:
     """What the bytes of a rollout depend on, besides the model.
 
     Attributes:
+        config: the recipe's rollout section.
         num_prompts, group_size: P prompts of the batch (or wave), G answers each.
         prompt_tokens: padded prompt length S.
-        completion_tokens: limit C.
-        chunk_tokens, compact: as in the recipe's rollout section.
         compute_bytes: of one activation, 4 or 2.
-        is_int8: the caches are int8.
         num_shards: over which prompts are spread (data x fsdp of this process).
         tensor: over which heads are spread.
         truncates: top-p, top-k or min-p is on.
         is_unrolled: caches are stored layer by layer, see `Placement`.
     """
 
+    config: RolloutConfig
     num_prompts: int
     group_size: int
     prompt_tokens: int
-    completion_tokens: int
-    chunk_tokens: int
-    compact: bool
     compute_bytes: int
-    is_int8: bool = False
     num_shards: int = 1
     tensor: int = 1
     truncates: bool = False
@@ -77,18 +73,15 @@ def rollout_bytes(arch: TextArch, shape: RolloutShape) -> RolloutBytes:
     """Counts the bytes of a rollout on one device.
 
     Every row is assumed to reach the limit: that is what must fit.
-
-    Args:
-        arch: the language model.
-        shape: the batch and how it is decoded.
     """
+    config = shape.config
     prompts = shape.num_prompts // shape.num_shards
     rows = prompts * shape.group_size
     token_bytes = kv_token_bytes(arch, shape)
-    columns = column_sizes(shape.chunk_tokens, shape.completion_tokens, shape.compact)
+    columns = column_sizes(config.chunk_tokens, config.max_completion_tokens, config.compact)
     own = rows * columns[-1] * token_bytes
     moving = 0
-    if shape.compact:
+    if config.compact:
         smaller = [*row_sizes(rows), 0][1] * columns[-1]
         narrower = rows * [0, *columns][-2]
         moving = max(smaller, narrower) * token_bytes
@@ -110,17 +103,13 @@ def rollout_bytes(arch: TextArch, shape: RolloutShape) -> RolloutBytes:
 
 def kv_token_bytes(arch: TextArch, shape: RolloutShape) -> int:
     """Keys and values of one token in all layers, on one device."""
-    head = arch.head_dim + 4 if shape.is_int8 else arch.head_dim * shape.compute_bytes
+    is_int8 = shape.config.kv_cache_dtype == "int8"
+    head = arch.head_dim + 4 if is_int8 else arch.head_dim * shape.compute_bytes
     return 2 * arch.num_layers * arch.num_kv_heads * head // shape.tensor
 
 
-def prompts_per_wave(arch: TextArch, shape: RolloutShape, limit_mb: int) -> int:
-    """Prompts that are sampled at once so that the peak stays below a limit.
-
-    Args:
-        arch: the language model.
-        shape: of the whole batch.
-        limit_mb: MiB on a device; 0 for no limit.
+def prompts_per_wave(arch: TextArch, shape: RolloutShape) -> int:
+    """Prompts of a batch that are sampled at once so that the peak stays below max_cache_mb.
 
     Returns:
         A multiple of `shape.num_shards`: all prompts, or equal waves as few as possible.
@@ -128,6 +117,7 @@ def prompts_per_wave(arch: TextArch, shape: RolloutShape, limit_mb: int) -> int:
     Raises:
         ValueError: not even one prompt per shard fits; the message names the numbers.
     """
+    limit_mb = shape.config.max_cache_mb  # of one device; 0 for no limit
     per_shard = shape.num_prompts // shape.num_shards
     if not limit_mb:
         return shape.num_prompts
@@ -138,7 +128,7 @@ def prompts_per_wave(arch: TextArch, shape: RolloutShape, limit_mb: int) -> int:
             return wave
     raise ValueError(
         f"rollout.max_cache_mb={limit_mb}: one prompt of {shape.prompt_tokens} tokens with "
-        f"{shape.group_size} answers of up to {shape.completion_tokens} tokens needs "
+        f"{shape.group_size} answers of up to {shape.config.max_completion_tokens} tokens needs "
         f"{found.peak / _MIB:.1f} MiB a device (prompt cache {found.prompt_kv / _MIB:.1f}, own "
         f"caches {found.own_kv / _MIB:.1f}, their copy {found.moving / _MIB:.1f}, decode step "
         f"{found.decode_step / _MIB:.1f}, prefill {found.prefill / _MIB:.1f}); raise it, or lower "

@@ -64,13 +64,7 @@ class Placement:
         return pinned
 
     def take(self, x: Array, index: Int[Array, " n"], axis: int = 0) -> Array:
-        """Elements of an axis, chosen within each shard's block.
-
-        Args:
-            x: the axis is a multiple of the shards.
-            index: block by block, counted from the start of the block.
-            axis: of x.
-        """
+        """Elements of an axis; `index` counts, block by block, from the start of the block."""
         if self.num_shards == 1:
             return jnp.take(x, index, axis=axis)
         blocks = x.reshape(*x.shape[:axis], self.num_shards, -1, *x.shape[axis + 1 :])

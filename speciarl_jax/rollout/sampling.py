@@ -138,11 +138,5 @@ def _invert_cdf(scores: Float[Array, "R V"], uniforms: Float[Array, " R"]) -> In
 
 def training_sampling(config: Config) -> Sampling:
     """Sampling options of training rollouts."""
-    rollout = config.rollout
-    return Sampling(
-        rollout.temperature,
-        rollout.top_p,
-        rollout.top_k,
-        rollout.min_p,
-        rollout.repetition_penalty,
-    )
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    return Sampling(**{name: getattr(config.rollout, name) for name in names})

@@ -33,10 +33,8 @@ class BatchShapes:
 
     Attributes:
         num_prompts: P of this process.
-        group_size: answers per prompt.
-        prompt_lengths: padded prompt lengths, tokens.
+        prompt_lengths: padded, tokens.
         num_windows: padded windows of an image.
-        images_per_prompt: image slots.
     """
 
     num_prompts: int
@@ -59,13 +57,10 @@ def warm_up(
     """Runs every program once on empty prompts; returns how many had to be compiled.
 
     Args:
-        engine: its programs are compiled.
-        states: the parts of the policy, as `RolloutEngine.generate` gets them.
-        encode: images to embeddings, as before `generate`.
-        vision: of the model; sizes of the empty images.
+        engine, states, sampling, seed: those of the run; the seed is part of a program.
+        encode: images to embeddings, as before `RolloutEngine.generate`.
+        vision: sizes of the empty images.
         shapes: of the run's batches.
-        sampling: of the run's rollouts.
-        seed: of the run; it is part of a program.
 
     Raises:
         ValueError: a batch does not fit ``rollout.max_cache_mb``.

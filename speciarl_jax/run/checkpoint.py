@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TypedDict
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,16 +21,8 @@ from orbax.checkpoint import checkpoint_managers as ocp_managers
 
 from speciarl_jax.learner.optimizer import OptimState
 from speciarl_jax.run.state import SavedRollouts, TrainState
-from speciarl_jax.types import JsonObject
 
 _UNREADABLE = (ValueError, KeyError, TypeError, OSError)
-
-
-class _Pending(TypedDict):
-    """`SavedRollouts` in a checkpoint: of the arrays, shape and dtype."""
-
-    record: JsonObject
-    arrays: dict[str, tuple[list[int], str]]
 
 
 class Checkpoints:
@@ -65,14 +57,10 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, hm: float | None = None) -> None:
-        """Starts writing a checkpoint; `wait` says when it is complete on disk.
+        """Starts writing a checkpoint, arrays copied; `wait` says when it is complete on disk.
 
         A second save of one step by this object does nothing. One of an earlier process can only
-        be damaged (`restore` skipped it), so it is replaced.
-
-        Args:
-            state: arrays are copied before this returns.
-            hm: of its validation, if there was one.
+        be damaged (`restore` skipped it), so it is replaced. `hm` is that of its validation.
 
         Raises:
             OSError: this or the last checkpoint cannot be written; those before are intact.
@@ -165,7 +153,7 @@ class Checkpoints:
         rollouts = self._read_rollouts(step, position.get("rollouts"))
         return TrainState(trainable, optim, int(position["step"]), position["data"], rollouts)
 
-    def _read_rollouts(self, step: int, saved: _Pending | None) -> SavedRollouts | None:
+    def _read_rollouts(self, step: int, saved: dict[str, Any] | None) -> SavedRollouts | None:
         if saved is None:
             return None
         target = {k: np.zeros(shape, dtype) for k, (shape, dtype) in saved["arrays"].items()}

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from speciarl_jax.config.schema import Config
 from speciarl_jax.data.loader import PromptLoader
-from speciarl_jax.data.recipe import make_loader, open_train_source
+from speciarl_jax.data.recipe import open_train_source
 from speciarl_jax.rollout.sampling import training_sampling
 from speciarl_jax.rollout.warm_up import BatchShapes, warm_up
 from speciarl_jax.run.checkpoint import Checkpoints
@@ -49,12 +49,11 @@ def check_processes(config: Config) -> None:
 def open_train_loader(session: Session) -> PromptLoader:
     """Training prompts in the run's global order."""
     config = session.config
-    source = open_train_source(config.data)
     is_whole = jax.process_count() == 1 or config.algo.dynamic_sampling
     num_blocks = 1 if is_whole else config.updates_per_step  # each process has its part of each
-    loader = make_loader(
+    return PromptLoader(
         config.data,
-        source,
+        open_train_source(config.data),
         session.builder,
         config.generation_prompts,
         seed=config.seed,
@@ -63,13 +62,6 @@ def open_train_loader(session: Session) -> PromptLoader:
         process_count=jax.process_count(),
         num_blocks=num_blocks,
     )
-    if loader.plan.batches_per_epoch < 1:
-        raise ValueError(
-            f"data.source={config.data.source!r} has {len(loader.index.kept)} usable images, "
-            f"a batch of {config.generation_prompts} (train.prompts_per_step, or "
-            "algo.generation_prompts) needs at least as many"
-        )
-    return loader
 
 
 def initial_like(state: TrainState, session: Session) -> TrainState:

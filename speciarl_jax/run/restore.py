@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -9,27 +10,14 @@ import sys
 from etils import epath
 from flax import nnx
 
-from speciarl_jax.arch import Arch
 from speciarl_jax.config.old_runs import without_dropped
 from speciarl_jax.config.schema import Config, LoraConfig
 from speciarl_jax.convert import adapter
-from speciarl_jax.convert.adapter import load_peft
-from speciarl_jax.convert.loading import load_policy
-from speciarl_jax.devices.layout import param_shardings
 from speciarl_jax.files import read_json
-from speciarl_jax.learner.opening import model_dtypes
 from speciarl_jax.learner.optimizer import make_optimizer
-from speciarl_jax.policy.model import Policy, PolicyParts, abstract_policy
+from speciarl_jax.policy.model import Policy
 from speciarl_jax.run.checkpoint import Checkpoints
-from speciarl_jax.run.session import (
-    Session,
-    assemble_session,
-    find_model,
-    initial_state,
-    load_tokenizer,
-    open_mesh,
-    open_session,
-)
+from speciarl_jax.run.session import Session, initial_state, open_session
 from speciarl_jax.run.storage import open_run_dir
 from speciarl_jax.types import JsonObject
 
@@ -62,65 +50,27 @@ def _fill(target: object, values: JsonObject, place: str) -> None:
                 raise ValueError(f"{place}: {name}={value!r}, expected an object")
             _fill(old, value, f"{place}: {name}")
         else:
-            setattr(
-                target,
-                name,
-                tuple(value) if isinstance(old, tuple) and isinstance(value, list) else value,
-            )
+            if isinstance(old, tuple) and isinstance(value, list):
+                value = tuple(value)
+            setattr(target, name, value)
 
 
-def restore_parts(
-    session: Session, folder: epath.PathLike, step: int | None
-) -> tuple[PolicyParts, int]:
-    """The session's policy with the weights of a run's checkpoint, and that checkpoint's step.
-
-    A newest checkpoint that cannot be read is named on standard error and the one before it taken.
-
-    Args:
-        session: opened with the run's own recipe.
-        folder: checkpoints of the run.
-        step: which checkpoint; None for the newest that can be read.
-
-    Raises:
-        ValueError: no such checkpoint, or one that does not fit.
-    """
+def _restored(session: Session, folder: epath.PathLike, step: int | None) -> tuple[Session, int]:
+    """The session with a checkpoint's weights, and its step; None: the newest that can be read."""
     if not epath.Path(folder).is_dir():
         raise ValueError(f"{folder}: no checkpoints; train the run, or give a model directory")
-    checkpoints = Checkpoints(folder, session.config.train.keep_checkpoints)
-    try:
+    keep = session.config.train.keep_checkpoints
+    with contextlib.closing(Checkpoints(folder, keep)) as checkpoints:
         if step is not None and step not in checkpoints.steps():
             raise ValueError(
                 f"{folder}: no checkpoint of step {step}; there are {checkpoints.steps()}"
             )
         like = initial_state(session, make_optimizer(session.config.optim, 1), {})
         state, skipped = checkpoints.restore(like, step)
-    finally:
-        checkpoints.close()
     for line in skipped:
         print(f"warning: {line}; using step {state.step}", file=sys.stderr)
-    return dataclasses.replace(session.parts, trainable=state.trainable), state.step
-
-
-def open_adapter(
-    config: Config, directory: pathlib.Path, recipe_dir: pathlib.Path | None
-) -> Session:
-    """A session whose policy is the recipe's base model with a PEFT adapter on it.
-
-    Args:
-        config: its `lora` section is replaced by what the adapter says.
-        directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
-        recipe_dir: folder of the recipe, for its prompts.
-
-    Raises:
-        ValueError: see `session.open_session` and `convert.adapter.load_peft`.
-    """
-    model_dir = find_model(config.model.path)
-    arch, tokenizer = Arch.from_dir(model_dir), load_tokenizer(model_dir)
-    dtypes, mesh = model_dtypes(config.model), open_mesh(config, arch)
-    places = param_shardings(nnx.state(abstract_policy(arch, dtypes)), mesh)
-    policy = load_policy(model_dir, dtypes, places)
-    config.lora = load_peft(directory, policy)
-    return assemble_session(config, model_dir, arch, tokenizer, policy, recipe_dir, mesh)
+    parts = dataclasses.replace(session.parts, trainable=state.trainable)
+    return dataclasses.replace(session, parts=parts), state.step
 
 
 def load_run(workdir: pathlib.Path) -> tuple[Policy, LoraConfig | None, pathlib.Path]:
@@ -135,7 +85,8 @@ def load_run(workdir: pathlib.Path) -> tuple[Policy, LoraConfig | None, pathlib.
     """
     config = read_config(workdir)
     session = open_session(config)
-    parts, _ = restore_parts(session, open_run_dir(workdir).checkpoints, None)
+    session, _ = _restored(session, open_run_dir(workdir).checkpoints, None)
+    parts = session.parts
     policy = nnx.merge(parts.graphdef, parts.trainable, parts.frozen)
     has_adapter = not (config.model.train_base or config.model.train_vision)
     return policy, config.lora if has_adapter else None, session.model_dir
@@ -147,10 +98,10 @@ def open_checkpoint(
     """Opens the weights that ``--checkpoint`` names; see `EvalOptions`.
 
     Args:
-        config: recipe.
+        config: the recipe; its model or its `lora` section follows what is opened.
         folder: checkpoints of the run.
-        checkpoint: which weights.
-        recipe_dir: folder of the recipe.
+        checkpoint: ``base``, ``latest``, a step, or the directory of a model or an adapter.
+        recipe_dir: folder of the recipe, for its prompts.
 
     Returns:
         The session with these weights, the name of the evaluation's folder, the name of the
@@ -164,12 +115,11 @@ def open_checkpoint(
     if checkpoint == "latest" or checkpoint.isdigit():
         session = open_session(config, recipe_dir)
         wanted = int(checkpoint) if checkpoint.isdigit() else None
-        parts, step = restore_parts(session, folder, wanted)
-        session = dataclasses.replace(session, parts=parts)
+        session, step = _restored(session, folder, wanted)
         return session, f"{STEP_PREFIX}{step:06d}", "", step
     directory = pathlib.Path(checkpoint)
     if (directory / adapter.CONFIG_FILE).is_file():
-        session = open_adapter(config, directory, recipe_dir)
+        session = open_session(config, recipe_dir, adapter_dir=directory)
     elif (directory / "config.json").is_file():
         config.model.path = checkpoint
         session = open_session(config, recipe_dir)

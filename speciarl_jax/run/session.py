@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from speciarl_jax.arch import Arch
-from speciarl_jax.config.schema import Config, MeshConfig
+from speciarl_jax.config.schema import Config
+from speciarl_jax.convert.adapter import load_peft
 from speciarl_jax.convert.loading import load_policy, resolve_checkpoint
 from speciarl_jax.convert.tiny import shipped_tiny_dir
 from speciarl_jax.data.batch import PromptBatch
@@ -29,12 +30,11 @@ from speciarl_jax.devices.mesh import check_mesh, choose_mesh, local_mesh, make_
 from speciarl_jax.files import FETCH_MODEL, read_json
 from speciarl_jax.learner.opening import model_dtypes, open_optim, open_parts, with_adapter
 from speciarl_jax.policy.model import (
-    Policy,
     PolicyParts,
     abstract_policy,
     count_parameters,
+    encode_images,
 )
-from speciarl_jax.policy.vision import encode_images
 from speciarl_jax.policy.vocabulary import Vocabulary, make_vocabulary
 from speciarl_jax.rollout.encode import encode_by_size
 from speciarl_jax.rollout.engine import RolloutEngine
@@ -52,14 +52,10 @@ class Session:
     """A loaded policy and what is needed to talk to it.
 
     Attributes:
-        config: the recipe.
         model_dir: local directory of the base model.
-        arch: its architecture.
-        tokenizer: transformers tokenizer.
         vocabulary: stop ids, banned ids, detokenizer.
         builder: examples to prompts.
         parts: the policy taken apart; `trainable` is the starting point of training.
-        engine: samples answers.
         mesh: devices of the job; parameters lie on it as `speciarl_jax.devices.layout` says.
         local: the part of the mesh that this process samples on.
     """
@@ -80,12 +76,7 @@ class Session:
         return layout.local_view((trainable, self.parts.frozen), self.local)
 
     def encode(self, states: tuple[Params, ...], batch: PromptBatch) -> Array:
-        """Image embeddings of this process's batch, [I*M, D]; once per rollout batch.
-
-        Args:
-            states: from `local_states`.
-            batch: prompts.
-        """
+        """Image embeddings of this process's batch, [I*M, D]; `states` are `local_states`."""
         vision = batch.vision
         if self.local.size == 1:
             unit, buckets = self.arch.vision.window_patches, self.config.data.window_buckets
@@ -97,13 +88,10 @@ class Session:
 
 
 def enable_compile_cache(directory: str) -> None:
-    """Keeps compiled programs in a folder, so that the next process loads them.
+    """Keeps compiled programs in a folder (``~``, ``gs://``), so that the next process loads them.
 
-    A cache that the user has set through jax (``JAX_COMPILATION_CACHE_DIR``) stays. Whoever can
-    write to the folder can run code in later processes.
-
-    Args:
-        directory: ``~`` and ``gs://`` are understood; "" leaves jax as it is.
+    "" leaves jax as it is, and a cache that the user has set through jax
+    (``JAX_COMPILATION_CACHE_DIR``) stays. Who can write there can run code in later processes.
     """
     if not directory or jax.config.values["jax_compilation_cache_dir"]:
         return
@@ -112,78 +100,33 @@ def enable_compile_cache(directory: str) -> None:
     compilation_cache.reset_cache()  # else a program compiled before now has settled it: no cache
 
 
-def open_session(config: Config, recipe_dir: pathlib.Path | None = None) -> Session:
+def open_session(
+    config: Config,
+    recipe_dir: pathlib.Path | None = None,
+    adapter_dir: pathlib.Path | None = None,
+) -> Session:
     """Loads tokenizer and weights, adds the adapter, prepares prompts and sampling.
 
     Args:
-        config: a validated recipe.
+        config: a validated recipe; its model ``tiny`` is the small policy inside the package.
         recipe_dir: folder of the recipe, where its prompt files are looked for first.
+        adapter_dir: a PEFT adapter instead of a fresh one; it decides ``config.lora``.
 
     Raises:
-        ValueError: no such model, or a checkpoint, tokenizer or prompt that does not fit it.
+        ValueError: no such model, or a checkpoint, adapter, tokenizer or prompt that does not fit.
     """
-    model_dir = find_model(config.model.path)
-    arch = Arch.from_dir(model_dir)
-    tokenizer = load_tokenizer(model_dir)
-    dtypes = model_dtypes(config.model)
-    mesh = open_mesh(config, arch)
+    path = config.model.path
+    model_dir = shipped_tiny_dir() if path == "tiny" else resolve_checkpoint(path)
+    arch, tokenizer = Arch.from_dir(model_dir), load_tokenizer(model_dir)
+    dtypes, mesh = model_dtypes(config.model), open_mesh(config, arch)
+    # The weights go to their places on the mesh as they are read.
     places = layout.param_shardings(nnx.state(abstract_policy(arch, dtypes)), mesh)
-    policy = with_adapter(config, load_policy(model_dir, dtypes, places))
-    return assemble_session(config, model_dir, arch, tokenizer, policy, recipe_dir, mesh)
-
-
-def open_mesh(config: Config, arch: Arch) -> Mesh:
-    """The job's devices, cut as ``config.mesh`` says or, with ``mesh.auto``, as the model needs.
-
-    Raises:
-        ValueError: see `sharding.make_mesh`, `sharding.check_mesh` and `sharding.choose_mesh`; or
-            the batch sizes do not divide over the replicas.
-    """
-    shape = config.mesh
-    if shape.auto:
-        size = jnp.dtype(config.model.param_dtype).itemsize
-        text = nnx.state(abstract_policy(arch, model_dtypes(config.model)).text)
-        stats = jax.local_devices()[0].memory_stats()
-        memory = stats.get("bytes_limit") if stats else None
-        shape, reason = choose_mesh(
-            arch,
-            count_parameters(text) * size,
-            jax.device_count(),
-            jax.local_device_count(),
-            memory,
-        )
-        print(f"mesh.auto: {reason}", file=sys.stderr)  # stdout may be one JSON object
-    mesh = make_mesh(shape)
-    check_mesh(mesh, arch)
-    check_batch(config, mesh)
-    return mesh
-
-
-def check_batch(config: Config, mesh: Mesh) -> None:
-    """Refuses batch sizes that leave replicas idle.
-
-    Raises:
-        ValueError: ``train.prompts_per_update`` does not divide over the replicas.
-    """
-    size, replicas = config.train.prompts_per_update, num_replicas(mesh)
-    if size % replicas:
-        raise ValueError(
-            f"train.prompts_per_update={size} is not a multiple of {replicas} replicas "
-            f"(mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}); change one of them"
-        )
-
-
-def assemble_session(
-    config: Config,
-    model_dir: pathlib.Path,
-    arch: Arch,
-    tokenizer: PreTrainedTokenizerBase,
-    policy: Policy,
-    recipe_dir: pathlib.Path | None = None,
-    mesh: Mesh | None = None,
-) -> Session:
-    """Joins a policy that is already in memory with the rest; without a mesh on one device."""
-    mesh = mesh or make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    policy = load_policy(model_dir, dtypes, places)
+    if adapter_dir is None:
+        policy = with_adapter(config, policy)
+    else:
+        config.lora = load_peft(adapter_dir, policy)
+    # Everything that talks to the policy.
     vocabulary = make_vocabulary(tokenizer, arch, read_stop_ids(tokenizer, model_dir))
     parts = open_parts(config, policy, mesh)
     builder = make_builder(config.data, tokenizer, arch, model_dir, config.seed, recipe_dir)
@@ -194,23 +137,39 @@ def assemble_session(
     )
 
 
+def open_mesh(config: Config, arch: Arch) -> Mesh:
+    """The job's devices, cut as ``config.mesh`` says or, with ``mesh.auto``, as the model needs.
+
+    Raises:
+        ValueError: see `devices.mesh`, where the mesh is made, checked and chosen; or the batch
+            sizes do not divide over the replicas.
+    """
+    shape = config.mesh
+    if shape.auto:
+        size = jnp.dtype(config.model.param_dtype).itemsize
+        text = nnx.state(abstract_policy(arch, model_dtypes(config.model)).text)
+        stats = jax.local_devices()[0].memory_stats()
+        memory = stats.get("bytes_limit") if stats else None
+        devices, own = jax.device_count(), jax.local_device_count()
+        shape, reason = choose_mesh(arch, count_parameters(text) * size, devices, own, memory)
+        print(f"mesh.auto: {reason}", file=sys.stderr)  # stdout may be one JSON object
+    mesh = make_mesh(shape)
+    check_mesh(mesh, arch)
+    batch, replicas = config.train.prompts_per_update, num_replicas(mesh)
+    if batch % replicas:
+        raise ValueError(
+            f"train.prompts_per_update={batch} is not a multiple of {replicas} replicas "
+            f"(mesh data={mesh.shape['data']} fsdp={mesh.shape['fsdp']}); change one of them"
+        )
+    return mesh
+
+
 def initial_state(
     session: Session, optimizer: optax.GradientTransformation, position: JsonObject
 ) -> TrainState:
-    """Step 0, or what a checkpoint is restored into; moments lie where their parameters do.
-
-    Args:
-        session: model and mesh.
-        optimizer: see `optim.make_optimizer`.
-        position: of the data loader.
-    """
+    """Step 0, or what a checkpoint is restored into; `position` is the data loader's."""
     trainable = session.parts.trainable
     return TrainState(trainable, open_optim(optimizer, trainable, session.mesh), 0, position)
-
-
-def find_model(path: str) -> pathlib.Path:
-    """The model's local directory; ``tiny`` is the small policy inside the package."""
-    return shipped_tiny_dir() if path == "tiny" else resolve_checkpoint(path)
 
 
 def load_tokenizer(model_dir: pathlib.Path) -> PreTrainedTokenizerBase:

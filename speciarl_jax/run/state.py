@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -13,10 +14,10 @@ from speciarl_jax.types import JsonObject
 
 @dataclasses.dataclass
 class SavedRollouts:
-    """Answers that wait for their step: `arrays` of numpy, `record` of JSON."""
+    """Answers that wait for their step; `record` is the JSON of `algorithm.pending`."""
 
     arrays: dict[str, np.ndarray]
-    record: JsonObject
+    record: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -25,7 +26,6 @@ class TrainState:
 
     Attributes:
         trainable: adapter or chosen base weights.
-        optim: optimiser state.
         step: finished steps.
         data: state of the prompt loader, JSON.
         rollouts: sampled for the next step already (`train.async_steps`); only in a checkpoint.

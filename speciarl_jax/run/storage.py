@@ -49,11 +49,7 @@ class RunDir:
         return 0
 
     def delete_remote(self, is_of_run: Callable[[str], bool]) -> None:
-        """Deletes the run where it is kept, unless that is `local`.
-
-        Args:
-            is_of_run: whether a run writes a folder or file of this name.
-        """
+        """Deletes what `is_of_run` names where the run is kept, unless that is `local`."""
 
 
 class Spool(RunDir):
@@ -154,11 +150,11 @@ class Spool(RunDir):
             return
         with tempfile.TemporaryDirectory() as folder:  # a consistent copy of a live database
             snapshot = pathlib.Path(folder) / "snapshot.sqlite"
-            source, copy = sqlite3.connect(self.local / name), sqlite3.connect(snapshot)
-            with source, copy:
+            with (
+                contextlib.closing(sqlite3.connect(self.local / name)) as source,
+                contextlib.closing(sqlite3.connect(snapshot)) as copy,
+            ):
                 source.backup(copy)
-            source.close()
-            copy.close()
             self._remote.put_file(str(snapshot), target)
 
     def _remote_files(self) -> list[str]:

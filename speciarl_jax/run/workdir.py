@@ -25,11 +25,7 @@ def prepare_workdir(
 ) -> None:
     """Creates or checks the work directory and writes ``config.json``.
 
-    Args:
-        run_dir: folder or address.
-        config: the recipe.
-        resume: go on with the run there; on object storage it is fetched.
-        overwrite: delete the run there.
+    `resume` goes on with the run there, which on object storage is fetched; `overwrite` deletes it.
 
     Raises:
         ValueError: in use and neither flag given; resume without a run; another recipe, or half a
@@ -94,14 +90,7 @@ def _delete_run(workdir: pathlib.Path) -> None:
 
 # What may change between a run and its continuation. None changes the numbers of a step, but that
 # a decaying schedule is stretched to the new num_steps.
-_FREE = (
-    "num_steps",
-    "table_every",
-    "save_every",
-    "keep_checkpoints",
-    "keep_best",
-    "eval_every",
-)
+_FREE = ("num_steps", "table_every", "save_every", "keep_checkpoints", "keep_best", "eval_every")
 
 
 def _check_same_recipe(old: JsonObject, new: JsonObject, marker: pathlib.Path) -> None:
@@ -110,25 +99,24 @@ def _check_same_recipe(old: JsonObject, new: JsonObject, marker: pathlib.Path) -
             continue
         before = old.get(section)
         if isinstance(values, dict) and isinstance(before, dict):
-            changed = [k for k, v in values.items() if k not in _FREE and before.get(k) != v]
-            if changed:
-                field = changed[0]
+            fields = [
+                (f"{section}.{k}", before.get(k), v) for k, v in values.items() if k not in _FREE
+            ]
+        else:
+            fields = [(section, before, values)]
+        for field, was, now in fields:
+            if was != now:
                 raise ValueError(
-                    f"--resume with another recipe: {section}.{field} was {before.get(field)!r} in "
-                    f"{marker}, is {values[field]!r} now; use the old value or another --workdir"
+                    f"--resume with another recipe: {field} was {was!r} in {marker}, is {now!r} "
+                    "now; use the old value or another --workdir"
                 )
-        elif before != values:
-            raise ValueError(
-                f"--resume with another recipe: {section} was {before!r} in {marker}, is "
-                f"{values!r} now; use the old value or another --workdir"
-            )
 
 
 def claim_workdir(run_dir: RunDir, config: Config, *, resume: bool, overwrite: bool) -> None:
     """`prepare_workdir` by the first process; all of them end if it refuses.
 
     Raises:
-        ValueError: see `workdir.prepare_workdir`.
+        ValueError: see `prepare_workdir`.
     """
     problem = None
     if processes.is_first():

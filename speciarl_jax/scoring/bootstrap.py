@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Float
 
-from speciarl_jax.scoring.predictions import Prediction
+from speciarl_jax.scoring.predictions import RUNGS, Prediction
 from speciarl_jax.scoring.results import Estimate, MainMetric, Metric
 
 CONFIDENCE = 0.95
@@ -27,11 +27,36 @@ FORMAT_RULES = ("wrong", "separate", "drop")
 MAIN_METRICS: tuple[MainMetric, ...] = ("correctness", "specificity", "hm")
 METRICS: tuple[Metric, ...] = (*MAIN_METRICS, "format_failure_rate", "judge_failure_rate")
 
-_FORMAT_RUNG = 0  # rungs of this module: format failure, then the six categories
-_WRONG_RUNG = 1
-_RUNG_SCORES = np.array([0, 0, 1, 2, 3, 4, 4]) / 4
+_RUNG_SCORES = np.array([0, 0, 1, 2, 3, 4, 4]) / 4  # of `predictions.RUNGS` but the last
 Numbers: TypeAlias = np.ndarray | np.float64  # one number, or one for each resample
 _ROWS = 3  # column of the row count among the six moments, see `moments_of`
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringRule:
+    """How rows become metrics.
+
+    Attributes:
+        format_failures: one of `FORMAT_RULES`; `scoring.metrics` says what they mean.
+        bootstrap_samples: resamples of the images behind each interval.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: an unknown rule for format failures.
+    """
+
+    format_failures: str = "wrong"
+    bootstrap_samples: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the rule."""
+        if self.format_failures not in FORMAT_RULES:
+            known = ", ".join(FORMAT_RULES)
+            raise ValueError(f"format_failures={self.format_failures!r}: expected one of {known}")
+
+
+DEFAULT_RULE = ScoringRule()
 
 
 def stratum_rng(seed: int, name: str) -> np.random.Generator:
@@ -46,14 +71,6 @@ def resample_sums(
 
     Equal rows are interchangeable, so the draw is multinomial over the distinct rows: the same
     distribution as drawing images, and far cheaper where images have few distinct outcomes.
-
-    Args:
-        rows: [images, columns] float, one row an image.
-        samples: number of resamples.
-        rng: source of randomness.
-
-    Returns:
-        [samples, columns] float64.
 
     Source: Efron (1979), own arrangement.
     """
@@ -93,19 +110,12 @@ def estimate(value: float, replicates: np.ndarray, images: int) -> Estimate:
 
 @dataclasses.dataclass
 class Scored:
-    """Metrics of one data set (or average) and of each resample of it.
+    """Metrics of one data set (or average) and of each resample of it."""
 
-    Attributes:
-        values: metric by name, nan where undefined.
-        replicates: [samples] by name, the metric of each resample.
-        images: number of images (of an average: of its smallest data set).
-        rows: number of rollouts.
-    """
-
-    values: dict[str, float]
-    replicates: dict[str, np.ndarray]
-    images: int
-    rows: int
+    values: dict[str, float]  # by metric, nan where undefined
+    replicates: dict[str, np.ndarray]  # by metric, [samples]
+    images: int  # of an average: of its smallest data set
+    rows: int  # rollouts
 
     def estimates(self) -> dict[str, Estimate]:
         """Each metric with its interval, as in ``metrics.json``."""
@@ -144,46 +154,32 @@ def metrics_of(moments: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def rung_counts(images: Iterable[Sequence[Prediction]]) -> Float[np.ndarray, "I 8"]:
-    """[I, 8] counts per image: format failures, the six categories, judge failures."""
-    images = list(images)
-    counts = np.zeros((len(images), 8))
-    for i, rows in enumerate(images):
-        for p in rows:
-            if p.is_format_failure:
-                counts[i, _FORMAT_RUNG] += 1
-            elif p.category is None:
-                counts[i, 7] += 1
-            else:
-                counts[i, _WRONG_RUNG + p.category] += 1
-    return counts
+    """Rows of each image on each of `predictions.RUNGS`."""
+    counts = [np.bincount([p.rung for p in rows], minlength=len(RUNGS)) for rows in images]
+    return np.array(counts, float).reshape(-1, len(RUNGS))
 
 
 def moments_of(
-    rungs: Float[np.ndarray, "*rows 7"], judge_failures: Float[np.ndarray, "*rows"], rule: str
+    rungs: Float[np.ndarray, "*rows 8"], rule: ScoringRule
 ) -> Float[np.ndarray, "*rows 6"]:
     """Sums from which every metric follows: linear in the rungs, so they can be added up.
 
     Args:
-        rungs: [..., 7] rows (or probability) on each rung: format failure, then the categories.
-        judge_failures: [...] rows without a label.
-        rule: one of `FORMAT_RULES`.
+        rungs: rows (or their probability) on each of `predictions.RUNGS`.
+        rule: what format failures count as.
 
     Returns:
         [..., 6]: scored, wrong, score, rows, format failures, judge failures.
-
-    Raises:
-        ValueError: an unknown rule.
     """
-    if rule not in FORMAT_RULES:
-        raise ValueError(f"format_failures={rule!r}: expected one of {', '.join(FORMAT_RULES)}")
-    format_failures = rungs[..., _FORMAT_RUNG]
-    labelled = rungs[..., _WRONG_RUNG:].sum(-1)
-    is_scored, is_wrong = float(rule != "drop"), float(rule == "wrong")
+    format_failures, wrong, judge_failures = rungs[..., 0], rungs[..., 1], rungs[..., -1]
+    labelled = rungs[..., 1:-1].sum(-1)
+    is_scored = float(rule.format_failures != "drop")
+    is_wrong = float(rule.format_failures == "wrong")
     return np.stack(
         [
             labelled + is_scored * format_failures,
-            rungs[..., _WRONG_RUNG] + is_wrong * format_failures,
-            rungs @ _RUNG_SCORES,
+            wrong + is_wrong * format_failures,
+            rungs[..., :-1] @ _RUNG_SCORES,
             labelled + format_failures + judge_failures,
             format_failures,
             judge_failures,
@@ -192,11 +188,11 @@ def moments_of(
     )
 
 
-def resample(
-    moments: Float[np.ndarray, "I K 6"], samples: int, rng: np.random.Generator
-) -> list[Scored]:
-    """Scores each of K variants of the same images, resampled together; moments is [I, K, 6]."""
+def resample(name: str, rungs: Float[np.ndarray, "I K 8"], rule: ScoringRule) -> list[Scored]:
+    """Scores each of K variants of the images of data set `name`, resampled together."""
+    moments = moments_of(rungs, rule)
     images, variants, columns = moments.shape
+    rng, samples = stratum_rng(rule.seed, name), rule.bootstrap_samples
     sums = resample_sums(moments.reshape(images, variants * columns), samples, rng)
     sums = sums.reshape(samples, variants, columns)
     scored = []
@@ -207,14 +203,21 @@ def resample(
     return scored
 
 
+def mean(members: Sequence[Scored]) -> Scored:
+    """Unweighted mean over data sets, resample by resample."""
+    return Scored(
+        {m: float(np.mean([s.values[m] for s in members])) for m in members[0].values},
+        {m: np.mean([s.replicates[m] for s in members], axis=0) for m in members[0].values},
+        min(s.images for s in members),
+        sum(s.rows for s in members),
+    )
+
+
 def average(members: Sequence[Scored]) -> Scored:
-    """Unweighted mean over data sets, resample by resample; HM both ways."""
-    values: dict[str, float] = {m: float(np.mean([s.values[m] for s in members])) for m in METRICS}
-    reps: dict[str, np.ndarray] = {
-        m: np.mean([s.replicates[m] for s in members], axis=0) for m in METRICS
-    }
-    c, s = np.array(values["correctness"]), np.array(values["specificity"])
-    values["hm_of_means"] = float(_hm(c, s))
-    reps["hm_of_means"] = _hm(reps["correctness"], reps["specificity"])
-    images = min(m.images for m in members)
-    return Scored(values, reps, images, sum(m.rows for m in members))
+    """The mean over data sets, with the HM both ways."""
+    scored = mean(members)
+    values, replicates = scored.values, scored.replicates
+    hm = _hm(np.float64(values["correctness"]), np.float64(values["specificity"]))
+    values["hm_of_means"] = float(hm)
+    replicates["hm_of_means"] = _hm(replicates["correctness"], replicates["specificity"])
+    return scored

@@ -19,6 +19,7 @@ Format failures follow one of three rules (`bootstrap.FORMAT_RULES`):
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -29,7 +30,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from speciarl_jax.scoring import bootstrap, paired
-from speciarl_jax.scoring.predictions import Prediction
+from speciarl_jax.scoring.bootstrap import DEFAULT_RULE, ScoringRule
+from speciarl_jax.scoring.predictions import RUNGS, Prediction
 from speciarl_jax.scoring.results import (
     BestOf,
     BestOfs,
@@ -37,10 +39,10 @@ from speciarl_jax.scoring.results import (
     Difference,
     Evaluation,
     Scores,
-    ScoringSettings,
 )
-from speciarl_jax.types import Category, JsonObject
+from speciarl_jax.types import JsonObject
 
+# Names in lower case without punctuation, see `_canonical`.
 FINE_GRAINED = frozenset(
     {"flowers", "flowers102", "oxfordflowers102", "food", "food101", "pets", "oxfordpets",
      "oxfordiiitpet"}
@@ -64,11 +66,10 @@ def by_dataset(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]
 
 
 def _score_plain(
-    name: str, predictions: Sequence[Prediction], rule: str, samples: int, seed: int
+    name: str, predictions: Sequence[Prediction], rule: ScoringRule
 ) -> bootstrap.Scored:
     counts = bootstrap.rung_counts(_by_image(predictions).values())
-    moments = bootstrap.moments_of(counts[:, :7], counts[:, 7], rule)
-    return bootstrap.resample(moments[:, None], samples, bootstrap.stratum_rng(seed, name))[0]
+    return bootstrap.resample(name, counts[:, None], rule)[0]
 
 
 def _scores(scored: bootstrap.Scored, others: JsonObject) -> Scores:
@@ -79,13 +80,12 @@ def _scores(scored: bootstrap.Scored, others: JsonObject) -> Scores:
 def _describe(predictions: Sequence[Prediction]) -> JsonObject:
     """Shares that sum to 1 over all rows, failures included, and the mean answer length."""
     totals = bootstrap.rung_counts([predictions])[0]
-    names = ["format_failure", *(c.label for c in Category), "judge_failure"]
     rows = max(len(predictions), 1)
     words = sum(len(p.completion.split()) for p in predictions)
     return {
         "n": len(predictions),
         "n_images": len({p.prompt_id for p in predictions}),
-        "category_fracs": {n: float(t / rows) for n, t in zip(names, totals, strict=True)},
+        "category_fracs": {n: float(t / rows) for n, t in zip(RUNGS, totals, strict=True)},
         "completion_words": words / rows if predictions else None,
     }
 
@@ -97,19 +97,8 @@ def _one_dataset(predictions: Sequence[Prediction]) -> str:
     return names[0] if names else ""
 
 
-def score_dataset(
-    predictions: Sequence[Prediction],
-    format_failures: str = "wrong",
-    bootstrap_samples: int = 2000,
-    seed: int = 0,
-) -> Scores:
-    """Scores the rows of one data set.
-
-    Args:
-        predictions: one or more rows per image.
-        format_failures: one of `bootstrap.FORMAT_RULES`.
-        bootstrap_samples: resamples of the images behind each interval.
-        seed: of the resampling.
+def score_dataset(predictions: Sequence[Prediction], rule: ScoringRule = DEFAULT_RULE) -> Scores:
+    """Scores the rows of one data set, one or more per image.
 
     Returns:
         correctness, specificity, hm, format_failure_rate, judge_failure_rate as ``{"value",
@@ -118,28 +107,24 @@ def score_dataset(
         completion_words (mean length of a completion).
 
     Raises:
-        ValueError: rows of several data sets, or an unknown rule.
+        ValueError: rows of several data sets.
 
     Source: SpeciaRL (arXiv 2603.03197), evaluation section; intervals and rules own.
     """
     name = _one_dataset(predictions)
-    scored = _score_plain(name, predictions, format_failures, bootstrap_samples, seed)
-    return _scores(scored, _describe(predictions))
+    return _scores(_score_plain(name, predictions, rule), _describe(predictions))
 
 
 def _canonical(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
 
-def _groups(names: Iterable[str], in_domain: Collection[str]) -> dict[str, list[str]]:
-    names = list(names)
-    fine = {_canonical(n) for n in FINE_GRAINED}
-    very = {_canonical(n) for n in VERY_FINE_GRAINED}
+def _groups(names: list[str], in_domain: Collection[str]) -> dict[str, list[str]]:
     groups = {
         "in_domain": [n for n in names if n in in_domain],
         "out_of_domain": [n for n in names if n not in in_domain],
-        "fine_grained": [n for n in names if _canonical(n) in fine],
-        "very_fine_grained": [n for n in names if _canonical(n) in very],
+        "fine_grained": [n for n in names if _canonical(n) in FINE_GRAINED],
+        "very_fine_grained": [n for n in names if _canonical(n) in VERY_FINE_GRAINED],
         "all": names,
     }
     return {group: members for group, members in groups.items() if members}
@@ -158,9 +143,7 @@ def _averages(
 def metrics_json(
     predictions: Iterable[Prediction],
     in_domain: Collection[str] = (),
-    format_failures: str = "wrong",
-    bootstrap_samples: int = 2000,
-    seed: int = 0,
+    rule: ScoringRule = DEFAULT_RULE,
 ) -> Evaluation:
     """The content of ``metrics.json``: every data set, the averages, and how it was computed.
 
@@ -175,37 +158,25 @@ def metrics_json(
     Args:
         predictions: rows, of whatever data sets.
         in_domain: names averaged as ``in_domain``; the others are ``out_of_domain``.
-        format_failures: one of `bootstrap.FORMAT_RULES`.
-        bootstrap_samples: resamples behind each interval.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: an unknown rule.
+        rule: how rows become metrics.
     """
     datasets = by_dataset(predictions)
-    groups = _groups(datasets, in_domain)
-    settings: ScoringSettings = {
-        "format_failures": format_failures,
-        "bootstrap_samples": bootstrap_samples,
-        "seed": seed,
-    }
-    scored = {name: _score_plain(name, rows, *_short(settings)) for name, rows in datasets.items()}
+    groups = _groups(list(datasets), in_domain)
+    scored = {name: _score_plain(name, rows, rule) for name, rows in datasets.items()}
     result: Evaluation = {
         "datasets": {n: _scores(scored[n], _describe(rows)) for n, rows in datasets.items()},
         "averages": _averages(scored, groups),
         "settings": {
-            **settings,
+            "format_failures": rule.format_failures,
+            "bootstrap_samples": rule.bootstrap_samples,
+            "seed": rule.seed,
             "confidence": bootstrap.CONFIDENCE,
             "in_domain": sorted(in_domain),
         },
     }
     if any(len(rows) > len(_by_image(rows)) for rows in datasets.values()):
-        result["best_of"] = _best_of_json(datasets, groups, settings)
+        result["best_of"] = _best_of_json(datasets, groups, rule)
     return result
-
-
-def _short(settings: ScoringSettings) -> tuple[str, int, int]:
-    return settings["format_failures"], settings["bootstrap_samples"], settings["seed"]
 
 
 def best_predictions(predictions: Iterable[Prediction]) -> list[Prediction]:
@@ -216,8 +187,7 @@ def best_predictions(predictions: Iterable[Prediction]) -> list[Prediction]:
     """
 
     def rank(p: Prediction) -> tuple[int, int]:
-        rung = -1 if p.is_format_failure else -2 if p.category is None else int(p.category)
-        return rung, -p.sample_index
+        return -1 if p.is_judge_failure else p.rung, -p.sample_index
 
     rows = by_dataset(predictions).values()
     return [max(group, key=rank) for data in rows for group in _by_image(data).values()]
@@ -260,22 +230,15 @@ def curve_sizes(n: int) -> list[int]:
 
 
 def _curve(
-    name: str, counts: np.ndarray, ks: Sequence[int], rule: str, samples: int, seed: int
+    name: str, counts: Float[np.ndarray, "I 8"], ks: Sequence[int], rule: ScoringRule
 ) -> list[bootstrap.Scored]:
-    usable = counts[counts[:, :7].sum(1) > 0, :7]
-    moments = np.stack(
-        [bootstrap.moments_of(best_of_k_rungs(usable, k), np.zeros(len(usable)), rule) for k in ks],
-        axis=1,
-    )
-    return bootstrap.resample(moments, samples, bootstrap.stratum_rng(seed, name))
+    labelled = counts[counts[:, :7].sum(1) > 0, :7]
+    best = np.stack([best_of_k_rungs(labelled, k) for k in ks], axis=1)
+    none_failed = np.zeros((*best.shape[:2], 1))
+    return bootstrap.resample(name, np.concatenate([best, none_failed], axis=2), rule)
 
 
-def best_of_n(
-    predictions: Sequence[Prediction],
-    format_failures: str = "wrong",
-    bootstrap_samples: int = 2000,
-    seed: int = 0,
-) -> BestOf:
+def best_of_n(predictions: Sequence[Prediction], rule: ScoringRule = DEFAULT_RULE) -> BestOf:
     """What an oracle that picks the best of k answers would score, for k = 1, 2, 4, ... N.
 
     Returns:
@@ -284,18 +247,17 @@ def best_of_n(
         that had fewer than k labelled samples and entered with all they had).
 
     Raises:
-        ValueError: rows of several data sets, or an unknown rule.
+        ValueError: rows of several data sets.
     """
     name = _one_dataset(predictions)
     images = _by_image(predictions)
     ks = curve_sizes(max(map(len, images.values()), default=0))
-    settings = (format_failures, bootstrap_samples, seed)
     counts = bootstrap.rung_counts(images.values())
-    curve = _curve(name, counts, ks, *settings) if ks else []
+    curve = _curve(name, counts, ks, rule) if ks else []
     samples = counts[:, :7].sum(1)
     return {
         "n": ks[-1] if ks else 0,
-        "best": score_dataset(best_predictions(predictions), *settings),
+        "best": score_dataset(best_predictions(predictions), rule),
         "curve": [
             _curve_point(k, point) | {"images_short": int((samples < k).sum())}
             for k, point in zip(ks, curve, strict=True)
@@ -304,25 +266,26 @@ def best_of_n(
 
 
 def _curve_point(k: int, point: bootstrap.Scored) -> CurvePoint:
-    point.values.pop("judge_failure_rate", None)
-    return cast(CurvePoint, {"k": k, **point.estimates()})
+    estimates = point.estimates()
+    del estimates["judge_failure_rate"]
+    return cast(CurvePoint, {"k": k, **estimates})
 
 
 def _best_of_json(
     datasets: Mapping[str, list[Prediction]],
     groups: Mapping[str, list[str]],
-    settings: ScoringSettings,
+    rule: ScoringRule,
 ) -> BestOfs:
     counts = {n: bootstrap.rung_counts(_by_image(rows).values()) for n, rows in datasets.items()}
     sizes = {n: int(c.sum(1).max()) for n, c in counts.items()}
     average: dict[str, list[CurvePoint]] = {}
     for group, names in groups.items():
         ks = curve_sizes(min(sizes[n] for n in names))
-        curves = [_curve(n, counts[n], ks, *_short(settings)) for n in names]
+        curves = [_curve(n, counts[n], ks, rule) for n in names]
         points = [bootstrap.average(list(members)) for members in zip(*curves, strict=True)]
         average[group] = [_curve_point(k, p) for k, p in zip(ks, points, strict=True)]
     return {
-        "datasets": {n: best_of_n(rows, **settings) for n, rows in datasets.items()},
+        "datasets": {n: best_of_n(rows, rule) for n, rows in datasets.items()},
         "averages": average,
     }
 
@@ -330,9 +293,7 @@ def _best_of_json(
 def paired_differences(
     preds_a: Iterable[Prediction],
     preds_b: Iterable[Prediction],
-    format_failures: str = "wrong",
-    bootstrap_samples: int = 2000,
-    seed: int = 0,
+    rule: ScoringRule = DEFAULT_RULE,
 ) -> Difference:
     """Evaluation of b minus those of a, on the images both have, resampled together.
 
@@ -349,10 +310,10 @@ def paired_differences(
         one side only, None where the interval is not the score's.
 
     Raises:
-        ValueError: no common image, or an unknown rule.
+        ValueError: no common image.
     """
     datasets_a, datasets_b = by_dataset(preds_a), by_dataset(preds_b)
-    pairs: list[tuple[bootstrap.Scored, bootstrap.Scored]] = []
+    pairs: list[list[bootstrap.Scored]] = []
     changes: list[paired.Change | None] = []
     for name in [n for n in datasets_a if n in datasets_b]:
         a, b = _by_image(datasets_a[name]), _by_image(datasets_b[name])
@@ -362,33 +323,28 @@ def paired_differences(
         counts = np.stack(
             [bootstrap.rung_counts(side[i] for i in shared) for side in (a, b)], axis=1
         )
-        moments = bootstrap.moments_of(counts[..., :7], counts[..., 7], format_failures)
-        rng = bootstrap.stratum_rng(seed, name)
-        first, second = bootstrap.resample(moments, bootstrap_samples, rng)
-        pairs.append((first, second))
-        changes.append(_change(moments))
+        pairs.append(bootstrap.resample(name, counts, rule))
+        changes.append(_change(bootstrap.moments_of(counts, rule)))
     if not pairs:
         raise ValueError("the two runs have no image in common: evaluate them on the same data")
-    a_mean, b_mean = (bootstrap.average([pair[side] for pair in pairs]) for side in (0, 1))
-    result = {
-        m: bootstrap.estimate(
-            b_mean.values[m] - a_mean.values[m],
-            b_mean.replicates[m] - a_mean.replicates[m],
-            b_mean.images,
-        )
-        for m in a_mean.values
-    }
+    mean_a, mean_b = (bootstrap.average(side) for side in zip(*pairs, strict=True))
+    difference = dataclasses.replace(
+        mean_b,
+        values={m: v - mean_a.values[m] for m, v in mean_b.values.items()},
+        replicates={m: v - mean_a.replicates[m] for m, v in mean_b.replicates.items()},
+    )
+    estimates = difference.estimates()
     known = [change for change in changes if change is not None]
     is_proportion = len(known) == len(changes)
-    if is_proportion and result["correctness"]["low"] is not None:
+    if is_proportion and estimates["correctness"]["low"] is not None:
         low, high = paired.mean_interval(known)
-        result["correctness"] |= {"low": low, "high": high}
+        estimates["correctness"] |= {"low": low, "high": high}
     others = {
         "n_images": sum(first.images for first, _ in pairs),
         "correctness_interval": "score" if is_proportion else "bootstrap",
         "discordant": sum(c.gained + c.lost for c in known) if is_proportion else None,
     }
-    return cast(Difference, {**result, **others})
+    return cast(Difference, {**estimates, **others})
 
 
 def _change(moments: Float[np.ndarray, "I 2 6"]) -> paired.Change | None:

@@ -22,38 +22,26 @@ from pathlib import Path
 from speciarl_jax.files import write_whole
 from speciarl_jax.types import Category, Failure, JsonObject, JsonValue, Rollout
 
+# What a row may be, from worst to best; a row without a label stands last.
+RUNGS = ("format_failure", *(c.label for c in Category), "judge_failure")
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """One sampled answer, as it stands in the files.
+    """One sampled answer, as it stands in the files."""
 
-    Attributes:
-        prompt_id: ``dataset/split/key``.
-        dataset: source name.
-        image: path relative to the run directory, or "" where no file was kept.
-        ground_truth: human label.
-        completion: whole decoded text; untrusted.
-        prediction: text inside ``<answer>``; None for a format failure.
-        category: the judge's label; None for a format failure or a judge failure.
-        reward: None where none was given (evaluation, masked labels).
-        sample_index: 0..G-1 within the image's group.
-        advantage: group advantage, training only.
-        step: training step, None for evaluation rows.
-        failure: why there is no label, one line; None if there is one.
-    """
-
-    prompt_id: str
+    prompt_id: str  # ``dataset/split/key``
     dataset: str
-    image: str
-    ground_truth: str
-    completion: str
-    prediction: str | None
-    category: Category | None
-    reward: float | None
-    sample_index: int
-    advantage: float | None = None
-    step: int | None = None
-    failure: str | None = None
+    image: str  # path relative to the run directory, or "" where no file was kept
+    ground_truth: str  # human label
+    completion: str  # whole decoded text; untrusted
+    prediction: str | None  # text inside ``<answer>``; None for a format failure
+    category: Category | None  # the judge's; None for a format failure or a judge failure
+    reward: float | None  # None where none was given (evaluation, masked labels)
+    sample_index: int  # 0..G-1 within the image's group
+    advantage: float | None = None  # training only
+    step: int | None = None  # of training, None for evaluation rows
+    failure: str | None = None  # why there is no label, one line
 
     @property
     def is_format_failure(self) -> bool:
@@ -64,6 +52,18 @@ class Prediction:
     def is_judge_failure(self) -> bool:
         """True if there is an answer and it has no label: to be judged, or judged again."""
         return self.prediction is not None and self.category is None
+
+    @property
+    def rung(self) -> int:
+        """Place of the row in `RUNGS`."""
+        if self.is_format_failure:
+            return 0
+        return len(RUNGS) - 1 if self.category is None else 1 + int(self.category)
+
+    @property
+    def image_key(self) -> tuple[str, str]:
+        """(data set, prompt id): what names the image in any run."""
+        return self.dataset, self.prompt_id
 
     @property
     def key(self) -> tuple[str, str, int, int | None]:
@@ -81,19 +81,12 @@ class Prediction:
 
 
 def from_rollout(rollout: Rollout, image: str = "", step: int | None = None) -> Prediction:
-    """Turns a judged rollout into its row.
+    """Turns a judged rollout, or a format failure, into its row.
 
     The reward of a rollout without a usable label is masked in training, so it is null here.
-
-    Args:
-        rollout: judged (its `outcome` is set) or a format failure.
-        image: path of the image relative to the run directory.
-        step: training step, None for evaluation.
     """
     outcome = rollout.outcome
-    failure = None
-    if isinstance(outcome, Failure):
-        failure = f"{outcome.kind.value}: {outcome.message}"
+    failure = f"{outcome.kind.value}: {outcome.message}" if isinstance(outcome, Failure) else None
     return Prediction(
         prompt_id=rollout.prompt_id,
         dataset=rollout.dataset,
@@ -102,12 +95,17 @@ def from_rollout(rollout: Rollout, image: str = "", step: int | None = None) -> 
         completion=rollout.completion,
         prediction=rollout.prediction,
         category=rollout.category,
-        reward=None if isinstance(outcome, Failure) else float(rollout.reward),
+        reward=None if failure else float(rollout.reward),
         sample_index=rollout.sample_index,
         advantage=float(rollout.advantage),
         step=step,
         failure=failure,
     )
+
+
+_REQUIRED = (
+    "prediction", "category", "prompt_id", "dataset", "ground_truth", "completion", "sample_index",
+)  # fmt: skip
 
 
 def parse_prediction(row: JsonValue) -> Prediction:
@@ -122,43 +120,45 @@ def parse_prediction(row: JsonValue) -> Prediction:
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    prediction = _text(row, "prediction", is_nullable=True)
+    for name in _REQUIRED:
+        if name not in row:
+            raise ValueError(f"field {name!r} is missing")
+    prediction = _text_or_none(row, "prediction")
     if prediction is not None and not prediction.strip():
         prediction = None
-    label = _text(row, "category", is_nullable=True)
+    label = _text_or_none(row, "category")
     if prediction is None and label is not None:
         raise ValueError(
             f"prediction is null but category is {label!r}: a format failure has no category"
         )
     return Prediction(
-        prompt_id=_text(row, "prompt_id") or "",
-        dataset=_text(row, "dataset") or "",
-        image=_text(row, "image", is_nullable=True, default="") or "",
-        ground_truth=_text(row, "ground_truth") or "",
-        completion=_text(row, "completion") or "",
+        prompt_id=_text(row, "prompt_id"),
+        dataset=_text(row, "dataset"),
+        image=_text_or_none(row, "image") or "",
+        ground_truth=_text(row, "ground_truth"),
+        completion=_text(row, "completion"),
         prediction=prediction,
         category=None if label is None else Category.from_label(label),
         reward=_number(row, "reward"),
-        sample_index=_integer(row, "sample_index", is_required=True) or 0,
+        sample_index=_integer(row, "sample_index"),
         advantage=_number(row, "advantage"),
-        step=_integer(row, "step"),
-        failure=_text(row, "failure", is_nullable=True, default=None),
+        step=None if row.get("step") is None else _integer(row, "step"),
+        failure=_text_or_none(row, "failure"),
     )
 
 
-_REQUIRED = object()
+def _text(row: JsonObject, name: str) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} is {value!r}: expected a string")
+    return value
 
 
-def _text(
-    row: JsonObject, name: str, *, is_nullable: bool = False, default: object = _REQUIRED
-) -> str | None:
-    value = row.get(name, default)
-    if value is _REQUIRED:
-        raise ValueError(f"field {name!r} is missing")
-    if isinstance(value, str) or (value is None and is_nullable):
-        return value
-    expected = "a string or null" if is_nullable else "a string"
-    raise ValueError(f"field {name!r} is {value!r}: expected {expected}")
+def _text_or_none(row: JsonObject, name: str) -> str | None:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"field {name!r} is {value!r}: expected a string or null")
+    return value
 
 
 def _number(row: JsonObject, name: str) -> float | None:
@@ -170,10 +170,8 @@ def _number(row: JsonObject, name: str) -> float | None:
     return float(value)
 
 
-def _integer(row: JsonObject, name: str, *, is_required: bool = False) -> int | None:
-    value = row.get(name)
-    if value is None and not is_required:
-        return None
+def _integer(row: JsonObject, name: str) -> int:
+    value = row[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"field {name!r} is {value!r}: expected an integer >= 0")
     return value

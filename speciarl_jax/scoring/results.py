@@ -5,31 +5,25 @@ from __future__ import annotations
 from typing import Literal, NotRequired, TypeAlias, TypedDict
 
 MainMetric: TypeAlias = Literal["correctness", "specificity", "hm"]
-
-
 Metric: TypeAlias = Literal[
     "correctness", "specificity", "hm", "format_failure_rate", "judge_failure_rate"
 ]
-
-
 TextMetric: TypeAlias = Literal["text_inclusion", "semantic_similarity", "concept_similarity"]
-
-
 Estimate: TypeAlias = dict[str, float | None]  # value, low, high; None where undefined
 
 
-class MainScores(TypedDict):
-    """The metrics of an evaluation on one data set, or on an average of several."""
+class MainEstimates(TypedDict):
+    """The paper's three metrics."""
 
     correctness: Estimate
     specificity: Estimate
     hm: Estimate
-    n: int
 
 
-class Scores(MainScores):
+class Scores(MainEstimates):
     """An entry of ``datasets`` or ``averages`` in ``metrics.json``."""
 
+    n: int
     format_failure_rate: Estimate
     judge_failure_rate: Estimate
     hm_of_means: NotRequired[Estimate]  # averages
@@ -39,13 +33,10 @@ class Scores(MainScores):
     completion_words: NotRequired[float | None]
 
 
-class CurvePoint(TypedDict):
+class CurvePoint(MainEstimates):
     """What the best of k answers would score."""
 
     k: int
-    correctness: Estimate
-    specificity: Estimate
-    hm: Estimate
     format_failure_rate: Estimate
     hm_of_means: NotRequired[Estimate]
     images_short: NotRequired[int]
@@ -66,17 +57,12 @@ class BestOfs(TypedDict):
     averages: dict[str, list[CurvePoint]]
 
 
-class ScoringSettings(TypedDict):
-    """How rows become metrics; `scoring.score_dataset` says what they mean."""
+class MetricsSettings(TypedDict):
+    """``settings`` in ``metrics.json``: a `bootstrap.ScoringRule` and what is averaged."""
 
     format_failures: str
     bootstrap_samples: int
     seed: int
-
-
-class MetricsSettings(ScoringSettings):
-    """``settings`` in ``metrics.json``."""
-
     confidence: float
     in_domain: list[str]
 
@@ -107,15 +93,21 @@ class Evaluation(TypedDict):
     text: NotRequired[TextMetrics]
 
 
-class Difference(TypedDict):
-    """Evaluation of one evaluation minus those of another on the same images."""
+class Difference(MainEstimates):
+    """The metrics of one evaluation minus those of another on the same images."""
 
-    correctness: Estimate
-    specificity: Estimate
-    hm: Estimate
     format_failure_rate: Estimate
     judge_failure_rate: Estimate
     hm_of_means: Estimate
     n_images: int
     correctness_interval: Literal["score", "bootstrap"]
     discordant: int | None  # images wrong on one side only; None with the bootstrap's interval
+
+
+class Comparison(TypedDict):
+    """Two evaluations on the data sets both have, and b minus a."""
+
+    a: Evaluation
+    b: Evaluation
+    differences: dict[str, Difference]  # by data set and ``mean <average>``
+    left_out: list[str]  # data sets that only one has

@@ -4,8 +4,8 @@
     semantic similarity   cosine of the embeddings of truth and answer
     concept similarity    highest cosine of the truth and any run of 1 to 3 words of the answer
 
-Similarities need an `Embedder`, which is not shipped, such as `text_model.SentenceModel`. A format
-failure has cosine 0.
+Similarities need an `Embedder`, which is not shipped, such as `sentence_model.SentenceModel`. A
+format failure has cosine 0.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ def score_text(
     Args:
         predictions: rows, of whatever data sets; images weigh by their number of rows.
         embedder: similarities are left out if None.
-        bootstrap_samples: resamples of the images.
-        seed: of the resampling.
+        bootstrap_samples, seed: see `bootstrap.ScoringRule`.
 
     Returns:
         ``{"datasets": {name: scores}, "averages": {"all": scores}}``; scores hold
@@ -114,7 +113,7 @@ def score_text(
     members = list(scored.values())
     return {
         "datasets": {name: _scores(s) for name, s in scored.items()},
-        "averages": {"all": _average(members, metrics)} if members else {},
+        "averages": {"all": _scores(bootstrap.mean(members))} if members else {},
     }
 
 
@@ -130,16 +129,6 @@ def _resampled(
         len(moments),
         int(total[0]),
     )
-
-
-def _average(members: Sequence[bootstrap.Scored], metrics: Sequence[str]) -> TextScores:
-    average = bootstrap.Scored(
-        {m: float(np.mean([s.values[m] for s in members])) for m in metrics},
-        {m: np.mean([s.replicates[m] for s in members], axis=0) for m in metrics},
-        min(s.images for s in members),
-        sum(s.rows for s in members),
-    )
-    return _scores(average)
 
 
 def _scores(scored: bootstrap.Scored) -> TextScores:

@@ -133,7 +133,7 @@ class OurSide:
                 seed=0,
                 step=0,
             )
-            count = sum(len(row.tokens) for rows in found for row in rows)
+            count = sum(len(row.completion_tokens) for rows in found for row in rows)
             if count != expected:
                 raise RuntimeError(f"engine sampled {count} tokens, expected {expected}")
 
@@ -367,7 +367,7 @@ def utilisation(
     )
     got = np.zeros_like(lengths)
     for row in (row for finished in rows for row in finished):
-        got[row.prompt, row.sample] += len(row.tokens)
+        got[row.prompt, row.sample] += len(row.completion_tokens)
     if not np.array_equal(got, lengths):
         raise RuntimeError("answers of other lengths than scripted came out of the engine")
     stats: RolloutStats = engine.stats

@@ -14,11 +14,12 @@ from PIL import Image
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.convert.export import save_hf
-from speciarl_jax.data.images import ImageLimits, grid_of, image_patches, resize_image
+from speciarl_jax.data.images import ImageLimits, grid_of, resize_image
 from speciarl_jax.data.positions import mrope_positions
 from speciarl_jax.data.prompts import EncodedPrompt
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import Policy
+from tests.support.hf_order import hf_order
 
 LIMITS = ImageLimits(28 * 28, 28 * 28 * 1280)
 _SPECIAL = {"vision_start": 1, "vision_end": 2, "image": 3, "video": 4}  # token ids
@@ -145,7 +146,6 @@ def encode_prompts(
                 prompt_id=name,
                 ground_truth="",
                 dataset="",
-                image_name=name,
                 tokens=tokens,
                 longest_tokens=len(tokens),
                 positions=positions,
@@ -169,11 +169,11 @@ def peer_inputs(
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt.tokens) :] = prompt.tokens
         mask[row, length - len(prompt.tokens) :] = 1
-    patched = [image_patches(image, arch.vision, LIMITS) for image in images]
+    patched = [hf_order(image, arch.vision, LIMITS) for image in images]
     return {
         "input_ids": torch.from_numpy(tokens),
         "attention_mask": torch.from_numpy(mask),
         "mm_token_type_ids": torch.from_numpy((tokens == arch.image_token_id).astype(np.int64)),
-        "pixel_values": torch.from_numpy(np.concatenate([one.patches for one in patched])),
-        "image_grid_thw": torch.tensor([one.grid for one in patched]),
+        "pixel_values": torch.from_numpy(np.concatenate([patches for patches, _ in patched])),
+        "image_grid_thw": torch.tensor([grid for _, grid in patched]),
     }

@@ -25,7 +25,7 @@ from speciarl_jax.convert.parity.torch_reference import (
     greedy_tokens,
 )
 from speciarl_jax.policy.layers import Dtypes
-from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.policy.model import encode_images
 from tests.support.hf_reference import Spec, make_inputs, random_model, save_model
 
 TOLERANCE = 2e-5

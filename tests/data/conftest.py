@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -11,7 +12,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from speciarl_jax.arch import Arch, TextArch, VisionArch
+from speciarl_jax.config.schema import DataConfig
 from speciarl_jax.data.images import ImageLimits
+from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.prompts import PromptBuilder, PromptTemplate
 from speciarl_jax.types import Example
 
@@ -154,3 +157,17 @@ def make_examples():
 
 def _sized(i: int) -> Image.Image:
     return _noise_image(28 + 14 * (i % 9), 30 + 11 * (i % 7), seed=i)
+
+
+@pytest.fixture(scope="session")
+def open_loader(tmp_path_factory):
+    """Factory (source, builder, batch_size, **fields of DataConfig, **options of PromptLoader)."""
+    data_dir = str(tmp_path_factory.mktemp("data"))
+    fields = {field.name for field in dataclasses.fields(DataConfig)}
+
+    def open_(source, builder, batch_size, **options) -> PromptLoader:
+        data = {name: options.pop(name) for name in fields & set(options)}
+        config = DataConfig(data_dir=data_dir, **data)
+        return PromptLoader(config, source, builder, batch_size, **options)
+
+    return open_

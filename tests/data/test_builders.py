@@ -22,7 +22,7 @@ import pytest
 import requests
 
 from speciarl_jax.data.field_guide.builder import FieldGuide, FieldGuideConfig
-from speciarl_jax.data.sources import archives, benchmarks, builder, layouts
+from speciarl_jax.data.sources import archives, benchmarks, builder, layouts, releases
 from speciarl_jax.data.sources.catalog import open_source
 from tests.support import official
 
@@ -115,7 +115,7 @@ def test_builds_from_official_layout(case, tmp_path):
 
 def test_official_numbers():
     """Images of the six, as their authors state them."""
-    totals = {name: sum(b.counts.values()) for name, b in benchmarks.BENCHMARKS.items()}
+    totals = {name: sum(b.counts.values()) for name, b in releases.BENCHMARKS.items()}
     assert totals == {
         "cub": 11_788,
         "flowers": 8_189,
@@ -124,10 +124,19 @@ def test_official_numbers():
         "cars": 16_185,
         "aircraft": 10_000,
     }
-    assert benchmarks.BENCHMARKS["flowers"].coop_counts["test"] == 2_463
+    assert releases.BENCHMARKS["flowers"].coop_counts["test"] == 2_463
     for name in ("flowers", "food", "pets"):
-        assert sum(benchmarks.BENCHMARKS[name].coop_counts.values()) == totals[name]
+        assert sum(releases.BENCHMARKS[name].coop_counts.values()) == totals[name]
     assert len(set(layouts.flower_names())) == 102
+    files = [d for b in releases.BENCHMARKS.values() for d in b.downloads]
+    assert [d.filename for d in files][:4] == [
+        "CUB_200_2011.tgz",
+        "102flowers.tgz",
+        "imagelabels.mat",
+        "setid.mat",
+    ]
+    assert [len(d.sha256) for d in files] == [64] * 7 + [0]
+    assert sum(d.size for d in files) == 7_302_833_719
 
 
 @pytest.mark.parametrize(
@@ -289,8 +298,8 @@ def _served(server, tmp_path, monkeypatch, sha256=None):
     for path in map(pathlib.Path, paths):
         digest = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
         url = f"{server}/{path.name}"
-        downloads.append(benchmarks.Download(url, path.name, path.stat().st_size, digest))
-    tiny = benchmarks.Benchmark(
+        downloads.append(releases.Download(url, path.name, path.stat().st_size, digest))
+    tiny = releases.Benchmark(
         "tiny_flowers",
         "tiny",
         tuple(downloads),
@@ -298,7 +307,7 @@ def _served(server, tmp_path, monkeypatch, sha256=None):
         {"train": 2, "validation": 2, "test": 4},
         5,
     )
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "tiny_flowers", tiny)
+    monkeypatch.setitem(releases.BENCHMARKS, "tiny_flowers", tiny)
 
 
 def test_downloads_with_checksums(server, tmp_path, monkeypatch):
@@ -319,17 +328,17 @@ def test_wrong_download_is_refused(server, tmp_path, monkeypatch):
 def test_no_connection_is_told_at_once_unless_all_is_there(server, tmp_path, monkeypatch):
     _served(server, tmp_path, monkeypatch)
     folder = benchmarks.build("tiny_flowers", tmp_path / "data")
-    whole = benchmarks.BENCHMARKS["tiny_flowers"]
+    whole = releases.BENCHMARKS["tiny_flowers"]
     gone = [dataclasses.replace(d, url=f"http://127.0.0.1:9/{d.filename}") for d in whole.downloads]
     monkeypatch.setitem(
-        benchmarks.BENCHMARKS, "tiny_flowers", dataclasses.replace(whole, downloads=tuple(gone))
+        releases.BENCHMARKS, "tiny_flowers", dataclasses.replace(whole, downloads=tuple(gone))
     )
     started = time.monotonic()
     with pytest.raises(ValueError, match=r"download failed .*--archive=FILE"):
         benchmarks.build("tiny_flowers", tmp_path / "other")
     assert time.monotonic() - started < 10
     shutil.rmtree(folder)
-    monkeypatch.setitem(benchmarks.BENCHMARKS, "tiny_flowers", whole)
+    monkeypatch.setitem(releases.BENCHMARKS, "tiny_flowers", whole)
     shutil.rmtree(tmp_path / "www")  # built again from what was kept
     monkeypatch.setattr(requests, "get", None)
     assert builder.is_built(benchmarks.build("tiny_flowers", tmp_path / "data"))
@@ -344,9 +353,9 @@ def test_failed_download_is_one_line(server, tmp_path, monkeypatch):
 
 KILLED = """
 import sys
-from speciarl_jax.data.builders import base
-from speciarl_jax.data.builders.field_guide import FieldGuide, FieldGuideConfig
-base.prepare(FieldGuide, sys.argv[1], FieldGuideConfig.make("dogs", test=400))
+from speciarl_jax.data.field_guide.builder import FieldGuide, FieldGuideConfig
+from speciarl_jax.data.sources import builder
+builder.prepare(FieldGuide, sys.argv[1], FieldGuideConfig.make("dogs", test=400))
 """
 
 

@@ -17,12 +17,12 @@ from speciarl_jax.data.decode import BadImageError, decode_image
 from speciarl_jax.data.images import (
     ImageLimits,
     VisionArrays,
-    image_patches,
     num_windows,
     resize_image,
     smart_resize,
     window_layout,
 )
+from tests.support.hf_order import hf_order
 
 SIZES = [
     (28, 28), (29, 27), (56, 560), (560, 56), (84, 168), (100, 37), (112, 112), (113, 225),
@@ -43,9 +43,9 @@ def _hf_processor(limits: ImageLimits):
 def test_patches_equal_hf(width, height, limits, arch, noise_image):
     image = noise_image(width, height)
     expected = _hf_processor(limits)(images=[image], return_tensors="np")
-    got = image_patches(image, arch.vision, limits)
-    assert got.grid == tuple(expected["image_grid_thw"][0])
-    np.testing.assert_allclose(got.patches, expected["pixel_values"], rtol=0, atol=1e-6)
+    patches, grid = hf_order(image, arch.vision, limits)
+    assert grid == tuple(expected["image_grid_thw"][0])
+    np.testing.assert_allclose(patches, expected["pixel_values"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "CMYK"])
@@ -53,8 +53,8 @@ def test_colour_modes_equal_hf(mode, arch, limits, noise_image, encode):
     image = noise_image(90, 70, mode=mode)
     kind = {"CMYK": "TIFF"}.get(mode, "PNG")
     expected = _hf_processor(limits)(images=[image], return_tensors="np")
-    got = image_patches(decode_image(encode(image, kind)), arch.vision, limits)
-    np.testing.assert_allclose(got.patches, expected["pixel_values"], rtol=0, atol=1e-6)
+    patches, _ = hf_order(decode_image(encode(image, kind)), arch.vision, limits)
+    np.testing.assert_allclose(patches, expected["pixel_values"], rtol=0, atol=1e-6)
 
 
 @given(
@@ -94,7 +94,7 @@ def test_window_layout_equals_hf_less_padding(grid, window_px, arch):
     merged = layout.source.reshape(-1, 4)[:, 0]
     is_real = merged >= 0
     np.testing.assert_array_equal(merged[is_real] // 4, window_index.numpy())
-    per_window = (layout.source >= 0).reshape(layout.num_windows, -1).sum(1)
+    per_window = (layout.source >= 0).reshape(-1, vision.window_patches).sum(1)
     np.testing.assert_array_equal(np.cumsum(per_window), cu_seqlens.numpy()[1:])
     positions = get_vision_position_ids(hf_grid, 2).numpy()
     real_patches = layout.source >= 0
@@ -104,14 +104,13 @@ def test_window_layout_equals_hf_less_padding(grid, window_px, arch):
     assert not layout.positions[~real_patches].any()
     # merged_rows undoes the window order: raster token k sits at row merged_rows[k].
     np.testing.assert_array_equal(merged[layout.merged_rows] // 4, np.arange(len(window_index)))
-    assert layout.num_windows == num_windows(grid, vision)
-    assert len(layout.source) == layout.num_windows * vision.window_patches
+    assert len(layout.source) == num_windows(grid, vision) * vision.window_patches
 
 
 def test_window_layout_by_hand(arch):
     """A row of 5 merged tokens, windows of 4 x 4: two windows; the second holds one token."""
     layout = window_layout((1, 2, 10), arch.vision)
-    assert layout.num_windows == 2
+    assert len(layout.source) == 2 * arch.vision.window_patches
     assert layout.merged_rows.tolist() == [0, 1, 2, 3, 16]
     assert layout.source[:16].tolist() == list(range(16))
     assert layout.source[64:68].tolist() == [16, 17, 18, 19]
@@ -127,18 +126,17 @@ def test_window_layout_refuses(grid, arch):
 
 def test_fill_windows_is_the_hf_array_in_window_order(arch, limits, noise_image):
     image = noise_image(150, 90)
-    reference = image_patches(image, arch.vision, limits)
+    reference = _hf_processor(limits)(images=[image], return_tensors="np")["pixel_values"]
     arrays = VisionArrays.empty(2, 4, arch.vision)
     layout = arrays.fill_windows(1, resize_image(image, arch.vision, limits), arch.vision, limits)
     used = len(layout.source)
     is_real = layout.source >= 0
-    np.testing.assert_array_equal(
-        arrays.patches[1, :used][is_real], reference.patches[layout.source[is_real]]
-    )
+    got = arrays.patches[1, :used][is_real]
+    np.testing.assert_allclose(got, reference[layout.source[is_real]], rtol=0, atol=1e-6)
     assert not arrays.patches[1, :used][~is_real].any()
     assert not arrays.patches[1, used:].any()
     assert not arrays.mask[0].any()
-    assert arrays.mask[1].sum() == len(reference.patches)
+    assert arrays.mask[1].sum() == len(reference)
 
 
 def test_exif_orientation_is_applied(encode):
@@ -270,6 +268,6 @@ def test_limits_refuse(content, message, tmp_path, arch):
         ImageLimits.from_dir(tmp_path, arch.vision)
 
 
-def test_limits_need_a_file(tmp_path):
+def test_limits_need_a_file(tmp_path, arch):
     with pytest.raises(ValueError, match="not found"):
-        ImageLimits.from_dir(tmp_path)
+        ImageLimits.from_dir(tmp_path, arch.vision)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speciarl_jax.config.schema import DataConfig
 from speciarl_jax.data.index import PixelCache, build_index
-from speciarl_jax.data.loader import EpochPlan, PromptLoader, host_rows, permutation
+from speciarl_jax.data.loader import EpochPlan, host_rows, permutation
 
 
 class Recorded:
@@ -56,8 +57,8 @@ def test_permutation_is_pinned():
 PINNED = [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
 
 
-def test_epochs_are_permutations_and_differ(examples, builder):
-    loader = PromptLoader(examples, builder, 4, seed=5, num_epochs=3, drop_last=False)
+def test_epochs_are_permutations_and_differ(examples, builder, open_loader):
+    loader = open_loader(examples, builder, 4, seed=5, num_epochs=3, drop_last=False)
     assert loader.num_batches == 18
     ids = _ids(loader)
     epochs = [ids[k * 23 : (k + 1) * 23] for k in range(3)]
@@ -65,9 +66,9 @@ def test_epochs_are_permutations_and_differ(examples, builder):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_training_drops_evaluation_pads(examples, builder):
-    assert len(_ids(PromptLoader(examples, builder, 4, num_epochs=1))) == 20
-    loader = PromptLoader(examples, builder, 8, shuffle=False, num_epochs=1)
+def test_training_drops_evaluation_pads(examples, builder, open_loader):
+    assert len(_ids(open_loader(examples, builder, 4, num_epochs=1))) == 20
+    loader = open_loader(examples, builder, 8, shuffle=False, num_epochs=1)
     batches = list(loader)
     assert [int(b.is_real.sum()) for b in batches] == [8, 8, 7]
     assert {len(b.prompt_ids) for b in batches} == {8}
@@ -77,9 +78,9 @@ def test_training_drops_evaluation_pads(examples, builder):
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_threads", [1, 4])
-def test_order_does_not_depend_on_workers(num_workers, num_threads, examples, builder):
-    reference = _ids(PromptLoader(examples, builder, 4, seed=1, num_epochs=2))
-    loader = PromptLoader(
+def test_order_does_not_depend_on_workers(num_workers, num_threads, examples, builder, open_loader):
+    reference = _ids(open_loader(examples, builder, 4, seed=1, num_epochs=2))
+    loader = open_loader(
         examples,
         builder,
         4,
@@ -102,13 +103,13 @@ def test_order_does_not_depend_on_workers(num_workers, num_threads, examples, bu
 )
 @settings(deadline=None, max_examples=25)
 def test_any_kill_and_resume_gives_the_same_prompts(
-    cuts, batch_size, seed, drop_last, hosts, threads, examples, builder
+    cuts, batch_size, seed, drop_last, hosts, threads, examples, builder, open_loader
 ):
     """Each cut consumes some batches, saves, reads ahead or not, and is killed."""
 
     def start(host_count, num_threads):
         return [
-            PromptLoader(
+            open_loader(
                 examples,
                 builder,
                 batch_size,
@@ -153,10 +154,10 @@ def test_any_kill_and_resume_gives_the_same_prompts(
     assert seen == expected
 
 
-def test_hosts_slice_batches(examples, builder):
-    whole = PromptLoader(examples, builder, 4, seed=2, num_epochs=1)
+def test_hosts_slice_batches(examples, builder, open_loader):
+    whole = open_loader(examples, builder, 4, seed=2, num_epochs=1)
     parts = [
-        PromptLoader(examples, builder, 4, seed=2, num_epochs=1, process_index=k, process_count=2)
+        open_loader(examples, builder, 4, seed=2, num_epochs=1, process_index=k, process_count=2)
         for k in range(2)
     ]
     for batch in whole:
@@ -166,12 +167,12 @@ def test_hosts_slice_batches(examples, builder):
         np.testing.assert_array_equal(batch.global_index, joined)
 
 
-def test_resume_on_other_numbers_of_hosts(examples, builder):
+def test_resume_on_other_numbers_of_hosts(examples, builder, open_loader):
     """Two hosts take two batches, one host takes one, four hosts the rest: the same prompts."""
 
     def open_hosts(count):
         return [
-            PromptLoader(
+            open_loader(
                 examples, builder, 4, seed=7, num_epochs=2, process_index=k, process_count=count
             )
             for k in range(count)
@@ -196,9 +197,9 @@ def test_resume_on_other_numbers_of_hosts(examples, builder):
     assert seen == expected
 
 
-def test_last_batch_may_be_all_padding_on_a_host(examples, builder):
+def test_last_batch_may_be_all_padding_on_a_host(examples, builder, open_loader):
     loaders = [
-        PromptLoader(
+        open_loader(
             examples[:5],
             builder,
             4,
@@ -214,56 +215,61 @@ def test_last_batch_may_be_all_padding_on_a_host(examples, builder):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_shapes_announce_exactly_what_comes(shuffle, examples, builder):
+def test_shapes_announce_exactly_what_comes(shuffle, examples, builder, open_loader):
     options = {"seed": 3, "num_epochs": 2, "shuffle": shuffle, "drop_last": False}
-    loader = PromptLoader(examples, builder, 3, **options)
+    loader = open_loader(examples, builder, 3, **options)
     announced = loader.shapes(loader.num_batches)
     merge = builder.arch.vision.window_patches
     seen = {(b.tokens.shape[1], b.vision.patches.shape[1] // merge) for b in loader}
     assert seen == set(announced)
 
 
-def test_state_of_other_data_is_refused(examples, builder):
-    state = PromptLoader(examples, builder, 4, seed=1).get_state()
+def test_state_of_other_data_is_refused(examples, builder, open_loader):
+    state = open_loader(examples, builder, 4, seed=1).get_state()
     for other, field in (
-        (PromptLoader(examples, builder, 4, seed=2), "seed"),
-        (PromptLoader(examples, builder, 2, seed=1), "batch_size"),
-        (PromptLoader(examples[:-1], builder, 4, seed=1), "data"),
-        (PromptLoader(examples, builder, 4, seed=1, shuffle=False, drop_last=True), "is_shuffled"),
+        (open_loader(examples, builder, 4, seed=2), "seed"),
+        (open_loader(examples, builder, 2, seed=1), "batch_size"),
+        (open_loader(examples[:-1], builder, 4, seed=1), "data"),
+        (open_loader(examples, builder, 4, seed=1, shuffle=False, drop_last=True), "is_shuffled"),
     ):
         with pytest.raises(ValueError, match=field):
             other.set_state(state)
     with pytest.raises(ValueError, match="multiple of 4"):
-        PromptLoader(examples, builder, 4, seed=1).set_state({**state, "position": 3})
+        open_loader(examples, builder, 4, seed=1).set_state({**state, "position": 3})
     with pytest.raises(ValueError, match="multiple of 4"):
-        PromptLoader(examples, builder, 4, seed=1).set_state({**state, "position": None})
+        open_loader(examples, builder, 4, seed=1).set_state({**state, "position": None})
 
 
-def test_bad_images_are_skipped_listed_and_budgeted(make_examples, builder):
+def test_bad_images_are_skipped_listed_and_budgeted(make_examples, builder, open_loader):
     examples = make_examples(20, bad=(3, 7))
-    loader = PromptLoader(examples, builder, 2, num_epochs=1, bad_image_budget_frac=0.1)
+    loader = open_loader(examples, builder, 2, num_epochs=1, bad_image_budget_frac=0.1)
     assert [s.image_name for s in loader.index.bad] == ["3.png", "7.png"]
     assert "cannot decode" in loader.index.bad[0].reason
     assert len(_ids(loader)) == 18
     with pytest.raises(ValueError, match=r"2 of 20 images.*3\.png.*7\.png"):
-        PromptLoader(examples, builder, 2, bad_image_budget_frac=0.09)
+        open_loader(examples, builder, 2, bad_image_budget_frac=0.09)
 
 
-def test_over_long_prompts_count_image_tokens(examples, builder):
-    lengths = build_index(examples, builder, 2048).num_tokens
+def _index(source, builder, index_dir, **data):
+    return build_index(source, builder, DataConfig(**data), PixelCache(0), index_dir)
+
+
+def test_over_long_prompts_count_image_tokens(examples, builder, tmp_path):
+    lengths = _index(examples, builder, tmp_path).num_tokens
     limit = int(np.median(lengths))
-    index = build_index(examples, builder, limit)
+    index = _index(examples, builder, tmp_path, max_prompt_tokens=limit)
     assert index.num_tokens.max() <= limit
     assert len(index.over_long) == int((lengths > limit).sum()) > 0
     with pytest.raises(ValueError, match=r"shortest has \d+ tokens"):
-        build_index(examples, builder, 5)
+        _index(examples, builder, tmp_path, max_prompt_tokens=5)
+    assert not any(tmp_path.iterdir())  # a plain list has no fingerprint to keep an index under
 
 
-def test_duplicate_ids_and_empty_sources_are_refused(examples, builder):
+def test_duplicate_ids_and_empty_sources_are_refused(examples, builder, tmp_path):
     with pytest.raises(ValueError, match="occurs twice"):
-        build_index([*examples, examples[0]], builder, 2048)
+        _index([*examples, examples[0]], builder, tmp_path)
     with pytest.raises(ValueError, match="empty"):
-        build_index([], builder, 2048)
+        _index([], builder, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -275,40 +281,40 @@ def test_duplicate_ids_and_empty_sources_are_refused(examples, builder):
         ({"batch_size": 4, "process_index": 2, "process_count": 2}, "process_index=2"),
     ],
 )
-def test_sizes_that_do_not_fit(options, message, examples, builder):
+def test_sizes_that_do_not_fit(options, message, examples, builder, open_loader):
     with pytest.raises(ValueError, match=message):
-        PromptLoader(examples, builder, **options)
+        open_loader(examples, builder, **options)
 
 
 def test_index_is_kept_on_disk_and_mended(examples, builder, tmp_path):
     first = Recorded(examples)
-    index = build_index(first, builder, 2048, index_dir=tmp_path)
+    index = _index(first, builder, tmp_path)
     again = Recorded(examples)
-    kept = build_index(again, builder, 2048, index_dir=tmp_path)
+    kept = _index(again, builder, tmp_path)
     assert again.reads == 0
     np.testing.assert_array_equal(kept.kept, index.kept)
     assert kept.fingerprint == index.fingerprint
     (file,) = tmp_path.iterdir()
     file.write_text("[[1, 2")
     damaged = Recorded(examples)
-    build_index(damaged, builder, 2048, index_dir=tmp_path)
+    _index(damaged, builder, tmp_path)
     assert damaged.reads == len(examples)
 
 
-def test_cache_respects_its_budget_and_saves_decoding(examples, builder):
+def test_cache_respects_its_budget_and_saves_decoding(examples, builder, open_loader, tmp_path):
     cache = PixelCache(50_000)
-    build_index(examples, builder, 2048, cache=cache)
+    build_index(examples, builder, DataConfig(), cache, tmp_path)
     assert 0 < cache.used_bytes <= 50_000
     options = {"seed": 1, "num_epochs": 2}
-    with_cache = [b.vision.patches for b in PromptLoader(examples, builder, 4, **options)]
-    without = PromptLoader(examples, builder, 4, cache_bytes=0, **options)
+    with_cache = [b.vision.patches for b in open_loader(examples, builder, 4, **options)]
+    without = open_loader(examples, builder, 4, cache_mb=0, **options)
     for expected, batch in zip(with_cache, without, strict=True):
         np.testing.assert_array_equal(batch.vision.patches, expected)
 
 
-def test_the_next_batch_is_made_while_the_step_runs(examples, builder):
+def test_the_next_batch_is_made_while_the_step_runs(examples, builder, open_loader):
     source = Recorded(examples)
-    loader = PromptLoader(source, builder, 4, cache_bytes=0)
+    loader = open_loader(source, builder, 4, cache_mb=0)
     next(loader)
     deadline = time.monotonic() + 30
     while source.reads < len(examples) + 8 and time.monotonic() < deadline:

@@ -14,9 +14,10 @@ import pytest
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
 from speciarl_jax.data.collate import WINDOW_BUCKETS, collate, prompt_bucket, window_bucket
-from speciarl_jax.data.images import ImageLimits, image_patches
+from speciarl_jax.data.images import ImageLimits
 from speciarl_jax.data.prompts import PromptBuilder, PromptTemplate
 from speciarl_jax.types import Example
+from tests.support.hf_order import hf_order
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_tokens_and_patches_equal_hf(
     expected = hf_processor(text=[text], images=images or None, return_tensors="np")
     np.testing.assert_array_equal(encoded.tokens, expected["input_ids"][0])
     if images:
-        ours = [image_patches(image, arch.vision, limits).patches for image in images]
+        ours = [hf_order(image, arch.vision, limits)[0] for image in images]
         np.testing.assert_allclose(np.concatenate(ours), expected["pixel_values"], atol=1e-6)
 
 

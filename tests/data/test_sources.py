@@ -98,12 +98,12 @@ def test_folder_taxonomy_is_what_the_offline_judge_reads(photos, tmp_path):
     assert judge.category("Black Crow", "Red finch") is Category.WRONG
 
 
-def test_folder_of_photographs_loads(photos, builder):
+def test_folder_of_photographs_loads(photos, builder, open_loader):
     source = open_folder(photos, "train")
-    loader = PromptLoader(source, builder, 2, num_epochs=1, bad_image_budget_frac=0.5)
+    loader = open_loader(source, builder, 2, num_epochs=1, bad_image_budget_frac=0.5)
     assert sum(int(b.is_real.sum()) for b in loader) >= 4
     bad = [*loader.index.bad]
-    test_loader = PromptLoader(open_folder(photos, "test"), builder, 1, bad_image_budget_frac=0.5)
+    test_loader = open_loader(open_folder(photos, "test"), builder, 1, bad_image_budget_frac=0.5)
     bad += test_loader.index.bad
     assert [s.image_name for s in bad] == ["dogs/Pug/broken.jpg"]
 
@@ -151,11 +151,13 @@ def test_bad_manifests(name, content, message, tmp_path):
         open_folder(tmp_path / name, "train")
 
 
-def test_missing_files_of_a_manifest_are_bad_images(tmp_path, builder, encode, noise_image):
+def test_missing_files_of_a_manifest_are_bad_images(
+    tmp_path, builder, encode, noise_image, open_loader
+):
     (tmp_path / "a.png").write_bytes(encode(noise_image(30, 30)))
     (tmp_path / "m.csv").write_text("image,label,split\na.png,x,train\ngone.png,y,train\n")
     source = open_folder(tmp_path / "m.csv", "train")
-    loader = PromptLoader(source, builder, 1, bad_image_budget_frac=0.5)
+    loader = open_loader(source, builder, 1, bad_image_budget_frac=0.5)
     assert [s.image_name for s in loader.index.bad] == ["gone.png"]
     assert "missing" in loader.index.bad[0].reason
 
@@ -383,11 +385,11 @@ def test_recipe_to_loader(data_dir, tokenizer, arch, tmp_path):
     builder = recipe.make_builder(data, tokenizer, arch, tmp_path)
     assert builder.limits.max_pixels == 112 * 112
     train = recipe.open_train_source(data)
-    loader = recipe.make_loader(data, train, builder, 4, seed=1, num_epochs=1)
+    loader = PromptLoader(data, train, builder, 4, seed=1, num_epochs=1)
     ids = [i for batch in loader for i in batch.prompt_ids]
     assert len(ids) == 8
     evaluation = recipe.open_eval_source(data, data.eval_sources[0])
-    batches = list(recipe.make_loader(data, evaluation, builder, 4, shuffle=False, num_epochs=1))
+    batches = list(PromptLoader(data, evaluation, builder, 4, shuffle=False, num_epochs=1))
     assert sum(int(b.is_real.sum()) for b in batches) == 5
     assert np.isfinite(batches[0].vision.patches).all()
     assert list((data_dir / "index").iterdir())

@@ -39,11 +39,11 @@ def test_measure_by_hand():
     ]
     outcomes = [Verdict(S, "m"), Verdict(S, "m"), Verdict(W, "m"), failure(FailureKind.TIMEOUT, "")]
     result = measure(items, outcomes)
-    assert result["num_failed"] == 1
-    assert result["agreement"] == pytest.approx(1 / 3)
-    assert result["reward_agreement"] == 1.0
-    assert result["confusion"]["more_specific"]["specific"] == 1
-    assert result["by_group"] == {"domain/birds": 0.5, "domain/cars": 0.0}
+    assert result.num_failed == 1
+    assert result.agreement == pytest.approx(1 / 3)
+    assert result.reward_agreement == 1.0
+    assert result.confusion["more_specific"]["specific"] == 1
+    assert result.by_group == {"domain/birds": 0.5, "domain/cars": 0.0}
 
 
 def test_shipped_set_is_what_it_says():

@@ -24,7 +24,7 @@ from speciarl_jax.cli import report
 from speciarl_jax.config.schema import Config
 from speciarl_jax.evaluate import write_scores
 from speciarl_jax.judge.offline.name_trees import Node
-from speciarl_jax.monitor.console import change_table
+from speciarl_jax.monitor.console import report_end
 from speciarl_jax.report import html, sections, thumbnails
 from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
 from speciarl_jax.report.gallery import build_gallery
@@ -286,8 +286,7 @@ def test_terminal_tables(run: Path) -> None:
     compared = compare(base.predictions, trained.predictions, ["field_guide_birds"])
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(metrics_table(trained.metrics, "Trained"))
-    console.print(comparison_table(compared["a"], compared["b"], "Both",
-                                   differences=compared["differences"]))  # fmt: skip
+    console.print(comparison_table(compared, "Both"))
     text = console.export_text()
     assert "mean out_of_domain" in text
     value = compared["differences"]["mean all"]["hm"]["value"]
@@ -421,11 +420,9 @@ def test_a_run_has_the_same_intervals_wherever_they_are_printed(
     config.data.in_domain = ("field_guide_birds",)
     config.eval.bootstrap_samples = 300
     config.eval.format_failures = "separate"
-    for stage in ("base", "trained"):
-        folder = workdir / "eval" / stage
-        write_scores(config, folder / "predictions.jsonl", folder)
+    scores = [write_scores(config, workdir / "eval" / name) for name in ("base", "trained")]
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(change_table(workdir, config))
+    report_end(console, workdir, config, *scores)
     pair = (str(workdir / "eval" / "base"), str(workdir))
     assert call("compare", *pair) == 0
     intervals = re.compile(r"\[[-+.0-9]+,[-+.0-9]+\]")
@@ -455,7 +452,7 @@ def test_compare_verb_over_seeds(
     dirs = [str(workdir / "eval" / name) for name in ("base", "trained", "again")]
     assert call("compare", *dirs, "--seeds", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
-    values = [load_evaluation(d)[2]["averages"]["all"]["hm"]["value"] for d in dirs]
+    values = [load_evaluation(d)[1].metrics["averages"]["all"]["hm"]["value"] for d in dirs]
     # Of x, y, x the deviation is |y - x| / sqrt(3); t with 2 degrees of freedom is 4.302653.
     half = 4.302653 * abs(values[1] - values[0]) / 3
     found = answer["means"]["mean all"]["hm"]
@@ -471,16 +468,24 @@ def test_compare_verb_over_seeds(
         call("compare", *dirs, "--seeds", "--seed=1")
 
 
-def test_runs_scored_by_different_rules_need_one(run: Path, tmp_path: Path) -> None:
+def test_runs_scored_by_different_rules_need_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rule must be named; of two numbers of resamples the larger is taken, or the flag's."""
     workdir = tmp_path / "other"
     shutil.copytree(run, workdir)
     config = Config()
     config.eval.format_failures = "drop"
+    config.eval.bootstrap_samples = 600  # the other has 500
     folder = workdir / "eval" / "trained"
-    write_scores(config, folder / "predictions.jsonl", folder)
+    write_scores(config, folder)
     with pytest.raises(ValueError, match="scored with format_failures drop and wrong; choose"):
         call("compare", str(run), str(workdir))
-    assert call("compare", str(run), str(workdir), "--format_failures=drop", "--json") == 0
+    for flags, samples in ((), 600), (("--bootstrap_samples=50",), 50):
+        pair = ("compare", str(run), str(workdir), "--format_failures=drop", *flags, "--json")
+        assert call(*pair) == 0
+        settings = json.loads(capsys.readouterr().out)["a"]["settings"]
+        assert (settings["format_failures"], settings["bootstrap_samples"]) == ("drop", samples)
 
 
 def test_no_jax_here() -> None:

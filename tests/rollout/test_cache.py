@@ -110,11 +110,11 @@ def plain_gaps(session, rows, batch):
     """|sampler - plain forward in the session's dtype| of every sampled token."""
     gaps = []
     for (prompt, _), row in rows.items():
-        logits = full_logits(session, batch, prompt, row.tokens)
+        logits = full_logits(session, batch, prompt, row.completion_tokens)
         logits[:, session.vocabulary.banned] = -np.inf
         start = int(batch.prompt_lengths[prompt]) - 1
-        logprobs = jax.nn.log_softmax(logits[start : start + len(row.tokens)], axis=-1)
-        chosen = np.asarray(logprobs)[np.arange(len(row.tokens)), row.tokens]
+        logprobs = jax.nn.log_softmax(logits[start : start + len(row.completion_tokens)], axis=-1)
+        chosen = np.asarray(logprobs)[np.arange(len(row.completion_tokens)), row.completion_tokens]
         gaps.append(np.abs(chosen - row.logprobs))
     return np.concatenate(gaps)
 

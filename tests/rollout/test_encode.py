@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.policy.model import encode_images
 from speciarl_jax.rollout.encode import encode_by_size
 from tests.support.tiny_policy import open_small_session, small_batch, states
 

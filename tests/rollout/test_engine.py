@@ -37,7 +37,7 @@ def generate(session, batch, group_size=3, sampling=None, step=5, **changes):
 def assert_same(a, b):
     assert a.keys() == b.keys()
     for key, row in a.items():
-        np.testing.assert_array_equal(row.tokens, b[key].tokens)
+        np.testing.assert_array_equal(row.completion_tokens, b[key].completion_tokens)
         np.testing.assert_allclose(row.logprobs, b[key].logprobs, atol=2e-5)
         assert row.is_truncated == b[key].is_truncated
 
@@ -47,24 +47,26 @@ def test_logprobs_equal_the_plain_forward(session):
     rows, _ = generate(session, batch)
     assert len(rows) == 9
     for (prompt, _), row in rows.items():
-        logits = full_logits(session, batch, prompt, row.tokens)
+        logits = full_logits(session, batch, prompt, row.completion_tokens)
         logits[:, session.vocabulary.banned] = -np.inf
         start = int(batch.prompt_lengths[prompt]) - 1
-        logprobs = jax.nn.log_softmax(logits[start : start + len(row.tokens)], axis=-1)
-        expected = np.asarray(logprobs)[np.arange(len(row.tokens)), row.tokens]
+        logprobs = jax.nn.log_softmax(logits[start : start + len(row.completion_tokens)], axis=-1)
+        expected = np.asarray(logprobs)[
+            np.arange(len(row.completion_tokens)), row.completion_tokens
+        ]
         np.testing.assert_allclose(row.logprobs, expected, atol=1e-4)
-        assert not session.vocabulary.banned[row.tokens].any()
+        assert not session.vocabulary.banned[row.completion_tokens].any()
 
 
 def test_greedy_equals_argmax_of_the_plain_forward(session):
     batch = small_batch(session, 2)
     rows, _ = generate(session, batch, group_size=1, sampling=Sampling(temperature=0))
     for (prompt, _), row in rows.items():
-        logits = full_logits(session, batch, prompt, row.tokens)
+        logits = full_logits(session, batch, prompt, row.completion_tokens)
         logits[:, session.vocabulary.banned] = -np.inf
         start = int(batch.prompt_lengths[prompt]) - 1
-        best = logits[start : start + len(row.tokens)].argmax(axis=-1)
-        np.testing.assert_array_equal(row.tokens, best)
+        best = logits[start : start + len(row.completion_tokens)].argmax(axis=-1)
+        np.testing.assert_array_equal(row.completion_tokens, best)
 
 
 def test_rollouts_do_not_depend_on_their_neighbours(session):
@@ -99,8 +101,10 @@ def test_chunks_and_compaction_change_nothing_but_the_work(
     )
     assert_same(plain, compact)
     assert_same(plain, late)
-    assert third.stats.decode_steps == 16 > max(len(row.tokens) for row in plain.values())
-    lengths = [len(row.tokens) for row in plain.values()]
+    assert (
+        third.stats.decode_steps == 16 > max(len(row.completion_tokens) for row in plain.values())
+    )
+    lengths = [len(row.completion_tokens) for row in plain.values()]
     assert min(lengths) < max(lengths)
     assert second.stats.slot_utilization > first.stats.slot_utilization
     assert second.stats.live_steps == first.stats.live_steps == sum(lengths)
@@ -110,20 +114,26 @@ def test_another_step_samples_other_tokens(session):
     batch = small_batch(session, 2)
     one, _ = generate(session, batch, step=1)
     two, _ = generate(session, batch, step=2)
-    assert any(not np.array_equal(row.tokens, two[key].tokens) for key, row in one.items())
+    assert any(
+        not np.array_equal(row.completion_tokens, two[key].completion_tokens)
+        for key, row in one.items()
+    )
 
 
 def test_stop_string_cuts_at_the_token_that_completes_it(session):
     batch = small_batch(session, 2)
     rows, _ = generate(session, batch)
-    text = session.vocabulary.decode(rows[0, 0].tokens.tolist())
+    text = session.vocabulary.decode(rows[0, 0].completion_tokens.tolist())
     stop = text[4:7]
     cut, _ = generate(session, batch, stop_strings=(stop,))
-    short = session.vocabulary.decode(cut[0, 0].tokens.tolist())
+    short = session.vocabulary.decode(cut[0, 0].completion_tokens.tolist())
     assert stop in short
-    assert stop not in session.vocabulary.decode(cut[0, 0].tokens[:-1].tolist())
+    assert stop not in session.vocabulary.decode(cut[0, 0].completion_tokens[:-1].tolist())
     assert not cut[0, 0].is_truncated
-    np.testing.assert_array_equal(cut[0, 0].tokens, rows[0, 0].tokens[: len(cut[0, 0].tokens)])
+    np.testing.assert_array_equal(
+        cut[0, 0].completion_tokens,
+        rows[0, 0].completion_tokens[: len(cut[0, 0].completion_tokens)],
+    )
 
 
 def test_first_token_may_be_the_stop(session):
@@ -133,5 +143,5 @@ def test_first_token_may_be_the_stop(session):
     )
     stopping = type(session)(**{**vars(session), "vocabulary": vocabulary})
     rows, engine = generate(stopping, small_batch(session, 2))
-    assert {len(row.tokens) for row in rows.values()} == {1}
+    assert {len(row.completion_tokens) for row in rows.values()} == {1}
     assert engine.stats.decode_steps == 1

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from speciarl_jax.arch import Arch, TextArch
+from speciarl_jax.config.schema import RolloutConfig
 from speciarl_jax.convert.tiny import shipped_tiny_dir
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import abstract_policy
@@ -21,15 +22,13 @@ from tests.support.tiny_policy import open_small_session, small_batch, states
 
 # Two layers, two key-value heads of 8: a token takes 2 * 2 * 2 * 8 * 4 = 256 bytes in float32.
 ARCH = TextArch(100, 32, 64, 2, 4, 2, (1, 1, 2))
-SHAPE = RolloutShape(
-    num_prompts=4,
-    group_size=5,
-    prompt_tokens=48,
-    completion_tokens=64,
-    chunk_tokens=16,
-    compact=True,
-    compute_bytes=4,
-)
+CONFIG = RolloutConfig(max_completion_tokens=64, chunk_tokens=16, compact=True)
+SHAPE = RolloutShape(CONFIG, num_prompts=4, group_size=5, prompt_tokens=48, compute_bytes=4)
+
+
+def with_config(**changes):
+    """`SHAPE` under another configuration."""
+    return dataclasses.replace(SHAPE, config=dataclasses.replace(CONFIG, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def test_bytes_by_hand():
     assert found.decode_step == 4 * 20 * 100 * 4 + (4 * 48 + 20 * 64) * 128
     assert found.prefill == max(4 * 48 * 4 * (3 * 32 + 2 * 64), 2 * 4 * 4 * 48**2 * 4)
     assert found.peak == found.prompt_kv + found.own_kv + found.moving
-    fixed = rollout_bytes(ARCH, dataclasses.replace(SHAPE, compact=False))
+    fixed = rollout_bytes(ARCH, with_config(compact=False))
     assert fixed.moving == 0
 
 
@@ -53,7 +52,7 @@ def test_shards_heads_and_int8_divide_the_caches():
     whole = rollout_bytes(ARCH, SHAPE)
     spread = rollout_bytes(ARCH, dataclasses.replace(SHAPE, num_shards=2, tensor=2))
     assert (whole.prompt_kv, whole.own_kv) == (4 * spread.prompt_kv, 4 * spread.own_kv)
-    small = rollout_bytes(ARCH, dataclasses.replace(SHAPE, is_int8=True))
+    small = rollout_bytes(ARCH, with_config(kv_cache_dtype="int8"))
     assert small.own_kv * 32 == whole.own_kv * 12  # 8 int8 and one scale instead of 8 floats
 
 
@@ -61,14 +60,14 @@ def test_shards_heads_and_int8_divide_the_caches():
     ("prompts", "limit_mb", "expected"), [(256, 0, 256), (256, 1000, 256), (256, 30, 128)]
 )
 def test_waves_are_as_few_as_fit(prompts, limit_mb, expected):
-    shape = dataclasses.replace(SHAPE, num_prompts=prompts)
-    assert prompts_per_wave(ARCH, shape, limit_mb) == expected
+    shape = dataclasses.replace(with_config(max_cache_mb=limit_mb), num_prompts=prompts)
+    assert prompts_per_wave(ARCH, shape) == expected
 
 
 def test_one_prompt_that_does_not_fit_is_refused_with_the_numbers():
-    shape = dataclasses.replace(SHAPE, completion_tokens=8192)
+    shape = with_config(max_completion_tokens=8192, max_cache_mb=8)
     with pytest.raises(ValueError, match=r"max_cache_mb=8: one prompt .* needs 18\.0 MiB a device"):
-        prompts_per_wave(ARCH, shape, 8)
+        prompts_per_wave(ARCH, shape)
 
 
 def generate(session, batch, config, group_size=3):
@@ -92,7 +91,7 @@ def test_waves_sample_the_same(session):
     assert stats.waves == 2
     assert whole.keys() == split.keys()
     for key, row in whole.items():
-        np.testing.assert_array_equal(row.tokens, split[key].tokens)
+        np.testing.assert_array_equal(row.completion_tokens, split[key].completion_tokens)
         np.testing.assert_array_equal(row.logprobs, split[key].logprobs)
 
 
@@ -161,9 +160,8 @@ def test_counted_bytes_hold_for_the_compiled_programs(is_unrolled):
     found, counted = [], []
     for prompts, length, group, columns in ((8, 64, 4, 32), (32, 64, 4, 32), (32, 256, 4, 256)):
         found.append(program_temps(arch, prompts, length, group, columns, is_unrolled))
-        shape = RolloutShape(
-            prompts, group, length, columns, columns, False, 4, is_unrolled=is_unrolled
-        )
+        config = RolloutConfig(max_completion_tokens=columns, compact=False)
+        shape = RolloutShape(config, prompts, group, length, 4, is_unrolled=is_unrolled)
         bytes_ = rollout_bytes(arch.text, shape)
         counted.append((bytes_.prompt_kv, bytes_.own_kv, bytes_.prefill, bytes_.decode_step))
     found, counted = np.array(found), np.array(counted)

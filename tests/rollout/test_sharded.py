@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from speciarl_jax.devices.layout import image_sharding, param_shardings
-from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.policy.model import encode_images
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.timing import num_compiled
@@ -47,7 +47,7 @@ def sample(session, batch, mesh, *, group_size=2, **changes):
 def assert_same_answers(found, expected, atol=1e-5):
     assert found.keys() == expected.keys()
     for key, row in expected.items():
-        np.testing.assert_array_equal(found[key].tokens, row.tokens)
+        np.testing.assert_array_equal(found[key].completion_tokens, row.completion_tokens)
         np.testing.assert_allclose(found[key].logprobs, row.logprobs, atol=atol)
         assert found[key].is_truncated == row.is_truncated
 

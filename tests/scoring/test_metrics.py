@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speciarl_jax.scoring import sentence_model, text_metrics
-from speciarl_jax.scoring.bootstrap import FORMAT_RULES, resample_sums
+from speciarl_jax.scoring.bootstrap import FORMAT_RULES, ScoringRule, resample_sums
 from speciarl_jax.scoring.metrics import (
     best_of_k_rungs,
     best_of_n,
@@ -86,8 +86,8 @@ def test_edges(images: str, expected: tuple[float | None, ...]) -> None:
 def test_format_rules(
     rule: str, only: tuple[float | None, ...], mixed: tuple[float | None, ...]
 ) -> None:
-    assert values(score_dataset(rows(*"FFF"), rule)) == pytest.approx(only)
-    scores = score_dataset(rows(*"Fws"), rule)
+    assert values(score_dataset(rows(*"FFF"), ScoringRule(rule))) == pytest.approx(only)
+    scores = score_dataset(rows(*"Fws"), ScoringRule(rule))
     assert values(scores) == pytest.approx(mixed)
     assert scores["format_failure_rate"]["value"] == pytest.approx(1 / 3)
 
@@ -101,7 +101,7 @@ def test_judge_failures_are_counted_not_scored() -> None:
 
 def test_unknown_rule_and_mixed_data_sets() -> None:
     with pytest.raises(ValueError, match="format_failures='ignore': expected one of wrong"):
-        score_dataset(rows("s"), "ignore")
+        ScoringRule("ignore")
     with pytest.raises(ValueError, match="one data set, got birds, cars: use metrics_json"):
         score_dataset(rows("s") + rows("s", dataset="cars"))
 
@@ -158,7 +158,7 @@ def test_best_row_and_ties() -> None:
 
 def test_curve_ends_at_the_best_and_starts_at_the_mean() -> None:
     data = rows("wgsw", "wwww", "Fwgl", "aawm")
-    for rule in FORMAT_RULES:
+    for rule in map(ScoringRule, FORMAT_RULES):
         best = best_of_n(data, rule)
         assert [p["k"] for p in best["curve"]] == [1, 2, 4]
         assert values(best["curve"][0]) == pytest.approx(values(score_dataset(data, rule)))
@@ -228,7 +228,9 @@ def test_coverage(images: int, samples: int) -> None:
     hits = dict.fromkeys(truth, 0)
     runs = 300
     for i in range(runs):
-        scores = score_dataset(_simulate(rng, images, samples), bootstrap_samples=400, seed=i)
+        scores = score_dataset(
+            _simulate(rng, images, samples), ScoringRule(bootstrap_samples=400, seed=i)
+        )
         for metric, value in truth.items():
             hits[metric] += scores[metric]["low"] <= value <= scores[metric]["high"]
     # 95 % nominal; the percentile interval of 60-100 images runs about a point short of it, and
@@ -270,7 +272,7 @@ def test_paired_uses_common_images_only() -> None:
 @given(st.lists(st.text("waglsmFJ", min_size=1, max_size=4), min_size=1, max_size=8),
        st.sampled_from(FORMAT_RULES))  # fmt: skip
 def test_invariants(images: list[str], rule: str) -> None:
-    scores = score_dataset(rows(*images), rule, bootstrap_samples=50)
+    scores = score_dataset(rows(*images), ScoringRule(rule, bootstrap_samples=50))
     c, s, hm = values(scores)
     for value in (c, s, hm):
         assert value is None or 0 <= value <= 1

@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom
 
-from speciarl_jax.scoring.bootstrap import resample_sums
+from speciarl_jax.scoring.bootstrap import ScoringRule, resample_sums
 from speciarl_jax.scoring.metrics import paired_differences
 from speciarl_jax.scoring.paired import Change, mean_interval, score_interval, score_statistic
 from speciarl_jax.scoring.predictions import Prediction
@@ -224,7 +224,7 @@ def test_means_over_data_sets_combine_the_score_intervals():
     ],
 )
 def test_what_is_no_proportion_keeps_the_bootstrap(second, rule, kind):
-    found = paired_differences(rows("wsss" * 10), rows(second * 10), rule)
+    found = paired_differences(rows("wsss" * 10), rows(second * 10), ScoringRule(rule))
     assert found["correctness_interval"] == kind
     assert (found["discordant"] is None) == (kind == "bootstrap")
     several = paired_differences(rows("wsss", samples=2), rows("swss", samples=2))

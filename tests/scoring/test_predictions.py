@@ -101,6 +101,9 @@ def test_optional_fields_may_be_absent_and_unknown_ones_are_ignored() -> None:
     del row["image"], row["reward"]
     parsed = parse_prediction(row)
     assert (parsed.image, parsed.reward) == ("", None)
+    del row["sample_index"]
+    with pytest.raises(ValueError, match="field 'sample_index' is missing"):
+        parse_prediction(row)
 
 
 def test_every_cut_of_the_last_line_is_repaired(tmp_path: Path) -> None:

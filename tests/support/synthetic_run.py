@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from speciarl_jax.judge.base import Pair, failure
 from speciarl_jax.judge.store.verdict_log import VerdictLog
 from speciarl_jax.report.thumbnails import save_thumbnail
+from speciarl_jax.scoring.bootstrap import ScoringRule
 from speciarl_jax.scoring.metrics import metrics_json
 from speciarl_jax.scoring.predictions import Prediction, write_predictions
 from speciarl_jax.types import Category, FailureKind, Verdict
@@ -238,7 +239,7 @@ def _make_hostile(rows: list[Prediction]) -> list[Prediction]:
 
 def _write_stage(folder: Path, rows: list[Prediction]) -> None:
     write_predictions(folder / "predictions.jsonl", rows)
-    metrics = metrics_json(rows, ["field_guide_birds"], bootstrap_samples=500)
+    metrics = metrics_json(rows, ["field_guide_birds"], ScoringRule(bootstrap_samples=500))
     (folder / "metrics.json").write_text(json.dumps(metrics, allow_nan=False))
 
 

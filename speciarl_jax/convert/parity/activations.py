@@ -6,6 +6,8 @@ One scan over the layers whose body also returns its output: compile time does n
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 from speciarl_jax.policy.attention import attend, causal_mask
 from speciarl_jax.policy.model import Policy
 from speciarl_jax.policy.rope import text_angles, vision_angles
-from speciarl_jax.policy.text import TextModel
-from speciarl_jax.policy.vision import VisionTower
+from speciarl_jax.policy.text import TextBlock, TextModel
+from speciarl_jax.policy.vision import VisionBlock, VisionTower
+
+Block = TypeVar("Block", TextBlock, VisionBlock)
 
 PATCH_EMBED = "vision/patch_embed"
 VISION_BLOCKS = "vision/block"
@@ -26,6 +30,22 @@ EMBEDDING = "text/embedding"
 DECODER_LAYERS = "text/layer"
 FINAL_NORM = "text/norm"
 LOGITS = "text/logits"
+
+
+def _each_layer(
+    blocks: Block,
+    hidden: Array,
+    per_layer: Array,
+    apply: Callable[[Block, Array, Array], Array],
+) -> tuple[Array, Array]:
+    """The last state and the output of every layer, stacked."""
+    graphdef, states = nnx.split(blocks)
+
+    def body(hidden: Array, layer: tuple[nnx.State[str, object], Array]) -> tuple[Array, Array]:
+        hidden = apply(nnx.merge(graphdef, layer[0]), hidden, layer[1])
+        return hidden, hidden
+
+    return jax.lax.scan(body, hidden, (states, per_layer))
 
 
 def vision_activations(
@@ -39,15 +59,13 @@ def vision_activations(
     All in padded window order, see `speciarl_jax.data.images.window_layout`.
     """
     angles = vision_angles(positions, tower.arch)
-    graphdef, states = nnx.split(tower.blocks)
     is_full = np.isin(np.arange(tower.arch.depth), tower.arch.full_attention_blocks)
 
-    def body(hidden: Array, layer: tuple[nnx.State[str, object], Array]) -> tuple[Array, Array]:
-        hidden = nnx.merge(graphdef, layer[0])(hidden, angles, mask, layer[1])
-        return hidden, hidden
+    def apply(block: VisionBlock, hidden: Array, is_full: Array) -> Array:
+        return block(hidden, angles, mask, is_full)
 
     embedded = tower.patch_embed(patches)
-    hidden, blocks = jax.lax.scan(body, embedded, (states, jnp.asarray(is_full)))
+    hidden, blocks = _each_layer(tower.blocks, embedded, jnp.asarray(is_full), apply)
     return {PATCH_EMBED: embedded, VISION_BLOCKS: blocks, MERGER: tower.merger(hidden)}
 
 
@@ -60,19 +78,17 @@ def text_activations(
     """Outputs of every decoder layer [L, B, T, D], the final norm [B, T, D], the head [B, T, V]."""
     angles = text_angles(positions, text.arch)
     mask = causal_mask(lengths, hidden.shape[1])
-    graphdef, states = nnx.split(text.blocks)
 
     def attend_fn(
         q: Array, k: Array, v: Array, layer: Array | int, carry: None
     ) -> tuple[Array, None, None]:
         return attend(q, k, v, mask), carry, None
 
-    def body(hidden: Array, layer: tuple[nnx.State[str, object], Array]) -> tuple[Array, Array]:
-        block = nnx.merge(graphdef, layer[0])
-        hidden = block(hidden, angles, attend_fn, layer[1], None)[0]
-        return hidden, hidden
+    def apply(block: TextBlock, hidden: Array, layer: Array) -> Array:
+        return block(hidden, angles, attend_fn, layer, None)[0]
 
-    last, layers = jax.lax.scan(body, hidden, (states, jnp.arange(text.arch.num_layers)))
+    order = jnp.arange(text.arch.num_layers)
+    last, layers = _each_layer(text.blocks, hidden, order, apply)
     normed = text.norm(last)
     return {
         EMBEDDING: hidden,
@@ -88,11 +104,8 @@ def policy_activations(
 ) -> dict[str, Array]:
     """All activations of one batch.
 
-    Args:
-        graphdef: of the policy, ``nnx.split(policy)``.
-        state: of the policy.
-        batch: ``tokens`` [B, T], ``positions`` [B, 3, T], ``lengths`` [B], ``image_rows`` [B, T],
-            ``patches`` [I, N, patch_dim], ``patch_positions`` [I, N, 2], ``patch_mask`` [I, N].
+    `batch` has ``tokens`` [B, T], ``positions`` [B, 3, T], ``lengths`` [B], ``image_rows`` [B, T],
+    ``patches`` [I, N, patch_dim], ``patch_positions`` [I, N, 2], ``patch_mask`` [I, N].
     """
     policy: Policy = nnx.merge(graphdef, state)
     found = vision_activations(
@@ -109,18 +122,12 @@ def next_logits(
 ) -> Float[Array, "B V"]:
     """Scores after the last real token of each sequence, by the policy's own forward pass.
 
-    Args:
-        graphdef: of the policy, ``nnx.split(policy)``.
-        state: of the policy.
-        batch: as for `policy_activations`, with ``image_embeds`` [I*M, D] instead of patches.
+    `batch` is as for `policy_activations`, with ``image_embeds`` [I*M, D] instead of patches.
     """
     policy: Policy = nnx.merge(graphdef, state)
     hidden = policy.hidden_states(
-        batch["tokens"],
-        batch["positions"],
-        batch["lengths"],
-        batch["image_rows"],
-        batch["image_embeds"],
+        *(batch["tokens"], batch["positions"], batch["lengths"]),
+        *(batch["image_rows"], batch["image_embeds"]),
     )
     last = batch["lengths"] - 1
     return policy.text.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])

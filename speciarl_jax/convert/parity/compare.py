@@ -10,7 +10,7 @@ import dataclasses
 import io
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,7 @@ from speciarl_jax.data.collate import collate
 from speciarl_jax.data.images import ImageLimits, grid_of, num_windows, window_layout
 from speciarl_jax.data.prompts import EncodedPrompt, PromptBuilder, PromptTemplate
 from speciarl_jax.policy.layers import Dtypes
-from speciarl_jax.policy.model import Policy
-from speciarl_jax.policy.vision import encode_images
+from speciarl_jax.policy.model import Policy, encode_images
 
 LONG_PROMPT_TOKENS = 400
 _LENGTH_STEP = 256  # prompts are padded to multiples of this, so that few shapes compile
@@ -73,7 +72,6 @@ def run_parity(
     image_files: Sequence[pathlib.Path] = (),
     tolerance: float = 1e-4,
     num_greedy: int = 64,
-    log: Callable[[str], None] = lambda line: None,
 ) -> ParityReport:
     """Compares our port with transformers in float32, highest matmul precision.
 
@@ -83,7 +81,6 @@ def run_parity(
         image_files: each adds a prompt to the built-in ones.
         tolerance: bound on relative errors and on KL per token.
         num_greedy: tokens to generate on both sides, per prompt.
-        log: called with one line per prompt.
 
     Raises:
         ValueError: torch is missing, or a checkpoint or image cannot be read.
@@ -105,7 +102,6 @@ def run_parity(
         for case, encoded in zip(cases, prompts, strict=True):
             batch = _padded_alike(encoded, prompts, policy, builder.limits, num_greedy)
             reports.append(_compare(reference, policy, case, encoded, batch, num_greedy))
-            log(f"{case.name}: {len(reports[-1].failures(tolerance))} beyond tolerance")
     return ParityReport(str(path), tolerance, tuple(reports))
 
 
@@ -176,21 +172,21 @@ def _compare(
 ) -> CaseReport:
     inputs = reference.inputs(case.images, case.text)
     tokens = inputs["input_ids"][0].numpy()
+    theirs = capture_activations(reference.model, inputs)
+    ours = our_activations(policy, batch, encoded)
+    pixels_max_abs = 0.0
+    if case.images:
+        pixels = _in_window_order(inputs["pixel_values"].numpy(), encoded, policy)
+        pixels_max_abs = max_abs_error(batch.vision.patches[batch.vision.mask], pixels)
+        theirs[PATCH_EMBED] = _in_window_order(theirs[PATCH_EMBED], encoded, policy)
     report = CaseReport(
         name=case.name,
         num_tokens=len(tokens),
         num_images=len(case.images),
         has_equal_tokens=np.array_equal(tokens, encoded.tokens),
         has_equal_positions=np.array_equal(reference.positions(inputs), encoded.positions),
-        pixels_max_abs=0.0,
+        pixels_max_abs=pixels_max_abs,
     )
-    theirs = capture_activations(reference.model, inputs)
-    ours = our_activations(policy, batch, encoded)
-    if case.images:
-        theirs["pixels"] = _in_window_order(inputs["pixel_values"].numpy(), encoded, policy)
-        pixels_max_abs = max_abs_error(ours.pop("pixels"), theirs.pop("pixels"))
-        theirs[PATCH_EMBED] = _in_window_order(theirs[PATCH_EMBED], encoded, policy)
-        report = dataclasses.replace(report, pixels_max_abs=pixels_max_abs)
     if not report.has_equal_tokens:
         return report  # nothing below would compare like with like
     pairs = split_components(ours, theirs, policy)
@@ -243,23 +239,17 @@ def our_activations(
     length = len(encoded.tokens)
     mask = batch.vision.mask
     merged_mask = mask[:, :: policy.arch.vision.merge_unit]
-    result = {}
-    for name, array in found.items():
-        if name == MERGER:
-            result[name] = array[merged_mask]
-        elif name == VISION_BLOCKS:
-            result[name] = array[:, mask]
-        elif name == PATCH_EMBED:
-            result[name] = array[mask]
-        else:
-            result[name] = array[..., :length, :]
-    rows = batch.image_rows[0]
+    texts = {k: array[..., :length, :] for k, array in found.items() if k.startswith("text/")}
     if not encoded.pixels:
-        return {name: array for name, array in result.items() if not name.startswith("vision/")}
+        return texts
+    rows = batch.image_rows[0]
     table = found[MERGER].reshape(-1, found[MERGER].shape[-1])
-    result[IMAGE_EMBEDS] = table[rows[rows >= 0]]
-    result["pixels"] = batch.vision.patches[mask]
-    return result
+    return texts | {
+        PATCH_EMBED: found[PATCH_EMBED][mask],
+        VISION_BLOCKS: found[VISION_BLOCKS][:, mask],
+        MERGER: found[MERGER][merged_mask],
+        IMAGE_EMBEDS: table[rows[rows >= 0]],
+    }
 
 
 def split_components(
@@ -273,20 +263,16 @@ def split_components(
             pairs[name] = (ours[name], array)
             continue
         for layer, (a, b) in enumerate(zip(ours[name], array, strict=True)):
-            kind = ""
-            if name == VISION_BLOCKS:
-                kind = " (full)" if layer in full else " (window)"
+            kind = " (full)" if layer in full else " (window)"
+            kind = kind if name == VISION_BLOCKS else ""
             pairs[f"{name}_{layer}{kind}"] = (a, b)
     return pairs
 
 
 def greedy(policy: Policy, batch: PromptBatch, count: int) -> np.ndarray:
-    """`count` most likely tokens one by one, each from a full forward pass; one compilation.
+    """`count` most likely tokens after one prompt, stop tokens not heeded; one compilation.
 
-    Args:
-        policy: the policy.
-        batch: of one prompt.
-        count: tokens to generate; stop tokens are not heeded.
+    Each comes from a full forward pass.
 
     Raises:
         ValueError: the batch is not padded far enough.

@@ -32,15 +32,7 @@ def max_rel_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 def kl_per_token(
     ours: Float[np.ndarray, "T V"], theirs: Float[np.ndarray, "T V"]
 ) -> Float64[np.ndarray, " T"]:
-    """KL(theirs || ours) in nats of next-token distributions.
-
-    Args:
-        ours: [T, V] logits.
-        theirs: [T, V] logits of the reference.
-
-    Returns:
-        [T] float64.
-    """
+    """KL(theirs || ours) in nats of the next-token distributions that two logits mean."""
     log_ours, log_theirs = _log_softmax(ours), _log_softmax(theirs)
     kl: np.ndarray = np.sum(np.exp(log_theirs) * (log_theirs - log_ours), axis=-1)
     return kl
@@ -63,9 +55,8 @@ class CaseReport:
     """One prompt.
 
     Attributes:
-        name: what it is.
+        name, num_images: what it is, and the images in it.
         num_tokens: prompt length, image tokens included.
-        num_images: images in it.
         has_equal_tokens, has_equal_positions: prompt tokens and M-RoPE ids agree exactly.
         pixels_max_abs: largest difference of normalised pixels.
         max_abs, max_rel: component -> error, see `max_abs_error` and `max_rel_error`.
@@ -109,13 +100,7 @@ class CaseReport:
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
-    """All prompts of a run.
-
-    Attributes:
-        checkpoint: the Hugging Face directory.
-        tolerance: bound on every component's relative error and on KL.
-        cases: one entry a prompt.
-    """
+    """All prompts of a run; `tolerance` bounds every component's relative error and KL."""
 
     checkpoint: str
     tolerance: float

@@ -40,25 +40,22 @@ IMAGE_EMBEDS = "vision/image_embeds"
 
 
 def capture_activations(model: TorchModel, inputs: Inputs) -> dict[str, np.ndarray]:
-    """Runs the torch model once and returns every component's output.
+    """Runs the torch model once with keyword arguments and returns every component's output.
 
-    Args:
-        model: a Qwen2_5_VLForConditionalGeneration.
-        inputs: its keyword arguments, torch tensors.
-
-    Returns:
-        Arrays under the names of `speciarl_jax.convert.activations`, blocks stacked; vision rows as
-        transformers holds them (patch embedding in raster, blocks and merger in window order),
-        and ``vision/image_embeds`` in raster order.
+    Names are those of `convert.parity.activations`, blocks are stacked; vision rows stand as
+    transformers holds them (patch embedding in raster, blocks and merger in window order), those of
+    ``vision/image_embeds`` in raster order.
     """
     import torch
 
     found: dict[str, list[np.ndarray]] = {}
 
+    def keep(name: str, tensor: Tensor) -> None:
+        found.setdefault(name, []).append(tensor.detach().float().numpy().copy())
+
     def record(name: str, module: Module) -> RemovableHandle:
         def hook(_module: Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            found.setdefault(name, []).append(tensor.detach().float().numpy().copy())
+            keep(name, output[0] if isinstance(output, tuple) else output)
 
         return module.register_forward_hook(hook)
 
@@ -74,9 +71,7 @@ def capture_activations(model: TorchModel, inputs: Inputs) -> dict[str, np.ndarr
             for module in modules:
                 hooks.callback(record(name, module).remove)
         first = text.layers[0].register_forward_pre_hook(
-            lambda _module, args, kwargs: found.setdefault(EMBEDDING, []).append(
-                (args[0] if args else kwargs["hidden_states"]).detach().float().numpy().copy()
-            ),
+            lambda _, args, more: keep(EMBEDDING, args[0] if args else more["hidden_states"]),
             with_kwargs=True,
         )
         hooks.callback(first.remove)
@@ -84,26 +79,19 @@ def capture_activations(model: TorchModel, inputs: Inputs) -> dict[str, np.ndarr
             output = model(**inputs, use_cache=False)
             if "pixel_values" in inputs:
                 vision = visual(inputs["pixel_values"], inputs["image_grid_thw"])
-                found[IMAGE_EMBEDS] = [vision.pooler_output.float().numpy()]
-    found[LOGITS] = [output.logits.float().numpy()]
-    return {name: _joined(name, arrays, model) for name, arrays in found.items()}
-
-
-def _joined(name: str, arrays: list[np.ndarray], model: TorchModel) -> np.ndarray:
-    if name == VISION_BLOCKS:
-        return np.stack(arrays[: len(model.model.visual.blocks)])
-    if name == DECODER_LAYERS:
-        return np.stack(arrays)
-    return arrays[0]
+                keep(IMAGE_EMBEDS, vision.pooler_output)
+    keep(LOGITS, output.logits)
+    stacks = {VISION_BLOCKS: len(visual.blocks), DECODER_LAYERS: len(text.layers)}
+    return {
+        name: np.stack(arrays[: stacks[name]]) if name in stacks else arrays[0]
+        for name, arrays in found.items()
+    }
 
 
 def greedy_tokens(model: Any, inputs: Inputs, count: int) -> np.ndarray:
     """`count` tokens by transformers' greedy `generate`, stop tokens not heeded.
 
-    Args:
-        model: a Qwen2_5_VLForConditionalGeneration, which `generate`'s own annotation refuses.
-        inputs: its keyword arguments.
-        count: tokens.
+    `model` is a Qwen2_5_VLForConditionalGeneration, which `generate`'s own annotation refuses.
     """
     import torch
     from transformers import GenerationConfig

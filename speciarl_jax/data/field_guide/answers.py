@@ -20,8 +20,7 @@ def label_at(specimen: Specimen, level: str) -> str:
     """
     if level not in LEVELS:
         raise ValueError(f"level={level!r}: expected one of {', '.join(LEVELS)}")
-    species = specimen.species
-    return species.name if level == "species" else str(getattr(species, level))
+    return str(getattr(specimen.species, "name" if level == "species" else level))
 
 
 def visible_parts(specimen: Specimen) -> list[str]:

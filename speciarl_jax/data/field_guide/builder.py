@@ -21,9 +21,7 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
     """Which part of the guide to draw.
 
     Attributes:
-        domain: birds, flowers, aircraft or dogs.
         num_train, num_test: pictures per split; a split of 0 does not exist.
-        seed: of the pictures.
         hard_frac: share of pictures on which the species cannot be told.
     """
 
@@ -42,12 +40,8 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
         """
         if domain not in DOMAINS:
             raise ValueError(f"field guide domain {domain!r}: expected one of {', '.join(DOMAINS)}")
-        defaults: dict[str, float] = {
-            "train": 2000 if domain == "birds" else 0,
-            "test": 240,
-            "seed": 0,
-            "hard_frac": 0.2,
-        }
+        num_train = 2000 if domain == "birds" else 0
+        defaults = {"train": num_train, "test": 240, "seed": 0, "hard_frac": 0.2}
         unknown = set(options) - set(defaults)
         if unknown:
             raise ValueError(

@@ -85,26 +85,25 @@ def draw_beagle(canvas: Canvas, look: Look) -> None:
     _face(canvas, look, (0.64, -0.46), (0.98, -0.36))
 
 
-def _spitz_head(x: float, y: float) -> tuple[Shape, ...]:
-    """Wedge head with two pointed ears."""
+def _spitz_ears(x: float, y: float) -> tuple[Shape, ...]:
     return (
-        oval(x, y, 0.3, 0.27),
-        poly((x + 0.05, y - 0.12), (x + 0.46, y + 0.02), (x + 0.46, y + 0.14), (x, y + 0.24)),
         poly((x - 0.27, y - 0.08), (x - 0.3, y - 0.55), (x - 0.02, y - 0.22)),
         poly((x + 0.02, y - 0.2), (x + 0.14, y - 0.56), (x + 0.27, y - 0.08)),
     )
+
+
+def _spitz_head(x: float, y: float) -> tuple[Shape, ...]:
+    """Wedge head with two pointed ears."""
+    muzzle = poly((x + 0.05, y - 0.12), (x + 0.46, y + 0.02), (x + 0.46, y + 0.14), (x, y + 0.24))
+    return oval(x, y, 0.3, 0.27), muzzle, *_spitz_ears(x, y)
 
 
 def _spitz_crown(canvas: Canvas, look: Look, x: float, y: float) -> None:
-    ears = (
-        poly((x - 0.27, y - 0.08), (x - 0.3, y - 0.55), (x - 0.02, y - 0.22)),
-        poly((x + 0.02, y - 0.2), (x + 0.14, y - 0.56), (x + 0.27, y - 0.08)),
-    )
     cap = blob(
         (x + 0.27, y - 0.08), (x + 0.1, y - 0.27), (x - 0.18, y - 0.24), (x - 0.29, y - 0.02)
     )
     _crown(canvas, look, cap)
-    for ear in ears:
+    for ear in _spitz_ears(x, y):
         _crown(canvas, look, ear)
 
 

@@ -24,7 +24,7 @@ from speciarl_jax.data.field_guide.backgrounds import (
     paint_foliage,
 )
 from speciarl_jax.data.field_guide.scene import OVERSAMPLE, PALETTE, Canvas, Colour, Look, mix
-from speciarl_jax.data.field_guide.taxonomy import Species, load_taxonomy
+from speciarl_jax.data.field_guide.taxonomy import Species, load_species
 
 SPLITS = ("warmup", "train", "val", "test")
 MIN_SIDE_PX, MAX_SIDE_PX = 84, 168
@@ -81,19 +81,14 @@ class Specimen:
 def draw_specimens(
     domain: str, split: str, count: int, seed: int = 0, hard_frac: float = 0.2
 ) -> list[Specimen]:
-    """Returns a shuffled, class-balanced list of specimens.
+    """Returns a shuffled, class-balanced list of specimens, of which exactly `hard_frac` are hard.
 
-    Args:
-        domain: bird, flower, aircraft or dog.
-        split: One of `SPLITS`; no seed is shared between splits.
-        count: Number of specimens.
-        seed: Non-negative seed of the data set.
-        hard_frac: Share of hard specimens, in [0, 1]; their number is exact.
+    No specimen's seed is shared between domains or `SPLITS`.
 
     Raises:
         ValueError: Unknown domain or split, negative count, or hard_frac out of range.
     """
-    domains = load_taxonomy().domains
+    domains = load_species()
     if domain not in domains:
         raise ValueError(f"domain={domain!r}: expected one of {', '.join(domains)}")
     if split not in SPLITS:

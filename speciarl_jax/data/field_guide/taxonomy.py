@@ -19,13 +19,9 @@ from speciarl_jax.types import Taxon
 
 @dataclasses.dataclass(frozen=True)
 class Species:
-    """One leaf of the tree.
+    """One leaf of the tree: "banded heron" of genus "heron", family "wader", domain "bird".
 
     Attributes:
-        name: Modifier and genus, such as "banded heron".
-        genus: Genus name, such as "heron".
-        family: Family name, such as "wader".
-        domain: Domain name, such as "bird".
         parts: Ordered (part, words) pairs: colour, pattern, the family's part, the genus's part.
     """
 
@@ -36,29 +32,6 @@ class Species:
     parts: tuple[tuple[str, str], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Taxonomy:
-    """All species by domain, in the order of `taxonomy.json`."""
-
-    domains: Mapping[str, tuple[Species, ...]]
-
-    @property
-    def species(self) -> tuple[Species, ...]:
-        """All species of all domains."""
-        return tuple(one for members in self.domains.values() for one in members)
-
-    def find(self, name: str) -> Species:
-        """Returns the species called `name`.
-
-        Raises:
-            KeyError: No species has that name.
-        """
-        for one in self.species:
-            if one.name == name:
-                return one
-        raise KeyError(f"no species {name!r} in the field guide")
-
-
 def load_tree() -> Taxon:
     """Returns the raw tree of `taxonomy.json`: nodes with name, synonyms, level, children."""
     text = (resources.files(__package__) / "taxonomy.json").read_text(encoding="utf-8")
@@ -67,11 +40,10 @@ def load_tree() -> Taxon:
 
 
 @functools.cache
-def load_taxonomy() -> Taxonomy:
-    """Returns the species of the field guide, read once from the packaged `taxonomy.json`."""
-    domains: dict[str, tuple[Species, ...]] = {}
-    for domain in load_tree()["children"]:
-        domains[domain["name"]] = tuple(
+def load_species() -> Mapping[str, tuple[Species, ...]]:
+    """Species by domain in the order of the packaged `taxonomy.json`, which is read once."""
+    return {
+        domain["name"]: tuple(
             Species(
                 name=node["name"],
                 genus=genus["name"],
@@ -83,4 +55,5 @@ def load_taxonomy() -> Taxonomy:
             for genus in family["children"]
             for node in genus["children"]
         )
-    return Taxonomy(domains)
+        for domain in load_tree()["children"]
+    }

@@ -51,19 +51,11 @@ def collect(paths: Iterable[str | pathlib.Path], target: pathlib.Path) -> list[p
 
 
 def unpack(archive: pathlib.Path, target: pathlib.Path, max_bytes: int = MAX_UNPACKED_BYTES) -> int:
-    """Unpacks regular files of a tar or zip archive into `target`.
-
-    Args:
-        archive: the file.
-        target: existing directory.
-        max_bytes: refuse to write more than this.
-
-    Returns:
-        Number of files written.
+    """Unpacks regular files of a tar or zip archive into an existing `target`; counts them.
 
     Raises:
-        ValueError: a member whose path would leave `target`, too much content, or a damaged
-            archive.
+        ValueError: a member whose path would leave `target`, more than `max_bytes` of content, or
+            a damaged archive.
     """
     written = count = 0
     try:
@@ -103,10 +95,9 @@ def _members(archive: pathlib.Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 def _inside(target: pathlib.Path, name: str, archive: pathlib.Path) -> pathlib.Path:
     parts = pathlib.PurePosixPath(name.replace("\\", "/")).parts
-    if not parts or ".." in parts or parts[0] == "/" or ":" in parts[0] or "\0" in name:
-        raise ValueError(f"archive {archive}: member {name!r} would be written outside the target")
     path = target.joinpath(*parts)
-    if not path.resolve().is_relative_to(target.resolve()):
+    is_odd = not parts or ".." in parts or parts[0] == "/" or ":" in parts[0] or "\0" in name
+    if is_odd or not path.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"archive {archive}: member {name!r} would be written outside the target")
     return path
 

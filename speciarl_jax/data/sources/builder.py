@@ -58,12 +58,9 @@ class ImageBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
         )
 
 
-def build_path(
-    builder_class: type[ImageBuilder], config: tfds.core.BuilderConfig | None = None
-) -> pathlib.Path:
-    """Where a finished build lives under the data directory: NAME[/CONFIG]/VERSION."""
-    parts = [config.name] if config is not None else []
-    return pathlib.Path(builder_class.name, *parts, str(builder_class.VERSION))
+def build_path(builder_class: type[ImageBuilder], config: tfds.core.BuilderConfig) -> pathlib.Path:
+    """Where a finished build lives under the data directory: NAME/CONFIG/VERSION."""
+    return pathlib.Path(builder_class.name, config.name, str(builder_class.VERSION))
 
 
 def is_built(directory: pathlib.Path) -> bool:
@@ -74,17 +71,12 @@ def is_built(directory: pathlib.Path) -> bool:
 def prepare(
     builder_class: type[ImageBuilder],
     data_dir: str | pathlib.Path,
-    config: tfds.core.BuilderConfig | None = None,
+    config: tfds.core.BuilderConfig,
 ) -> pathlib.Path:
     """Builds a data set unless it is there already; safe to call from several processes.
 
-    Args:
-        builder_class: what to build.
-        data_dir: root of all prepared data sets.
-        config: the builder's configuration, if it has one.
-
     Returns:
-        Directory of the finished build.
+        Directory of the finished build, below `data_dir`.
 
     Raises:
         ValueError: the builder refuses its input, or `data_dir` cannot be written.
@@ -101,8 +93,7 @@ def prepare(
         ) from error
     _LOG.info("building %s", root / path)
     with _scratch(root) as scratch, _quiet():
-        kwargs = {} if config is None else {"config": config}
-        builder = builder_class(data_dir=str(scratch), file_format="array_record", **kwargs)
+        builder = builder_class(data_dir=str(scratch), file_format="array_record", config=config)
         builder.download_and_prepare(
             download_dir=str(root / "downloads"),
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
@@ -122,13 +113,11 @@ def _write_index(directory: pathlib.Path) -> None:
     builder = tfds.builder_from_directory(str(directory))
     index: dict[str, dict[str, list[str]]] = {}
     for split in builder.info.splits:
-        records = list(map(_name_and_label, builder.as_data_source(split=split)))
-        index[split] = {"names": [r[0] for r in records], "labels": [r[1] for r in records]}
+        index[split] = {"names": [], "labels": []}
+        for record in builder.as_data_source(split=split):
+            index[split]["names"].append(record["name"].decode())
+            index[split]["labels"].append(record["label"].decode())
     write_whole(directory / INDEX_FILE, json.dumps(index))
-
-
-def _name_and_label(record: dict[str, bytes]) -> tuple[str, str]:
-    return record["name"].decode(), record["label"].decode()
 
 
 @contextlib.contextmanager

@@ -21,16 +21,9 @@ from speciarl_jax.data.index import Source
 from speciarl_jax.data.sources.coop import CoopSource
 from speciarl_jax.data.sources.folder import open_folder
 from speciarl_jax.data.sources.records import RecordSource
+from speciarl_jax.data.sources.releases import BENCHMARKS
 
 FIELD_GUIDE_DOMAINS = ("birds", "flowers", "aircraft", "dogs")
-BENCHMARK_SPLITS = {
-    "cub": ("train", "test"),
-    "flowers": ("train", "validation", "test"),
-    "food": ("train", "test"),
-    "pets": ("train", "test"),
-    "cars": ("train", "test"),
-    "aircraft": ("train", "validation", "test"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +36,9 @@ class SourceInfo:
     is_built: bool
 
 
-def default_data_dir() -> pathlib.Path:
-    """Root of prepared data sets if the recipe names none."""
-    return pathlib.Path.home() / ".cache" / "speciarl" / "data"
-
-
 def resolve_data_dir(data_dir: str | pathlib.Path | None) -> pathlib.Path:
-    """The given root, or the default for None and ""."""
-    return pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+    """Root of prepared data sets: the given one, or ``~/.cache/speciarl/data`` for None and ""."""
+    return pathlib.Path(data_dir or "~/.cache/speciarl/data").expanduser()
 
 
 def list_sources(data_dir: str | pathlib.Path | None = None) -> list[SourceInfo]:
@@ -65,12 +53,11 @@ def list_sources(data_dir: str | pathlib.Path | None = None) -> list[SourceInfo]
         splits: tuple[str, ...] = ("train", "test") if domain == "birds" else ("test",)
         text = f"rendered {domain}, drawn on first use"
         infos.append(SourceInfo(f"field_guide_{domain}", text, splits, builder.is_built(path)))
-    for name, splits in BENCHMARK_SPLITS.items():
+    for name, benchmark in BENCHMARKS.items():
         found = benchmarks.finished(name, root)
-        text = benchmarks.BENCHMARKS[name].title
-        if found is not None and found.parent.name != "full":
-            text += " (partial build)"
-        infos.append(SourceInfo(name, text, splits, found is not None))
+        is_partial = found is not None and found.parent.name != "full"
+        text = benchmark.title + (" (partial build)" if is_partial else "")
+        infos.append(SourceInfo(name, text, tuple(benchmark.counts), found is not None))
     splits = ("train", "validation", "test")
     infos.append(SourceInfo("folder:PATH", "class folders, or a manifest file", splits, True))
     infos.append(SourceInfo("hf:PATH", "a Hugging Face dataset directory", splits, True))
@@ -80,10 +67,7 @@ def list_sources(data_dir: str | pathlib.Path | None = None) -> list[SourceInfo]
 def open_source(spec: str, split: str, data_dir: str | pathlib.Path | None = None) -> Source:
     """Opens a source, rendering it first if it is a field guide that is not there yet.
 
-    Args:
-        spec: NAME or NAME:ARGUMENT, see the module; no mixture.
-        split: train, validation or test, as far as the source has it.
-        data_dir: root of prepared data sets; None or "" for `default_data_dir`.
+    The spec is NAME or NAME:ARGUMENT, see the module, and no mixture.
 
     Raises:
         ValueError: unknown name, argument or split; data that is missing or damaged.
@@ -93,7 +77,7 @@ def open_source(spec: str, split: str, data_dir: str | pathlib.Path | None = Non
     domain = name.removeprefix("field_guide_")
     if name.startswith("field_guide_") and domain in FIELD_GUIDE_DOMAINS:
         return _open_field_guide(name, domain, argument, split, root)
-    if name in BENCHMARK_SPLITS:
+    if name in BENCHMARKS:
         return _open_benchmark(name, argument, split, root)
     if name == "folder" and argument:
         return open_folder(argument, split)
@@ -103,7 +87,7 @@ def open_source(spec: str, split: str, data_dir: str | pathlib.Path | None = Non
         return open_hf_dir(argument, split, root)
     known = ", ".join(
         [f"field_guide_{domain}" for domain in FIELD_GUIDE_DOMAINS]
-        + [*BENCHMARK_SPLITS, "folder:PATH", "hf:PATH"]
+        + [*BENCHMARKS, "folder:PATH", "hf:PATH"]
     )
     raise ValueError(f"data source {spec!r} is unknown: expected one of {known}")
 
@@ -134,9 +118,9 @@ def _open_benchmark(name: str, argument: str, split: str, root: pathlib.Path) ->
         raise ValueError(f"{name}:{argument}: expected {name}, {name}:official or {name}:coop=FILE")
     if split not in ("train", "validation", "test"):
         raise ValueError(f"{name}:{argument}: split {split!r}: expected train, validation or test")
-    parts = {part: RecordSource(directory, name, part) for part in BENCHMARK_SPLITS[name]}
+    parts = {part: RecordSource(directory, name, part) for part in BENCHMARKS[name].counts}
     source = CoopSource(parts, file, name, split)
-    expected = benchmarks.BENCHMARKS[name].coop_counts.get(split)
+    expected = BENCHMARKS[name].coop_counts.get(split)
     if expected not in (None, len(source)) and directory.parent.name == "full":
         raise ValueError(
             f"split file {file}: {len(source)} images in {split}, the CoOp split has {expected}"

@@ -22,13 +22,9 @@ class CoopSource:
         dataset: str,
         split: str,
     ) -> None:
-        """Looks every listed image up by its file name.
+        """Looks every image that `file` lists up by its name in `sources`, all official splits.
 
-        Args:
-            sources: all official splits of the benchmark.
-            file: ``split_zhou_*.json``: lists of [image path, label, class name] per split.
-            dataset: name that examples carry.
-            split: train, validation or test.
+        The file is a ``split_zhou_*.json``: lists of [image path, label, class name] per split.
 
         Raises:
             ValueError: not such a file, or images that the build lacks.

@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
 from speciarl_jax.data.sources.layouts import clean_label
 from speciarl_jax.types import IMAGE_SUFFIXES, Example, Taxon
@@ -27,6 +28,7 @@ SPLIT_NAMES = {
     "validation": "validation",
     "test": "test",
 }
+TEST_FRAC = 0.2  # of every class, set aside for testing if there are no splits
 MANIFEST_SUFFIXES = (".csv", ".jsonl", ".parquet")
 _IMAGE_COLUMNS = ("image", "image_path", "path", "file", "file_name", "filename")
 _LABEL_COLUMNS = ("label", "ground_truth", "class", "class_name", "category", "species")
@@ -90,14 +92,11 @@ class FileSource:
         return digest.hexdigest()
 
 
-def open_folder(path: str | pathlib.Path, split: str, test_frac: float = 0.2) -> FileSource:
+def open_folder(path: str | pathlib.Path, split: str) -> FileSource:
     """Opens class folders or a manifest.
 
-    Args:
-        path: a folder, or a ``.csv``, ``.jsonl`` or ``.parquet`` file with a column of image paths
-            (relative to the file) and one of labels, perhaps one named ``split``.
-        split: train, validation or test.
-        test_frac: part of every class that is set aside for testing, if there are no splits.
+    A manifest is a ``.csv``, ``.jsonl`` or ``.parquet`` file with a column of image paths (relative
+    to the file) and one of labels, perhaps one named ``split``.
 
     Raises:
         ValueError: nothing there, no images, columns missing, or no images in this split.
@@ -112,7 +111,7 @@ def open_folder(path: str | pathlib.Path, split: str, test_frac: float = 0.2) ->
             f"{' '.join(IMAGE_SUFFIXES)}"
         )
     if not any(file.split for file in files):
-        files = _divide(files, test_frac)
+        files = _divide(files)
     chosen = [file for file in files if file.split == split]
     if not chosen:
         known = ", ".join(sorted({file.split for file in files}))
@@ -145,8 +144,8 @@ def _read_manifest(file: pathlib.Path) -> list[ImageFile]:
     rows = _rows(file)
     if not rows:
         raise ValueError(f"manifest {file}: holds no rows")
-    image = _column(file, rows[0], _IMAGE_COLUMNS, "image path")
-    label = _column(file, rows[0], _LABEL_COLUMNS, "label")
+    image = find_column(file, rows[0], _IMAGE_COLUMNS, "image path")
+    label = find_column(file, rows[0], _LABEL_COLUMNS, "label")
     files: list[ImageFile] = []
     seen: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
@@ -177,40 +176,42 @@ def _rows(file: pathlib.Path) -> list[dict[str, object]]:
             if not all(isinstance(row, dict) for row in rows):
                 raise ValueError("a line is not an object")
             return rows
-    except (ValueError, csv.Error) as error:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+
+            table: list[dict[str, object]] = pyarrow.parquet.read_table(file).to_pylist()
+            return table
+    except (ValueError, csv.Error) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ValueError(f"manifest {file}: cannot be read ({error})") from error
-    if file.suffix != ".parquet":
-        raise ValueError(f"manifest {file}: expected one of {' '.join(MANIFEST_SUFFIXES)}")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table: list[dict[str, object]] = pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"manifest {file}: cannot be read ({error})") from error
-    return table
+    raise ValueError(f"manifest {file}: expected one of {' '.join(MANIFEST_SUFFIXES)}")
 
 
-def _column(
-    file: pathlib.Path, row: dict[str, object], candidates: tuple[str, ...], what: str
+def find_column(
+    file: pathlib.Path, names: Iterable[object], candidates: tuple[str, ...], what: str
 ) -> str:
+    """The first candidate among a table's column names.
+
+    Raises:
+        ValueError: none of them.
+    """
+    got = list(names)
     for name in candidates:
-        if name in row:
+        if name in got:
             return name
     raise ValueError(
-        f"manifest {file}: no column for the {what}; expected one of {', '.join(candidates)}, got "
-        f"{', '.join(map(str, row))}"
+        f"{file}: no column for the {what}; expected one of {', '.join(candidates)}, got "
+        f"{', '.join(map(str, got))}"
     )
 
 
-def _divide(files: list[ImageFile], test_frac: float) -> list[ImageFile]:
+def _divide(files: list[ImageFile]) -> list[ImageFile]:
     """Sets aside part of every class: the files whose hashed keys come first, never all of them."""
     by_class: dict[tuple[str, ...], list[ImageFile]] = {}
     for file in files:
         by_class.setdefault(file.labels, []).append(file)
     is_test: set[str] = set()
     for members in by_class.values():
-        count = min(math.ceil(len(members) * test_frac), len(members) - 1)
+        count = min(math.ceil(len(members) * TEST_FRAC), len(members) - 1)
         members.sort(key=lambda file: hashlib.sha256(file.key.encode()).digest())
         is_test.update(file.key for file in members[:count])
     return [

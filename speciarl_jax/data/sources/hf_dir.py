@@ -12,13 +12,12 @@ import hashlib
 import json
 import pathlib
 import re
-from typing import TypeAlias
 
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from speciarl_jax.data.sources.folder import SPLIT_NAMES, dataset_name
+from speciarl_jax.data.sources.folder import SPLIT_NAMES, dataset_name, find_column
 from speciarl_jax.data.sources.layouts import clean_label
 from speciarl_jax.files import read_json, whole_file
 from speciarl_jax.types import Example
@@ -36,44 +35,26 @@ _LABEL_COLUMNS = (
 )
 
 
-_State: TypeAlias = tuple[str, str, list[pathlib.Path], list[str] | None]
-
-
 class HfSource:
     """Examples of one split, memory-mapped."""
 
     def __init__(
         self, dataset: str, split: str, files: list[pathlib.Path], names: list[str] | None
     ) -> None:
-        """Opens Arrow files.
-
-        Args:
-            dataset: name that examples carry.
-            split: train, validation or test.
-            files: Arrow streams or files.
-            names: class names if labels are numbers; None if they are text.
+        """Maps Arrow streams or files; `names` of the classes if labels are numbers.
 
         Raises:
             ValueError: damaged files, or no columns for image and label.
         """
         self.dataset, self.split = dataset, split
         self._files, self._names = files, names
-        self._open()
+        self._table = pyarrow.concat_tables([_read_arrow(file) for file in files])
+        self._image = _image_column(self._table.schema, files[0])
+        self._label = find_column(files[0], self._table.schema.names, _LABEL_COLUMNS, "label")
 
-    def _open(self) -> None:
-        tables = [_read_arrow(file) for file in self._files]
-        self._table = pyarrow.concat_tables(tables)
-        self._image = _image_column(self._table.schema, self._files[0])
-        self._label = _label_column(self._table.schema, self._files[0])
-
-    def __getstate__(self) -> _State:
-        """Files, not their contents."""
-        return self.dataset, self.split, self._files, self._names
-
-    def __setstate__(self, state: _State) -> None:
-        """Maps the files again."""
-        self.dataset, self.split, self._files, self._names = state
-        self._open()
+    def __reduce__(self) -> tuple[type[HfSource], tuple[object, ...]]:
+        """Pickles as its files, which are mapped again."""
+        return HfSource, (self.dataset, self.split, self._files, self._names)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -110,12 +91,7 @@ class HfSource:
 
 
 def open_hf_dir(path: str | pathlib.Path, split: str, data_dir: pathlib.Path) -> HfSource:
-    """Opens a split of a dataset directory.
-
-    Args:
-        path: the directory.
-        split: train, validation or test.
-        data_dir: receives the Arrow copy of Parquet files.
+    """Opens a split of a dataset directory; `data_dir` receives the Arrow copy of Parquet files.
 
     Raises:
         ValueError: no data of a known layout, no such split, or no usable columns.
@@ -192,16 +168,6 @@ def _image_column(schema: pyarrow.Schema, file: pathlib.Path) -> str:
         if has_bytes or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
             return str(field.name)
     raise ValueError(f"{file}: no column of images (bytes); it has {', '.join(schema.names)}")
-
-
-def _label_column(schema: pyarrow.Schema, file: pathlib.Path) -> str:
-    for name in _LABEL_COLUMNS:
-        if name in schema.names:
-            return name
-    raise ValueError(
-        f"{file}: no label column; expected one of {', '.join(_LABEL_COLUMNS)}, got "
-        f"{', '.join(schema.names)}"
-    )
 
 
 def _class_names_of(root: pathlib.Path, parquet: pathlib.Path | None) -> list[str] | None:

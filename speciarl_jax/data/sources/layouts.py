@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import resources
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from speciarl_jax.data.sources.archives import FileTree
 from speciarl_jax.files import read_json
@@ -157,13 +159,13 @@ def read_cars(tree: FileTree) -> Splits:
 
 def _cars_devkit(tree: FileTree) -> Splits:
     meta = _mat(tree.need("cars_meta.mat", "it is in car_devkit.tgz"))
-    names = [str(name) for name in _flat(meta["class_names"])]
+    names = [str(name) for name in np.ravel(meta["class_names"])]
     splits: Splits = {}
     for split, file in (
         ("train", "cars_train_annos.mat"),
         ("test", "cars_test_annos_withlabels.mat"),
     ):
-        rows = _flat(_mat(tree.need(file, "see read_cars"))["annotations"])
+        rows = np.ravel(_mat(tree.need(file, "see read_cars"))["annotations"])
         folder = f"cars_{split}"
         images = {path.name: path for path in tree.all_under(folder, IMAGE_SUFFIXES)}
         splits[split] = [
@@ -175,9 +177,9 @@ def _cars_devkit(tree: FileTree) -> Splits:
 
 def _cars_joint(tree: FileTree, annotations: pathlib.Path) -> Splits:
     content = _mat(annotations)
-    names = [str(name) for name in _flat(content["class_names"])]
+    names = [str(name) for name in np.ravel(content["class_names"])]
     splits: Splits = {"train": [], "test": []}
-    for row in _flat(content["annotations"]):
+    for row in np.ravel(content["annotations"]):
         relative = str(row.relative_im_path)
         entry = Entry(
             tree.find(relative), names[int(row.__dict__["class"]) - 1], relative.rpartition("/")[2]
@@ -195,11 +197,7 @@ def _class_folders(tree: FileTree, split: str) -> list[Entry]:
 
 
 def _mat(path: pathlib.Path) -> dict[str, MatValue]:
-    """A MATLAB file with records as objects.
-
-    Raises:
-        ValueError: damaged.
-    """
+    """A MATLAB file with records as objects; `squeeze_me` makes a list of one that one."""
     import scipy.io
 
     try:
@@ -209,8 +207,3 @@ def _mat(path: pathlib.Path) -> dict[str, MatValue]:
     except (OSError, TypeError, NotImplementedError, scipy.io.matlab.MatReadError) as error:
         raise ValueError(f"{path}: damaged MATLAB file ({error}); download it again") from error
     return content
-
-
-def _flat(value: MatValue) -> Iterable[MatValue]:
-    """Items of an array that `squeeze_me` may have turned into a single one."""
-    return value.reshape(-1) if hasattr(value, "reshape") else [value]

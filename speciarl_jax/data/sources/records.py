@@ -14,12 +14,7 @@ class RecordSource:
     """Examples of a prepared data set, read one by one when asked for."""
 
     def __init__(self, directory: pathlib.Path, dataset: str, split: str) -> None:
-        """Opens a finished build.
-
-        Args:
-            directory: see `builders.base.prepare`.
-            dataset: name that examples carry.
-            split: one that the build has.
+        """Opens one split of a finished build, see `builder.prepare`.
 
         Raises:
             ValueError: no such split, or the files are damaged.

@@ -188,16 +188,10 @@ def parse_mixture(spec: str) -> list[tuple[float, str]]:
 def open_selected(
     spec: str, split: str, data_dir: str | pathlib.Path | None, selection: Selection
 ) -> Source:
-    """Opens a source or a mixture and selects from it.
+    """Opens a source or a mixture (see `catalog` and `parse_mixture`) and selects from it.
 
     In a mixture, classes are chosen within each source; the total (`count`, or all of the largest
     mixture that the weights allow without repeating an example) is divided by weight.
-
-    Args:
-        spec: see `sources` and `parse_mixture`.
-        split: of every source.
-        data_dir: root of prepared data.
-        selection: what to take.
 
     Raises:
         ValueError: see `open_source`, `select`, `parse_mixture`.
@@ -220,12 +214,9 @@ def open_selected(
 
 
 def divide(weights: Sequence[float], sizes: Sequence[int], count: int = 0) -> list[int]:
-    """Examples from each source of a mixture: by weight, largest remainder first.
+    """Examples from each source of a mixture: by weight (> 0), largest remainder first.
 
-    Args:
-        weights: > 0.
-        sizes: examples available in each source.
-        count: total wanted; 0 for the most that the weights allow.
+    They sum up to `count`; 0 takes the most that the weights and sizes allow.
 
     Raises:
         ValueError: a source is too small for its part.

@@ -24,6 +24,8 @@ from speciarl_jax.judge.remote.prompt import read_payload
 from speciarl_jax.types import Category, JsonObject, JsonValue
 
 MODEL_NAME = "taxonomy"
+# Replies of the fault `enum`.
+_NO_CATEGORIES = ("very specific", "maybe", "specific or generic", "", "WRONG!!", "species")
 
 
 @runtime_checkable
@@ -32,23 +34,17 @@ class PairJudge(Protocol):
 
     def category(self, ground_truth: str, answer: str) -> Category:
         """Label of one pair; `JudgeError` if it cannot be judged."""
-        ...
 
 
 class JudgeApp:
     """Request handlers around one `PairJudge`."""
 
     def __init__(self, judge: PairJudge, faults: FaultPlan | None = None) -> None:
-        """Prepares the handlers.
-
-        Args:
-            judge: decides each pair.
-            faults: what goes wrong on purpose; None for an honest server.
-        """
+        """Prepares the handlers; without `faults` the server is honest."""
         self._judge = judge
         self._plan = faults
-        self._chooser = faults.chooser() if faults else None
-        self._rng = random.Random(0)
+        self._fault_rng = random.Random(faults.seed if faults else 0)
+        self._enum_rng = random.Random(0)
         self._counts: collections.Counter[str] = collections.Counter()
         self._answered: collections.Counter[Pair] = collections.Counter()
 
@@ -77,9 +73,9 @@ class JudgeApp:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         self._counts["requests"] += 1
         fault = ""
-        if self._chooser is not None:
-            fault = self._chooser.fault()
-            await asyncio.sleep(self._chooser.latency_s())
+        if self._plan is not None:
+            fault = self._plan.fault(self._fault_rng)
+            await asyncio.sleep(self._plan.latency_s(self._fault_rng))
         self._counts[f"fault_{fault}" if fault else "answered"] += 1
         if fault and fault != "enum":
             return await self._fail(fault, request)
@@ -90,7 +86,7 @@ class JudgeApp:
         if not isinstance(body, dict):
             return _error(400, "the body is not a JSON object")
         try:
-            text = self._enum_fault(body) if fault else self._reply(body)
+            text = self._enum_rng.choice(_NO_CATEGORIES) if fault else self._reply(body)
         except JudgeError as error:
             return _error(422, str(error))
         return web.json_response(_completion(text, body))
@@ -107,43 +103,34 @@ class JudgeApp:
             self._answered.update(pair for pair in pairs if pair.ground_truth != pair.answer)
         is_binary = bool(choices) and set(choices) == set(BINARY_NAMES)
         names = [_spell(category, is_binary or _asks_binary(body)) for category in categories]
-        if _wants_json(body):
-            return json.dumps({"categories": names} if is_batch else {"category": names[0]})
+        match body:
+            case {"response_format": {"type": "json_schema"}}:
+                return json.dumps({"categories": names} if is_batch else {"category": names[0]})
         return json.dumps(names) if is_batch else names[0]
-
-    def _enum_fault(self, body: JsonObject) -> str:
-        """A reply that is well-formed and is no category."""
-        wrong = ["very specific", "maybe", "specific or generic", "", "WRONG!!", "species"]
-        return self._rng.choice(wrong)
 
     async def _fail(self, fault: str, request: web.Request) -> web.StreamResponse:
         """Plays one fault."""
         assert self._plan is not None
-        if fault in ("429", "503"):
+        if fault.isdigit():
             headers = {"Retry-After": f"{self._plan.retry_after:g}"}
-            return _error(int(fault), "injected fault", headers)
-        if fault in ("403", "404", "500"):
-            return _error(int(fault), "injected fault")
+            has_wait = fault in ("429", "503")
+            return _error(int(fault), "injected fault", headers if has_wait else None)
         if fault == "garbage":
             return web.Response(body=b"\xff\xfe<html>garbage", content_type="application/json")
         if fault == "hang":
             await asyncio.sleep(3600)
+        response: web.StreamResponse
         if fault == "half":
             response = web.StreamResponse(
                 headers={"Content-Type": "application/json", "Content-Length": "400"}
             )
             await response.prepare(request)
             await response.write(b'{"id": "half", "choices": [{"message": {"content": "spec')
-            _abort(request)
-            return response
-        _abort(request)
-        return web.Response()
-
-
-def _abort(request: web.Request) -> None:
-    """Closes the connection at once, without the end of the answer."""
-    if request.transport is not None:
-        request.transport.abort()
+        else:
+            response = web.Response()
+        if request.transport is not None:  # closed without the end of the answer
+            request.transport.abort()
+        return response
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
@@ -161,14 +148,12 @@ def _spell(category: Category, is_binary: bool) -> str:
 
 def _choices(body: JsonObject) -> list[str]:
     """The names the request allows, whichever way it says so."""
-    constraint = body.get("structured_outputs")
-    choices = constraint.get("choice") if isinstance(constraint, dict) else None
-    if not choices and _wants_json(body):
-        form = body["response_format"]
-        schema = form.get("json_schema") if isinstance(form, dict) else None
-        return [json.dumps({"category": name}) for name in _first_enum(schema)]
-    choices = choices or body.get("guided_choice")
-    return [str(choice) for choice in choices] if isinstance(choices, list) else []
+    match body:
+        case {"structured_outputs": {"choice": [*choices]}} | {"guided_choice": [*choices]}:
+            return [str(choice) for choice in choices]
+        case {"response_format": {"type": "json_schema", "json_schema": schema}}:
+            return [json.dumps({"category": name}) for name in _first_enum(schema)]
+    return []
 
 
 def _first_enum(schema: JsonValue) -> list[str]:
@@ -185,28 +170,17 @@ def _first_enum(schema: JsonValue) -> list[str]:
 
 def _asks_binary(body: JsonObject) -> bool:
     """True if the instructions know the binary vocabulary only."""
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not isinstance(messages[0], dict):
-        return False
-    text = str(messages[0].get("content"))
-    return "incorrect" in text and "less_specific" not in text
-
-
-def _wants_json(body: JsonObject) -> bool:
-    """True if the request constrains the reply by a JSON schema."""
-    form = body.get("response_format")
-    return isinstance(form, dict) and form.get("type") == "json_schema"
+    match body:
+        case {"messages": [{"content": str(text)}, *_]}:
+            return "incorrect" in text and "less_specific" not in text
+    return False
 
 
 def _completion(text: str, body: JsonObject) -> JsonObject:
     """A chat completion object with a rough token count."""
     messages = body.get("messages")
     prompt_tokens = sum(len(str(m)) for m in messages) // 4 if isinstance(messages, list) else 0
-    usage = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": max(1, len(text) // 4),
-        "total_tokens": prompt_tokens + max(1, len(text) // 4),
-    }
+    reply_tokens = max(1, len(text) // 4)
     message = {"role": "assistant", "content": text}
     return {
         "id": "judge",
@@ -214,7 +188,11 @@ def _completion(text: str, body: JsonObject) -> JsonObject:
         "created": int(time.time()),
         "model": str(body.get("model", MODEL_NAME)),
         "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-        "usage": usage,
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": reply_tokens,
+            "total_tokens": prompt_tokens + reply_tokens,
+        },
     }
 
 
@@ -222,13 +200,7 @@ def _completion(text: str, body: JsonObject) -> JsonObject:
 async def serve(
     judge: PairJudge, port: int = 0, faults: FaultPlan | None = None, host: str = "127.0.0.1"
 ) -> AsyncIterator[str]:
-    """Serves `judge` in this event loop while the context is open.
-
-    Args:
-        judge: decides each pair.
-        port: TCP port; 0 takes a free one.
-        faults: what goes wrong on purpose.
-        host: address to listen on; loopback unless told otherwise.
+    """Serves `judge` in this event loop while the context is open; `port` 0 takes a free one.
 
     Yields:
         The base URL, up to and including `/v1`.

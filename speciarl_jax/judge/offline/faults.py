@@ -53,30 +53,15 @@ class FaultPlan:
         seed = int(numbers.pop("seed", 0))
         return cls(shares, seed=seed, **numbers)
 
-    def chooser(self) -> FaultChooser:
-        """A fresh seeded stream of choices."""
-        return FaultChooser(self, random.Random(self.seed))
-
-
-class FaultChooser:
-    """Draws a fault and a latency for each request."""
-
-    def __init__(self, plan: FaultPlan, rng: random.Random) -> None:
-        """Starts the stream of `plan` from `rng`."""
-        self._plan = plan
-        self._rng = rng
-
-    def fault(self) -> str:
+    def fault(self, rng: random.Random) -> str:
         """The kind of fault for the next request, or an empty string for none."""
-        draw = self._rng.random()
-        for kind, share in self._plan.shares.items():
+        draw = rng.random()
+        for kind, share in self.shares.items():
             if draw < share:
                 return kind
             draw -= share
         return ""
 
-    def latency_s(self) -> float:
+    def latency_s(self, rng: random.Random) -> float:
         """Seconds to wait before answering."""
-        if not self._plan.latency:
-            return 0.0
-        return self._plan.latency * self._rng.lognormvariate(0.0, self._plan.latency_sigma)
+        return self.latency and self.latency * rng.lognormvariate(0.0, self.latency_sigma)

@@ -40,11 +40,7 @@ def read_any(path: Path) -> list[Node]:
 
 
 def _read_text(path: Path) -> str:
-    """The file's text.
-
-    Raises:
-        JudgeError: missing, unreadable or not UTF-8.
-    """
+    """The file's text."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -111,7 +107,7 @@ def read_csv(path: Path) -> list[Node]:
         if way and names:
             leaf = nodes[index[way]]
             merged = tuple(dict.fromkeys(leaf.synonyms + names))
-            nodes[index[way]] = Node(leaf.name, merged, leaf.level, leaf.parents)
+            nodes[index[way]] = dataclasses.replace(leaf, synonyms=merged)
     return nodes
 
 

@@ -15,10 +15,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-import types
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from speciarl_jax.errors import JudgeError
@@ -75,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class LocalJudgeServer:
-    """The offline judge in a child process on a free loopback port; a context manager.
+    """The offline judge in a child process on a loopback port; a context manager.
 
     Example:
         with LocalJudgeServer("taxonomy.json") as server:
@@ -83,13 +79,7 @@ class LocalJudgeServer:
     """
 
     def __init__(self, taxonomy: str | Path, port: int = 0, faults: str = "") -> None:
-        """Describes the server; `start` (or `with`) starts it.
-
-        Args:
-            taxonomy: tree the judge reads.
-            port: TCP port; 0 takes a free one.
-            faults: what goes wrong on purpose, see `FaultPlan.parse`.
-        """
+        """Describes the server; `port` 0 takes a free one, `faults` is for `FaultPlan.parse`."""
         self._taxonomy = Path(taxonomy)
         self._port = port
         self._faults = faults
@@ -98,14 +88,11 @@ class LocalJudgeServer:
 
     @property
     def pid(self) -> int:
-        """Process id of the running child, 0 if there is none."""
+        """Process id of the child, 0 if none runs."""
         return self._process.pid if self._process else 0
 
     def start(self, deadline_s: float = 30.0) -> str:
-        """Starts the child and waits until it answers.
-
-        Returns:
-            Its base URL.
+        """Starts the child, waits until it listens and returns its base URL.
 
         Raises:
             JudgeError: it did not come up within `deadline_s` seconds; the message says why.
@@ -122,17 +109,15 @@ class LocalJudgeServer:
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
         )
-        until = time.monotonic() + deadline_s
         try:
             self.url = self._read_url(deadline_s)
-            self._await_health(until)
         except JudgeError:
             self.stop()
             raise
         return self.url
 
     def _read_url(self, deadline_s: float) -> str:
-        """The base URL from the child's first line."""
+        """The base URL from the child's first line, said when it listens."""
         assert self._process is not None
         assert self._process.stdout is not None
         lines: queue.Queue[bytes] = queue.Queue()
@@ -150,19 +135,6 @@ class LocalJudgeServer:
             raise JudgeError(f"local judge did not start: {value.get('error')}")
         return str(value["url"])
 
-    def _await_health(self, until: float) -> None:
-        """Polls /health until it answers."""
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        health = self.url.removesuffix("/v1") + "/health"
-        while True:
-            try:
-                with opener.open(health, timeout=2.0):
-                    return
-            except (urllib.error.URLError, OSError) as error:
-                if time.monotonic() > until:
-                    raise JudgeError(f"local judge at {health}: not healthy: {error}") from error
-            time.sleep(0.05)
-
     def stop(self) -> None:
         """Stops the child; safe to call twice."""
         process, self._process = self._process, None
@@ -179,17 +151,10 @@ class LocalJudgeServer:
                 stream.close()
 
     def __enter__(self) -> LocalJudgeServer:
-        """Starts the child."""
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        """Stops the child."""
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.judge.base import UnknownTruthError
-from speciarl_jax.judge.offline.name_trees import Node
+from speciarl_jax.judge.offline.name_trees import Node, read_any
 from speciarl_jax.judge.parse import normalize
 from speciarl_jax.types import Category
 
@@ -71,11 +71,7 @@ class TaxonomyJudge:
     """
 
     def __init__(self, nodes: list[Node], source: str) -> None:
-        """Indexes the names.
-
-        Args:
-            nodes: the tree, parents before or after their children.
-            source: where it came from, for messages.
+        """Indexes the names; `source` says in messages where the tree came from.
 
         Raises:
             JudgeError: the tree holds no name.
@@ -98,12 +94,9 @@ class TaxonomyJudge:
         Raises:
             JudgeError: the file is missing or not of its form.
         """
-        from speciarl_jax.judge.offline.name_trees import read_any
-
         return cls(read_any(Path(path)), str(path))
 
     def __len__(self) -> int:
-        """Number of nodes."""
         return len(self._nodes)
 
     def category(self, ground_truth: str, answer: str) -> Category:

@@ -1,12 +1,13 @@
-"""The circuit breaker of one endpoint: when to stop asking, and whether to count a strike."""
+"""The endpoints that are asked: which one next, when to stop asking one, when to wait."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import openai
 
@@ -35,11 +36,7 @@ class Breaker:
     """
 
     def __init__(self, threshold: int) -> None:
-        """Starts closed.
-
-        Args:
-            threshold: failures in a row that open it.
-        """
+        """Starts closed; `threshold` failures in a row open it."""
         self._threshold = threshold
         self._failures_in_a_row = 0
         self.is_open = False
@@ -52,15 +49,12 @@ class Breaker:
         self.num_successes += 1
 
     def record_failure(self, reason: str, num_in_flight: int, is_hard: bool = False) -> bool:
-        """A request failed.
+        """A request failed; returns True if this failure opened it.
 
         Args:
             reason: one line, shown while the breaker is open.
             num_in_flight: requests under way at this endpoint.
             is_hard: certain evidence of an outage; opens at once.
-
-        Returns:
-            True if this failure opened it.
         """
         self._failures_in_a_row += 1
         is_run = self._failures_in_a_row >= max(self._threshold, num_in_flight)
@@ -80,40 +74,29 @@ _LOG = logging.getLogger(__name__)
 _CANARY = Pair("canary pair", "canary pair")
 _STRAY = "Write the single word banana."
 _PROBE_WAITS_S = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0)
+_PROBE_LIMIT_S = 10.0  # for a judge that accepts and never answers
 _NOTICE_S = 5.0
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 
-def read_api_key(config: JudgeConfig) -> str:
-    """The key from the environment variable that `api_key_env` names.
-
-    Raises:
-        ValueError: the variable is not set.
-    """
-    if not config.api_key_env:
-        return "none"
-    key = os.environ.get(config.api_key_env, "")
-    if not key:
-        raise ValueError(
-            f"judge.api_key_env={config.api_key_env!r}: this environment variable is not set"
-        )
-    return key
-
-
-KeySource = Callable[[], Awaitable[str]] | str
-
-
-def key_source(config: JudgeConfig) -> KeySource:
+def key_source(config: JudgeConfig) -> Callable[[], Awaitable[str]] | str:
     """The API key, or a function that fetches a fresh token.
 
     Raises:
         ValueError: the key's variable is not set, or google-auth is not installed.
     """
+    if config.mode == "replay":
+        return "none"
     if config.auth == "google":
         from speciarl_jax.judge.remote.google_auth import GoogleToken
 
         return GoogleToken()
-    return read_api_key(config)
+    key = os.environ.get(config.api_key_env, "") if config.api_key_env else "none"
+    if not key:
+        raise ValueError(
+            f"judge.api_key_env={config.api_key_env!r}: this environment variable is not set"
+        )
+    return key
 
 
 class Endpoint:
@@ -150,10 +133,9 @@ class Endpoint:
         async with self._lock:
             if self._constraint:
                 return None
-            skip = ("choice",) if self._prompt.is_batch else ()
             for constraint in CONSTRAINTS:
-                if constraint in skip:
-                    continue
+                if constraint == "choice" and self._prompt.is_batch:
+                    continue  # it constrains one label
                 result = await self._try_constraint(constraint)
                 if isinstance(result, AskError):
                     return result
@@ -183,34 +165,53 @@ class Endpoint:
         return reply if constraint == "none" and isinstance(reply, AskError) else False
 
     async def probe(self) -> AskError | None:
-        """Asks a question with a known answer; None if the judge labels it."""
-        reply = await self.ask([_CANARY])
+        """Asks a question with a known answer; None if the judge labels it in time."""
+        limit = min(self._config.timeout_s, _PROBE_LIMIT_S)
+        try:
+            reply = await asyncio.wait_for(self.ask([_CANARY]), timeout=limit)
+        except TimeoutError:
+            return AskError(FailureKind.TIMEOUT, f"no reply to a probe within {limit:g} s")
         if isinstance(reply, AskError):
             return reply
         if read_labels(self._prompt, reply, 1) is None:
-            return AskError(
-                FailureKind.UNPARSABLE, f"replies with no category: {reply.text[:60]!r}"
-            )
+            message = f"replies with no category: {reply.text[:60]!r}"
+            return AskError(FailureKind.UNPARSABLE, message)
         return None
 
 
 class EndpointPool:
     """Chooses an endpoint for each request, and waits visibly while there is none."""
 
-    def __init__(self, endpoints: list[Endpoint], config: JudgeConfig) -> None:
-        """Starts with every endpoint taken to be alive.
+    def __init__(self, config: JudgeConfig, prompt: JudgePrompt) -> None:
+        """Finds the key; there are no endpoints before `open`.
 
-        Args:
-            endpoints: at least one.
-            config: limits of waiting.
+        Raises:
+            ValueError: see `key_source`.
         """
-        self.endpoints = endpoints
+        self.endpoints: list[Endpoint] = []
         self._config = config
+        self._prompt = prompt
+        self._api_key = key_source(config)
+        self._http: openai.DefaultAioHttpClient | None = None
         self._changed = asyncio.Event()
         self._probes: dict[str, asyncio.Task[None]] = {}
         self._down_since: float | None = None
         self.pause_s = 0.0
         self.probe_waits_s = _PROBE_WAITS_S
+
+    def open(self, urls: Sequence[str]) -> None:
+        """Makes the endpoints, all taken to be alive; they share one HTTP client."""
+        for name in ("httpx", "httpx2"):  # they log every request at INFO: thousands a step
+            if logging.getLogger(name).level == logging.NOTSET:
+                logging.getLogger(name).setLevel(logging.WARNING)
+        is_local = all(url.split("/")[2].split(":")[0] in _LOOPBACK for url in urls)
+        # openai's aiohttp transport; no proxy on the way to ourselves.
+        self._http = openai.DefaultAioHttpClient(trust_env=not is_local)
+        for url in urls:
+            client = openai.AsyncOpenAI(
+                base_url=url, api_key=self._api_key, max_retries=0, http_client=self._http
+            )
+            self.endpoints.append(Endpoint(url, self._config, self._prompt, client))
 
     @property
     def num_successes(self) -> int:
@@ -251,35 +252,25 @@ class EndpointPool:
                 "judge.pause_budget_s"
             )
         self._changed.clear()
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout=left)
-        except TimeoutError:
-            return
 
     def renew(self) -> None:
         """Grants a fresh pause budget: somebody asks again after the judge was given up."""
         self._down_since = None
 
     def release(self, endpoint: Endpoint, error: AskError | None) -> None:
-        """Counts a request as over.
-
-        Args:
-            endpoint: who was asked.
-            error: why there is no reply; None if there is one.
-        """
+        """Counts a request as over; `error` says why there is no reply, None if there is one."""
         num_in_flight = endpoint.num_in_flight
         endpoint.num_in_flight -= 1
         if error is None or not (error.is_retryable or error.is_hard):
             endpoint.breaker.record_success()  # it answered, if only to refuse this very pair
-            if endpoint.breaker.is_open:
-                self._rejoin(endpoint)
+            self._rejoin(endpoint)
             return
-        is_set_aside = error.retry_after_s > RETRY_AFTER_MAX_S
-        if is_set_aside:
-            endpoint.hold_until = time.monotonic() + error.retry_after_s
-        if endpoint.breaker.record_failure(
-            error.message, num_in_flight, error.is_hard or is_set_aside
-        ):
+        is_hard = error.is_hard
+        if error.retry_after_s > RETRY_AFTER_MAX_S:
+            endpoint.hold_until, is_hard = time.monotonic() + error.retry_after_s, True
+        if endpoint.breaker.record_failure(error.message, num_in_flight, is_hard):
             _LOG.warning("judge %s set aside: %s", endpoint.url, error.message)
             self._start_probe(endpoint)
 
@@ -306,21 +297,13 @@ class EndpointPool:
             if now < endpoint.hold_until:
                 continue
             attempt += 1
-            error = await self._timed_probe(endpoint)
+            error = await endpoint.probe()
             if error is None:
                 self._rejoin(endpoint)
             else:
                 endpoint.breaker.reason = error.message
                 if self._down_since and now - self._down_since > self._config.pause_budget_s:
                     return
-
-    async def _timed_probe(self, endpoint: Endpoint) -> AskError | None:
-        """A probe that a judge which accepts and never answers cannot hold up for long."""
-        limit = min(self._config.timeout_s, 10.0)
-        try:
-            return await asyncio.wait_for(endpoint.probe(), timeout=limit)
-        except TimeoutError:
-            return AskError(FailureKind.TIMEOUT, f"no reply to a probe within {limit:g} s")
 
     def _notice(self, endpoint: Endpoint, waited_s: float) -> None:
         """Says that the run is waiting, and for what."""
@@ -331,9 +314,9 @@ class EndpointPool:
         )  # fmt: skip
 
     def _rejoin(self, endpoint: Endpoint) -> None:
-        """Takes an endpoint back into use."""
+        """Takes an endpoint back into use, unless a probe or a late reply has done so already."""
         if not endpoint.breaker.is_open:
-            return  # a request that was still under way brought it back before the probe
+            return
         endpoint.breaker.close()
         if self._down_since is not None:
             self.pause_s += time.monotonic() - self._down_since
@@ -349,7 +332,7 @@ class EndpointPool:
         """
         until = time.monotonic() + deadline_s
         while True:
-            found = [await self._timed_probe(endpoint) for endpoint in self.endpoints]
+            found = [await endpoint.probe() for endpoint in self.endpoints]
             if any(error is None for error in found):
                 return
             errors = [error for error in found if error is not None]
@@ -357,10 +340,8 @@ class EndpointPool:
                 "HTTP" in e.message and (e.is_hard or not e.is_retryable) for e in errors
             )
             if is_final or time.monotonic() > until:
-                reasons = "; ".join(
-                    f"{endpoint.url}: {error.message}"
-                    for endpoint, error in zip(self.endpoints, errors, strict=True)
-                )
+                both = zip(self.endpoints, errors, strict=True)
+                reasons = "; ".join(f"{endpoint.url}: {error.message}" for endpoint, error in both)
                 raise JudgeError(
                     f"judge does not answer ({reasons}); check judge.endpoints, judge.model and "
                     "judge.api_key_env, and that the server runs"
@@ -368,26 +349,9 @@ class EndpointPool:
             await asyncio.sleep(0.5)
 
     async def close(self) -> None:
-        """Stops the probes."""
+        """Stops the probes and ends the connections."""
         for task in self._probes.values():
             task.cancel()
         await asyncio.gather(*self._probes.values(), return_exceptions=True)
-
-
-def open_endpoints(
-    urls: tuple[str, ...], config: JudgeConfig, prompt: JudgePrompt, api_key: KeySource
-) -> tuple[list[Endpoint], openai.DefaultAioHttpClient]:
-    """Endpoints that share one HTTP client (openai's aiohttp transport), and that client.
-
-    The client must be closed with `aclose` when the endpoints are no longer used.
-    """
-    for name in ("httpx", "httpx2"):  # they log every request at INFO: thousands of lines a step
-        if logging.getLogger(name).level == logging.NOTSET:
-            logging.getLogger(name).setLevel(logging.WARNING)
-    is_local = all(url.split("/")[2].split(":")[0] in _LOOPBACK for url in urls)
-    http = openai.DefaultAioHttpClient(trust_env=not is_local)  # no proxy on the way to ourselves
-    endpoints = []
-    for url in urls:
-        client = openai.AsyncOpenAI(base_url=url, api_key=api_key, max_retries=0, http_client=http)
-        endpoints.append(Endpoint(url, config, prompt, client))
-    return endpoints, http
+        if self._http is not None:
+            await self._http.aclose()

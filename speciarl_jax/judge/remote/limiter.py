@@ -27,8 +27,7 @@ class RateLimiter:
         """Sets the limits of this host; 0 means none.
 
         Args:
-            requests_per_minute: requests a minute.
-            tokens_per_minute: prompt and reply tokens a minute.
+            tokens_per_minute: of prompt and reply together.
             clock: seconds, monotonic.
             burst_s: how many seconds' worth may pass at once.
         """
@@ -39,13 +38,8 @@ class RateLimiter:
         self.waited_s = 0.0
 
     def reserve(self, tokens: float) -> float:
-        """Books one request of `tokens` tokens.
-
-        Returns:
-            Seconds to wait before sending it.
-        """
-        now = self._clock()
-        wait = 0.0
+        """Books one request of `tokens` tokens; returns seconds to wait before sending it."""
+        now, wait = self._clock(), 0.0
         for index, cost in enumerate((1.0, tokens)):
             if self._limits[index] <= 0:
                 continue

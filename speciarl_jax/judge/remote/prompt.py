@@ -15,28 +15,15 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypedDict, cast
 
 from speciarl_jax.judge.base import Pair
-from speciarl_jax.judge.parse import BINARY_NAMES
+from speciarl_jax.judge.parse import BINARY_NAMES, json_or_none
 from speciarl_jax.types import Category, JsonValue
 
 PROMPT_DIR = Path(__file__).parent / "prompts"
 _PAYLOAD = "{payload}"
-
-
-class _PromptFile(TypedDict):
-    """A prompt file, parsed."""
-
-    name: str
-    labels: str
-    form: str
-    system: str
-    user: str
-    examples: list[dict[str, str]]
-
-
-_FIELDS = set(_PromptFile.__annotations__)
+_FIELDS = {"name", "labels", "form", "system", "user", "examples"}
+_CHOICES = {"labels": ("six_way", "binary"), "form": ("single", "batch")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,24 +82,18 @@ def read_payload(messages: JsonValue) -> tuple[list[Pair], bool] | None:
     Returns:
         None if the request does not carry a payload of that shape.
     """
-    if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
-        return None
-    content = messages[-1].get("content")
-    if not isinstance(content, str):
-        return None
-    try:
-        value = json.loads(content.rsplit("\n", 1)[-1])
-    except (ValueError, RecursionError):
-        return None
-    items = value if isinstance(value, list) else [value]
+    match messages:
+        case [*_, {"content": str(content)}]:
+            value = json_or_none(content.rsplit("\n", 1)[-1])
+        case _:
+            return None
     pairs = []
-    for item in items:
-        if not isinstance(item, dict):
-            return None
-        truth, answer = item.get("ground_truth"), item.get("answer")
-        if not isinstance(truth, str) or not isinstance(answer, str):
-            return None
-        pairs.append(Pair(truth, answer))
+    for item in value if isinstance(value, list) else [value]:
+        match item:
+            case {"ground_truth": str(truth), "answer": str(answer)}:
+                pairs.append(Pair(truth, answer))
+            case _:
+                return None
     return pairs, isinstance(value, list)
 
 
@@ -136,37 +117,26 @@ def load_prompt(name: str) -> JudgePrompt:
             f"judge.prompt={name!r}: no such prompt; expected one of {known} or a .toml file"
         )
     try:
-        raw = cast(_PromptFile, tomllib.loads(path.read_text(encoding="utf-8")))
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"judge prompt {path}: not valid TOML: {error}") from error
-    return _build(path, raw)
-
-
-def _build(path: Path, raw: _PromptFile) -> JudgePrompt:
-    """Checks a parsed file and renders its examples into the system message."""
     if set(raw) != _FIELDS:
         odd = ", ".join(sorted(set(raw) ^ _FIELDS))
         raise ValueError(f"judge prompt {path}: fields missing or unknown: {odd}")
-    choices: dict[Literal["labels", "form"], tuple[str, str]] = {
-        "labels": ("six_way", "binary"),
-        "form": ("single", "batch"),
-    }
-    for field, allowed in choices.items():
+    for field, allowed in _CHOICES.items():
         if raw[field] not in allowed:
             raise ValueError(f"judge prompt {path}: {field}={raw[field]!r}; expected {allowed}")
     user = raw["user"].strip()
     if not user.endswith("\n" + _PAYLOAD) or user.count(_PAYLOAD) != 1:
         raise ValueError(f"judge prompt {path}: user must end with a line holding only {_PAYLOAD}")
     is_batch = raw["form"] == "batch"
-    shots = "\n".join(_example(item) for item in raw["examples"])
-    system = f"{raw['system'].strip()}\n\nExamples:\n{shots}" if shots else raw["system"].strip()
+    shots = "\n".join(
+        encode_payload([Pair(item["ground_truth"], item["answer"])], is_batch=False)
+        + f" -> {item['category']}"
+        for item in raw["examples"]
+    )
+    system = raw["system"].strip() + (f"\n\nExamples:\n{shots}" if shots else "")
     digest = hashlib.sha256(json.dumps([system, user, raw["labels"], is_batch]).encode())
     return JudgePrompt(
         raw["name"], raw["labels"] == "binary", is_batch, system, user, digest.hexdigest()[:16]
     )
-
-
-def _example(item: dict[str, str]) -> str:
-    """One few-shot line: the pair as JSON, an arrow, the label."""
-    pair = {"ground_truth": item["ground_truth"], "answer": item["answer"]}
-    return f"{json.dumps(pair)} -> {item['category']}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import email.utils
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -22,8 +24,7 @@ CONSTRAINTS = ("choice", "json_schema", "grammar", "none")
 RETRY_AFTER_MAX_S = 60.0  # a longer Retry-After sets the endpoint aside that long
 _NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
 _RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
-_REFUSED_KEY_STATUS = 401
-_HARD_STATUS = frozenset({_REFUSED_KEY_STATUS, 403, 404})
+_HARD_STATUS = frozenset({401, 403, 404})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,14 +180,13 @@ def _classify_status(error: openai.APIStatusError) -> AskError:
     """Types an HTTP status."""
     status = error.status_code
     message = f"HTTP {status}: {error.message}"
-    wait = parse_retry_after(error.response.headers)
-    if status == 429:
-        return AskError(FailureKind.RATE_LIMITED, message, retry_after_s=wait)
     if status in _HARD_STATUS:
-        is_of_endpoint = status == _REFUSED_KEY_STATUS
+        is_of_endpoint = status == 401  # a refused key
         return AskError(FailureKind.REFUSED, message, is_hard=True, is_of_endpoint=is_of_endpoint)
+    kind = FailureKind.RATE_LIMITED if status == 429 else FailureKind.SERVER
     is_retryable = status >= 500 or status in _RETRYABLE_STATUS
-    return AskError(FailureKind.SERVER, message, is_retryable, retry_after_s=wait)
+    wait = parse_retry_after(error.response.headers)
+    return AskError(kind, message, is_retryable, retry_after_s=wait)
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float:
@@ -194,22 +194,13 @@ def parse_retry_after(headers: Mapping[str, str]) -> float:
 
     Source: RFC 9110 section 10.2.3, and the `retry-after-ms` header of OpenAI and Azure.
     """
-    if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
-        return max(0.0, milliseconds / 1000)
-    text = headers.get("retry-after")
-    if (seconds := _number(text)) is not None:
-        return max(0.0, seconds)
+    for name, divisor in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        with contextlib.suppress(ValueError):
+            seconds = float(headers.get(name, "")) / divisor
+            if math.isfinite(seconds):
+                return max(0.0, seconds)
     try:
-        date = email.utils.parsedate_to_datetime(text or "")
+        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
     except ValueError:
         return 0.0
     return max(0.0, date.timestamp() - time.time())
-
-
-def _number(text: str | None) -> float | None:
-    """A finite number, or None."""
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if value == value and abs(value) != float("inf") else None

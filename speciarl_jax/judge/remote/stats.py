@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 
 from speciarl_jax.judge.base import Outcome
@@ -16,16 +16,13 @@ class ClientStats:
     """Running totals.
 
     Attributes:
-        requests: HTTP requests made.
-        retries: requests made once more.
-        labels: pairs asked for, duplicates included.
-        cached: pairs that needed no request.
-        wait_s: seconds callers spent waiting for labels, summed over calls.
-        request_s: seconds of all requests that brought a reply.
-        replies: requests that brought a reply.
+        requests: HTTP requests made, `retries` among them.
+        labels: pairs asked for, duplicates included; `cached` needed no request.
+        wait_s: spent by callers waiting for labels, summed over calls.
+        request_s: spent on the requests that brought a reply, of which there were `replies`.
         prompt_tokens, completion_tokens: as the endpoints report them.
-        failed: pairs without a label, by kind.
-        errors: failed requests, by kind (most are repeated and succeed).
+        failed: pairs without a label.
+        errors: failed requests (most are repeated and succeed).
     """
 
     requests: int = 0
@@ -37,12 +34,8 @@ class ClientStats:
     replies: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    failed: collections.Counter[FailureKind] = dataclasses.field(
-        default_factory=collections.Counter
-    )
-    errors: collections.Counter[FailureKind] = dataclasses.field(
-        default_factory=collections.Counter
-    )
+    failed: Counter[FailureKind] = dataclasses.field(default_factory=Counter)
+    errors: Counter[FailureKind] = dataclasses.field(default_factory=Counter)
 
     def request(self, seconds: float, result: Reply | AskError) -> None:
         """Counts one request."""

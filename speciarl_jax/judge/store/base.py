@@ -28,7 +28,7 @@ class VerdictCache(abc.ABC):
 
         Args:
             place: file or URL, for messages.
-            memory_entries: labels held in memory at most; older ones are fetched again.
+            memory_entries: labels held in memory at most; the oldest are fetched again.
         """
         self.place = place
         self._memory: dict[bytes, Verdict] = {}
@@ -40,14 +40,7 @@ class VerdictCache(abc.ABC):
 
     @abc.abstractmethod
     def _insert(self, rows: Sequence[Row]) -> int:
-        """Stores rows durably, all or none; keys already there keep theirs.
-
-        Returns:
-            How many were new.
-
-        Raises:
-            JudgeError: the place cannot be written.
-        """
+        """Stores rows durably, all or none; keys already there keep theirs. Counts the new ones."""
 
     @abc.abstractmethod
     def _scan(self) -> Iterator[Row]:
@@ -58,8 +51,7 @@ class VerdictCache(abc.ABC):
         """Deletes labels of a judge (all judges if empty) older than an age; returns how many."""
 
     @abc.abstractmethod
-    def __len__(self) -> int:
-        """Number of labels."""
+    def __len__(self) -> int: ...
 
     @abc.abstractmethod
     def stats(self) -> JsonObject:
@@ -117,7 +109,7 @@ class VerdictCache(abc.ABC):
         return count
 
     def import_(self, path: str | Path) -> int:
-        """Reads lines that `export` wrote; labels already here stay. All or nothing.
+        """Reads lines that `export` wrote, all or none; labels already here stay.
 
         Returns:
             Number of new labels.
@@ -125,19 +117,14 @@ class VerdictCache(abc.ABC):
         Raises:
             JudgeError: a line is not of that form; the message names it.
         """
-        rows = []
         with Path(path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                rows.append(_parse_row(f"{path} line {number}", line))
-        return self._insert(rows)
+            return self._insert(
+                [_parse_row(f"{path} line {number}", line) for number, line in enumerate(file, 1)]
+            )
 
 
 def _parse_row(where: str, line: str) -> Row:
-    """A row out of a line of JSON.
-
-    Raises:
-        JudgeError: the line is not of that form.
-    """
+    """A row out of a line of JSON."""
     try:
         item = json.loads(line)
         key, label, judge, truth, answer, scope, created = (item[field] for field in ROW_FIELDS)

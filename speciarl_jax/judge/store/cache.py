@@ -25,12 +25,8 @@ class KeyMaker:
         self.scope = json.dumps(settings, sort_keys=True)
         self._prefix = hashlib.sha256(self.scope.encode() + b"\0")
 
-    def key(self, pair: Pair) -> bytes:
-        """16 bytes for a normalised pair (which holds no NUL)."""
-        return self.keys([pair])[0]
-
     def keys(self, pairs: Sequence[Pair]) -> list[bytes]:
-        """The key of each pair, 16 bytes."""
+        """16 bytes for each normalised pair (which holds no NUL)."""
         found = []
         for truth, answer in pairs:
             digest = self._prefix.copy()

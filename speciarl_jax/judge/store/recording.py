@@ -62,18 +62,16 @@ class Recording:
 
     def add(self, key: bytes, step: int, pair: Pair, outcome: Outcome) -> None:
         """Keeps an outcome; what is there already stays."""
-        row: tuple[bytes, int, int | None, str, str, str]
+        columns: tuple[int | None, str, str, str]
         if isinstance(outcome, Failure):
-            row = (key, step, None, "", outcome.kind.value, outcome.message)
+            columns = (None, "", outcome.kind.value, outcome.message)
         else:
-            row = (key, _EVERY_STEP, int(outcome.category), outcome.judge, "", "")
-        if (key, row[1]) in self._known:
+            step, columns = _EVERY_STEP, (int(outcome.category), outcome.judge, "", "")
+        if (key, step) in self._known:
             return
-        self._known[key, row[1]] = outcome
-        self._db.execute(
-            "INSERT OR IGNORE INTO recording VALUES (?,?,?,?,?,?,?,?)",
-            (*row, pair.ground_truth, pair.answer),
-        )
+        self._known[key, step] = outcome
+        row = (key, step, *columns, *pair)
+        self._db.execute("INSERT OR IGNORE INTO recording VALUES (?,?,?,?,?,?,?,?)", row)
 
     def close(self) -> None:
         """Closes the file."""

@@ -18,7 +18,6 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
 
 from speciarl_jax.config.judge import check_url
 from speciarl_jax.errors import JudgeError
@@ -31,65 +30,44 @@ _SOCKET_TIMEOUT_S = 5.0
 _RETRIES = 5  # of a command while the server restarts; waits .1 to 2 s, about 5 s in all
 
 
-@runtime_checkable
-class _Pipeline(contextlib.AbstractContextManager["_Pipeline"], Protocol):
-    """What is used of redis' transactions."""
-
-    def set(self, name: bytes, value: str, *, nx: bool) -> object: ...
-
-    def execute(self) -> list[bool | None]: ...
-
-
-@runtime_checkable
-class _Client(Protocol):
-    """What is used of redis' client."""
-
-    def ping(self) -> object: ...
-
-    def set_retry(self, retry: object) -> None: ...
-
-    def mget(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
-
-    def scan_iter(self, *, match: bytes, count: int) -> Iterator[bytes]: ...
-
-    def pipeline(self, *, transaction: bool) -> _Pipeline: ...
-
-    def unlink(self, *names: bytes) -> int: ...
-
-    def close(self) -> None: ...
-
-
 class RedisCache(VerdictCache):
     """A map on a Redis server; one MGET per batch of pairs, one SET per new verdict."""
 
-    def __init__(self, url: str, memory_entries: int = 500_000) -> None:
-        """Connects.
-
-        Args:
-            url: redis://HOST:PORT/DB, or rediss:// for TLS; without a password.
-            memory_entries: labels held in memory at most; older ones are fetched again.
+    def __init__(self, url: str) -> None:
+        """Connects to redis://HOST:PORT/DB, or rediss:// for TLS; the URL has no password.
 
         Raises:
             ValueError: the package redis is not installed, or the URL is not of that form.
             JudgeError: the server does not answer or refuses the password.
         """
-        super().__init__(url, memory_entries)
+        super().__init__(url)
         check_url(url)
-        self._redis, self._errors, retry = _connect(url)
+        try:
+            redis = importlib.import_module("redis")
+        except ImportError as error:
+            raise ValueError(
+                f"judge.cache_path={url} needs the package redis ({error}): "
+                "pip install 'speciarl-jax[redis]'"
+            ) from error
+        self._error = redis.RedisError
+        self._redis = redis.Redis.from_url(
+            url,
+            password=os.environ.get("REDIS_PASSWORD") or None,
+            socket_timeout=_SOCKET_TIMEOUT_S,
+            socket_connect_timeout=_SOCKET_TIMEOUT_S,
+            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+        )
         with self._guarded():
             self._redis.ping()  # at once: a wrong address or password does not mend itself
-        self._redis.set_retry(retry)
+        waits = redis.backoff.ExponentialBackoff(cap=2.0, base=0.1)
+        self._redis.set_retry(redis.retry.Retry(waits, _RETRIES))
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Turns what the client library raises into one line.
-
-        Raises:
-            JudgeError: the server is gone, full, read-only, or holds something else there.
-        """
+        """Turns what the client library raises (server gone, full, read-only) into one line."""
         try:
             yield
-        except self._errors as error:
+        except self._error as error:
             raise JudgeError(
                 f"judge cache {self.place}: {error}; see that the server runs and takes writes, "
                 "or set judge.cache_path to a file"
@@ -112,11 +90,14 @@ class RedisCache(VerdictCache):
                 pipeline.set(_PREFIX + key, json.dumps(rest), nx=True)
             return sum(reply is True for reply in pipeline.execute())
 
-    def _values(self) -> Iterator[tuple[bytes, bytes]]:
-        """Every (key, value) of ours, in no order; one SCAN over the server."""
+    def _names(self) -> set[bytes]:
+        """Our names; one SCAN over the server."""
         with self._guarded():
-            names = set(self._redis.scan_iter(match=_PREFIX + b"*", count=_CHUNK))
-        for chunk in _chunks(names):
+            return set(self._redis.scan_iter(match=_PREFIX + b"*", count=_CHUNK))
+
+    def _values(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every (key, value) of ours, in no order."""
+        for chunk in _chunks(self._names()):
             with self._guarded():
                 values = self._redis.mget(chunk)
             for name, value in zip(chunk, values, strict=True):
@@ -132,9 +113,7 @@ class RedisCache(VerdictCache):
         yield from sorted(self._rows(), key=lambda row: (row[3], row[4], row[0]))
 
     def __len__(self) -> int:
-        """Number of labels."""
-        with self._guarded():
-            return len(set(self._redis.scan_iter(match=_PREFIX + b"*", count=_CHUNK)))
+        return len(self._names())
 
     def stats(self) -> JsonObject:
         """Number of labels in all, by category, by judge and by scope; bytes of keys and values."""
@@ -167,32 +146,6 @@ class RedisCache(VerdictCache):
     def close(self) -> None:
         """Ends the connection."""
         self._redis.close()
-
-
-def _connect(url: str) -> tuple[_Client, tuple[type[Exception], ...], object]:
-    """A client, what it may raise, and how it is to repeat commands over a short outage.
-
-    Raises:
-        ValueError: the package redis is not installed.
-    """
-    try:
-        redis = importlib.import_module("redis")
-        backoff = importlib.import_module("redis.backoff")
-        retry = importlib.import_module("redis.retry")
-    except ImportError as error:
-        raise ValueError(
-            f"judge.cache_path={url} needs the package redis ({error}): "
-            "pip install 'speciarl-jax[redis]'"
-        ) from error
-    client = redis.Redis.from_url(
-        url,
-        password=os.environ.get("REDIS_PASSWORD") or None,
-        socket_timeout=_SOCKET_TIMEOUT_S,
-        socket_connect_timeout=_SOCKET_TIMEOUT_S,
-        retry=retry.Retry(backoff.NoBackoff(), 0),
-    )
-    waits = backoff.ExponentialBackoff(cap=2.0, base=0.1)
-    return client, (redis.RedisError,), retry.Retry(waits, _RETRIES)
 
 
 def _chunks(items: Iterable[bytes]) -> Iterator[list[bytes]]:

@@ -17,8 +17,6 @@ CREATE TABLE IF NOT EXISTS verdicts (
     ground_truth TEXT NOT NULL, answer TEXT NOT NULL, scope TEXT NOT NULL, created REAL NOT NULL
 ) WITHOUT ROWID
 """
-
-
 _CHUNK = 500  # keys in one SELECT
 
 
@@ -26,11 +24,7 @@ class SqliteCache(VerdictCache):
     """One SQLite file."""
 
     def __init__(self, path: str = "", memory_entries: int = 500_000) -> None:
-        """Opens the file.
-
-        Args:
-            path: SQLite file, made if missing; `""` keeps verdicts in memory only.
-            memory_entries: labels held in memory at most; older ones are read from the file.
+        """Opens the file, made if missing; `""` keeps verdicts in memory only.
 
         Raises:
             JudgeError: the file cannot be opened.
@@ -62,20 +56,20 @@ class SqliteCache(VerdictCache):
         yield from self._db.execute(query)
 
     def __len__(self) -> int:
-        """Number of labels."""
         return int(self._db.execute("SELECT count(*) FROM verdicts").fetchone()[0])
 
     def stats(self) -> JsonObject:
         """Number of labels in all, by category, by judge and by scope."""
-        by_category = self._db.execute("SELECT category, count(*) FROM verdicts GROUP BY 1")
-        by_judge = self._db.execute("SELECT judge, count(*) FROM verdicts GROUP BY 1")
-        by_scope = self._db.execute("SELECT scope, count(*) FROM verdicts GROUP BY 1")
+        by_category, by_judge, by_scope = (
+            dict(self._db.execute(f"SELECT {column}, count(*) FROM verdicts GROUP BY 1").fetchall())
+            for column in ("category", "judge", "scope")
+        )
         return {
             "labels": len(self),
             "bytes": Path(self.place).stat().st_size if self.place else 0,
-            "by_category": {Category(number).label: count for number, count in by_category},
-            "by_judge": dict(by_judge.fetchall()),
-            "by_scope": dict(by_scope.fetchall()),
+            "by_category": {Category(number).label: n for number, n in by_category.items()},
+            "by_judge": by_judge,
+            "by_scope": by_scope,
         }
 
     def purge(self, judge: str = "", older_than_s: float = 0.0) -> int:

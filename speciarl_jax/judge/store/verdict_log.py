@@ -33,9 +33,8 @@ class LoggedVerdict:
     """One line of the log.
 
     Attributes:
-        ground_truth, answer: the normalised pair.
+        ground_truth, answer: normalised.
         category: label, or `failed:<kind>` for a pair that got none.
-        judge: who decided.
         count: how many rollouts it was given to.
         first_step, last_step: training steps, inclusive.
     """

@@ -1,4 +1,5 @@
 import asyncio
+import random
 import time
 
 import pytest
@@ -99,12 +100,12 @@ def test_retry_after(headers, low, high):
 
 def test_fault_plan():
     plan = FaultPlan.parse("429=0.25, hang=0.25, latency=0.5, latency_sigma=0, seed=4")
-    chooser, twin = plan.chooser(), plan.chooser()
-    drawn = [chooser.fault() for _ in range(4000)]
-    assert drawn == [twin.fault() for _ in range(4000)]
+    rng, twin = random.Random(plan.seed), random.Random(4)
+    drawn = [plan.fault(rng) for _ in range(4000)]
+    assert drawn == [plan.fault(twin) for _ in range(4000)]
     assert drawn.count("429") == pytest.approx(1000, abs=120)
     assert drawn.count("") == pytest.approx(2000, abs=150)
-    assert chooser.latency_s() == 0.5
+    assert plan.latency_s(rng) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -22,16 +22,18 @@ PAIR = Pair("owl", "bird")
 
 def test_keys_depend_on_everything_that_could_change_a_label():
     base = {"model": "m", "revision": "1", "prompt": "p", "temperature": 0.0}
-    keys = {KeyMaker(**base).key(PAIR)}
+    keys = {KeyMaker(**base).keys([PAIR])[0]}
     for field, value in [("model", "n"), ("revision", "2"), ("prompt", "q"), ("temperature", 0.5)]:
-        keys.add(KeyMaker(**{**base, field: value}).key(PAIR))
-    keys |= {KeyMaker(**base).key(pair) for pair in [Pair("owlb", "ird"), Pair("bird", "owl")]}
+        keys.add(KeyMaker(**{**base, field: value}).keys([PAIR])[0])
+    keys |= {
+        KeyMaker(**base).keys([pair])[0] for pair in [Pair("owlb", "ird"), Pair("bird", "owl")]
+    }
     assert len(keys) == 7
 
 
 def test_put_get_and_reopen(tmp_path):
     path = str(tmp_path / "cache.sqlite")
-    key = KeyMaker(model="m").key(PAIR)
+    key = KeyMaker(model="m").keys([PAIR])[0]
     cache = SqliteCache(path)
     cache.put(key, PAIR, Category.GENERIC, "m", "scope")
     cache.put(key, PAIR, Category.WRONG, "m", "scope")  # the first label stays
@@ -45,9 +47,9 @@ def test_memory_is_bounded(tmp_path):
     maker = KeyMaker(model="m")
     pairs = [Pair("a", str(n)) for n in range(1200)]
     for pair in pairs:
-        cache.put(maker.key(pair), pair, Category.GENERIC, "m", "s")
+        cache.put(maker.keys([pair])[0], pair, Category.GENERIC, "m", "s")
     assert len(cache._memory) == 10
-    assert len(cache.get_many([maker.key(pair) for pair in pairs])) == 1200
+    assert len(cache.get_many([maker.keys([pair])[0] for pair in pairs])) == 1200
     assert len(cache._memory) == 10
 
 
@@ -56,7 +58,7 @@ def test_export_import_purge_stats(tmp_path):
     maker = KeyMaker(model="m")
     for number, judge in enumerate(["m", "m", "n"]):
         pair = Pair("owl é", f"answer {number}")
-        first.put(maker.key(pair), pair, Category(number), judge, maker.scope)
+        first.put(maker.keys([pair])[0], pair, Category(number), judge, maker.scope)
     assert first.export(tmp_path / "out.jsonl") == 3
     second = SqliteCache(str(tmp_path / "b"))
     assert second.import_(tmp_path / "out.jsonl") == 3
@@ -69,7 +71,7 @@ def test_export_import_purge_stats(tmp_path):
     assert second.purge(older_than_s=60.0) == 0
     assert second.purge(judge="n") == 1
     assert second.purge() == 2
-    assert second.get_many([maker.key(Pair("owl é", "answer 0"))]) == {}
+    assert second.get_many([maker.keys([Pair("owl é", "answer 0")])[0]]) == {}
 
 
 def test_import_names_the_bad_line_and_takes_nothing(tmp_path):
@@ -100,7 +102,7 @@ from speciarl_jax.types import Category
 cache, maker = SqliteCache(sys.argv[1]), KeyMaker(model="m")
 for number in range(10**6):
     pair = Pair("a", str(number))
-    cache.put(maker.key(pair), pair, Category.GENERIC, "m", "s")
+    cache.put(maker.keys([pair])[0], pair, Category.GENERIC, "m", "s")
     print(number, flush=True)
 """
 
@@ -118,7 +120,7 @@ def test_every_verdict_survives_kill_9(tmp_path):
     last = int(rest[-1]) if rest and rest[-1].isdigit() else last
     cache = SqliteCache(path)
     maker = KeyMaker(model="m")
-    keys = [maker.key(Pair("a", str(number))) for number in range(last)]
+    keys = [maker.keys([Pair("a", str(number))])[0] for number in range(last)]
     assert len(cache.get_many(keys)) == len(keys)
 
 
@@ -221,13 +223,13 @@ def test_verdict_log(number_judge, fast_config, tmp_path):
 def test_bad_synonyms(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(JudgeError, match=message):
-        Cascade.from_file(str(tmp_path / name))
+        Cascade(str(tmp_path / name))
 
 
 def test_synonyms_json(tmp_path):
     path = tmp_path / "s.json"
     path.write_text(json.dumps([["Snowy Owl", "Bubo scandiacus"], ["dog", "hound"]]))
-    cascade = Cascade.from_file(str(path))
+    cascade = Cascade(str(path))
     assert cascade.decide(Pair("bubo scandiacus", "snowy owl")) == (Category.SPECIFIC, "synonym")
     assert cascade.decide(Pair("dog", "snowy owl")) is None
 
@@ -239,7 +241,7 @@ def test_cached_path_labels_50_000_a_second_in_one_call(fast_config, tmp_path):
     client = JudgeClient(config)
     filler = SqliteCache(config.cache_path)
     rows = [Pair("black-footed albatross", f"some bird number {n}") for n in range(20_000)]
-    filler._insert((client._keys.key(p), 2, "m", *("",) * 3, 0.0) for p in rows)
+    filler._insert((client._keys.keys([p])[0], 2, "m", *("",) * 3, 0.0) for p in rows)
 
     async def run():
         async with client as judge:

@@ -67,7 +67,7 @@ def url(socket_url, monkeypatch):
 def fill(cache, count, judge="m"):
     pairs = [Pair("owl é", f"answer {number}") for number in range(count)]
     for number, pair in enumerate(pairs):
-        cache.put(MAKER.key(pair), pair, Category(number % 6), judge, MAKER.scope)
+        cache.put(MAKER.keys([pair])[0], pair, Category(number % 6), judge, MAKER.scope)
     return MAKER.keys(pairs)
 
 
