@@ -25,6 +25,7 @@ BASE = [
     "ml-collections>=1.1",
     "absl-py>=2",
     "numpy>=2",
+    "scipy>=1.13",
     "openai[aiohttp]>=2,<4",
     "aiohttp>=3.9",
     "anyio>=4.4",  # the judge's thread

@@ -304,7 +304,7 @@ def write_scores(
     metrics = metrics_json(
         read_predictions(folder / "predictions.jsonl"),
         config.data.in_domain,
-        ScoringRule(config.eval.format_failures, config.eval.bootstrap_samples, config.seed),
+        ScoringRule(config.eval.format_failures, config.eval.bootstrap_samples),
     )
     if text is not None:
         metrics["text"] = text

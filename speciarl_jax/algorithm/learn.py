@@ -38,7 +38,7 @@ from speciarl_jax.learner import batches, packing
 from speciarl_jax.learner.batches import Completions
 from speciarl_jax.learner.logprobs import LossConfig, TrainBatch, TreeBatch, batch_logprobs
 from speciarl_jax.learner.optimizer import OptimState
-from speciarl_jax.learner.update import check_train_batch, update_step
+from speciarl_jax.learner.update import check_train_batch, step_statistics, update_step
 from speciarl_jax.objective.loss import importance_weights
 from speciarl_jax.objective.token_weights import token_weights
 from speciarl_jax.policy.model import Policy
@@ -219,7 +219,7 @@ def finish_update(config: Config, state: TrainState, update: Update) -> tuple[Tr
     """Waits for the updates of a step.
 
     Returns:
-        (state after the step, ``policy/*`` statistics averaged over its updates).
+        (state after the step, ``policy/*``: `update.step_statistics` of its updates).
 
     Raises:
         TrainingStopped: too many gradients in a row were not finite.
@@ -232,7 +232,7 @@ def finish_update(config: Config, state: TrainState, update: Update) -> tuple[Tr
             f"step {step}: {skipped} updates in a row had a gradient that is not finite "
             "(optim.max_skipped_updates); lower optim.learning_rate and resume from a checkpoint"
         )
-    metrics = {f"policy/{k}": float(np.mean([s[k] for s in stats])) for k in stats[0]}
+    metrics: Metrics = {f"policy/{k}": v for k, v in step_statistics(stats).items()}
     after = dataclasses.replace(state, trainable=update.trainable, optim=update.optim, step=step)
     return after, metrics
 

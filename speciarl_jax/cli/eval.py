@@ -118,7 +118,7 @@ def score(
             )
     if options.has_text_metrics and processes.is_first():
         rows = read_predictions(folder / "predictions.jsonl")
-        text = score_text(rows, embedder, config.eval.bootstrap_samples, config.seed)
+        text = score_text(rows, embedder, config.eval.bootstrap_samples)
         metrics = write_scores(config, folder, text)
     run_dir.push()
     if processes.is_first():

@@ -10,10 +10,17 @@ from pathlib import Path
 from speciarl_jax.cli.flags import Verbs
 from speciarl_jax.files import write_whole
 from speciarl_jax.monitor.tables import make_console
-from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
+from speciarl_jax.report.compare import (
+    compare,
+    headline_csv,
+    headline_latex,
+    load_evaluation,
+    over_seeds,
+    scoring_rule,
+)
 from speciarl_jax.report.load import Run, load_runs
-from speciarl_jax.report.tables import comparison_table
-from speciarl_jax.scoring.bootstrap import FORMAT_RULES, ScoringRule
+from speciarl_jax.report.tables import comparison_table, seeds_table
+from speciarl_jax.scoring.bootstrap import FORMAT_RULES
 from speciarl_jax.scoring.results import Evaluation
 
 
@@ -29,12 +36,23 @@ def register(subparsers: Verbs) -> None:
     _add_exports(report)
     report.set_defaults(handler=run_report)
 
-    pair = subparsers.add_parser("compare", help="two runs in the terminal, second minus first")
+    pair = subparsers.add_parser(
+        "compare", help="two runs in the terminal, second minus first; or the seeds of one recipe"
+    )
     pair.add_argument("first", metavar="DIR", help="run, or one evaluation of it: RUN/eval/base")
     pair.add_argument("second", metavar="DIR", help="likewise")
+    pair.add_argument("others", nargs="*", metavar="DIR", help="more seeds, with --seeds")
+    pair.add_argument(
+        "--seeds", action="store_true", help="runs of one recipe: means over seeds, t intervals"
+    )
     pair.add_argument("--stage", default="", help="evaluation of both runs; trained if none")
-    pair.add_argument("--format_failures", default="wrong", choices=FORMAT_RULES)
-    pair.add_argument("--bootstrap_samples", type=int, default=2000)
+    pair.add_argument(
+        "--format_failures",
+        default="",
+        choices=FORMAT_RULES,
+        help="as the runs were scored if none",
+    )
+    pair.add_argument("--bootstrap_samples", type=int, default=0, help="as the runs' if none")
     pair.add_argument("--seed", type=int, default=0, help="of the resampling")
     _add_exports(pair)
     pair.set_defaults(handler=run_compare)
@@ -108,18 +126,26 @@ def _taxonomy(path: str, run: Run) -> Path | None:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """Prints values, differences and paired intervals.
+    """Prints values, differences and paired intervals; with ``--seeds`` means over all runs.
 
     Raises:
-        ValueError: a directory without an evaluation, or no common image.
+        ValueError: a directory without an evaluation, no common image, more than two runs without
+            ``--seeds``, or an option of the other kind of table with it.
     """
-    name_a, rows_a, in_domain_a = load_evaluation(args.first, args.stage)
-    name_b, rows_b, in_domain_b = load_evaluation(args.second, args.stage)
+    if args.seeds:
+        return _compare_seeds(args)
+    if args.others:
+        raise ValueError(
+            f"{len(args.others) + 2} directories: compare takes two; add --seeds for means over "
+            "runs that differ in their seed"
+        )
+    name_a, a = load_evaluation(args.first, args.stage)
+    name_b, b = load_evaluation(args.second, args.stage)
     compared = compare(
-        rows_a,
-        rows_b,
-        sorted({*in_domain_a, *in_domain_b}),
-        ScoringRule(args.format_failures, args.bootstrap_samples, args.seed),
+        a.predictions,
+        b.predictions,
+        sorted({*a.in_domain, *b.in_domain}),
+        scoring_rule([a, b], args.format_failures, args.bootstrap_samples, args.seed),
     )
     _export(args, {name_a: compared["a"], name_b: compared["b"]})
     if args.json:
@@ -131,4 +157,22 @@ def run_compare(args: argparse.Namespace) -> int:
     if compared["left_out"]:
         print(f"not compared, only one has them: {', '.join(compared['left_out'])}",
               file=sys.stderr)  # fmt: skip
+    return 0
+
+
+def _compare_seeds(args: argparse.Namespace) -> int:
+    """Means over the runs; all of them were scored by one rule."""
+    if args.format_failures or args.bootstrap_samples or args.seed:
+        raise ValueError(
+            "--seeds takes the values of each metrics.json and resamples nothing: leave out "
+            "--format_failures, --bootstrap_samples and --seed"
+        )
+    loaded = [load_evaluation(path, args.stage) for path in (args.first, args.second, *args.others)]
+    scoring_rule([stage for _, stage in loaded])
+    means = over_seeds([stage.metrics for _, stage in loaded])
+    _export(args, {name: stage.metrics for name, stage in loaded})
+    if args.json:
+        print(json.dumps({"names": [name for name, _ in loaded], "means": means}, allow_nan=False))
+    else:
+        make_console().print(seeds_table(means, f"mean over {len(loaded)} seeds"))
     return 0

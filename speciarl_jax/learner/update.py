@@ -7,15 +7,20 @@ causal within the prompt, and each completion attends to [prompt, itself]:
     completion g sees             | x  x  ..  x   |  (others)  | causal     |
 
 Aggregation is the weight array of `objective.token_weights`: the loss is sum(weights * per-token
-loss), so micro-batches and devices only change the order of an addition.
+loss), so micro-batches and devices only change the order of an addition. Statistics of the tokens
+(`TOKEN_MEANS`) leave the device as plain sums beside the number of trained tokens, which add up in
+the same way: whatever the aggregation, a fraction is a fraction of tokens.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -37,6 +42,9 @@ from speciarl_jax.learner.opening import optim_shardings
 from speciarl_jax.learner.optimizer import OptimState, apply_gradients
 from speciarl_jax.objective import loss as losses
 from speciarl_jax.policy.model import Policy
+
+# Statistics that are means over the trained tokens.
+TOKEN_MEANS = ("clip_low_frac", "clip_high_frac", "dual_frac", "entropy", "kl")
 
 
 def check_train_batch(batch: TrainBatch[AnyArray]) -> None:
@@ -83,14 +91,19 @@ def batch_loss(
     """Loss of one micro-batch and its additive statistics.
 
     Returns:
-        (sum of weights * per-token loss, statistics): ``logprobs`` [P, G, C]; every other entry is
-        already multiplied by the weights, so micro-batches add up to the mini-batch's value.
+        (sum of weights * per-token loss, statistics): ``logprobs`` [P, G, C]; every other entry
+        adds up over micro-batches: ``loss``; ``tokens``, how many are trained (weight above 0);
+        and the `TOKEN_MEANS` as sums over those tokens, for `step_statistics` to divide.
     """
     tree = batch.tree
     hidden = tree_hidden(policy, tree, config)
     logprobs, entropy = token_logprobs(policy.text, hidden, tree.completion_tokens, banned, config)
     weights, mask = batch.weights, batch.weights > 0
-    stats = {"logprobs": logprobs, "entropy": jnp.sum(weights * entropy)}
+    stats = {
+        "logprobs": logprobs,
+        "tokens": _sum_trained(jnp.ones_like(weights), mask),
+        "entropy": _sum_trained(entropy, mask),
+    }
     if config.objective == "sft":
         per_token = losses.sft_loss(logprobs)
     else:
@@ -116,15 +129,38 @@ def _policy_objective(
     if batch.importance is not None:
         per_token = per_token * batch.importance
     for name in ("clip_low", "clip_high", "dual"):
-        stats[f"{name}_frac"] = jnp.sum(
-            jnp.where(getattr(clipped, name) & mask, batch.weights, 0.0)
-        )
+        stats[f"{name}_frac"] = _sum_trained(getattr(clipped, name), mask)
     if config.kl_coef:
         assert batch.ref_logprobs is not None, "kl_coef needs ref_logprobs"
         kl = losses.k3_kl(logprobs, batch.ref_logprobs, mask=mask)
-        stats["kl"] = jnp.sum(batch.weights * kl)
+        stats["kl"] = _sum_trained(kl, mask)
         per_token = per_token + config.kl_coef * kl
     return per_token
+
+
+def _sum_trained(values: Array, mask: Array) -> Float[Array, ""]:
+    return jnp.sum(jnp.where(mask, values, 0), dtype=jnp.float32)
+
+
+def step_statistics(updates: Sequence[Mapping[str, AnyArray | float]]) -> dict[str, float]:
+    """What `update_step` says of each update of a step, as one row of ``policy/*``.
+
+    Args:
+        updates: of each update, scalars on the host: sums as from `batch_loss`, ``grad_norm``.
+
+    Returns:
+        The `TOKEN_MEANS` that are there as means over the trained tokens of all updates, nan
+        without any token; everything else as a mean over the updates.
+    """
+    tokens = sum(float(update["tokens"]) for update in updates)
+    statistics = {}
+    for name in [name for name in updates[0] if name != "tokens"]:
+        values = np.array([update[name] for update in updates], np.float64)
+        if name in TOKEN_MEANS:
+            statistics[name] = float(values.sum() / tokens) if tokens else math.nan
+        else:
+            statistics[name] = float(values.mean())
+    return statistics
 
 
 @functools.partial(
@@ -155,8 +191,8 @@ def update_step(
         config: static part of the loss.
 
     Returns:
-        (trainable, optimiser state, statistics): sums over the mini-batch, ``grad_norm``,
-        ``logprobs`` [U, P, G, C].
+        (trainable, optimiser state, statistics): the sums of `batch_loss` over the mini-batch,
+        ``grad_norm``, ``logprobs`` [U, P, G, C].
     """
 
     def micro_loss(trainable: Params, micro: TrainBatch) -> tuple[Array, dict[str, Array]]:

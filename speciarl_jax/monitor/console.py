@@ -103,7 +103,7 @@ def report_end(
             read_predictions(workdir / "eval" / "base" / "predictions.jsonl"),
             read_predictions(workdir / "eval" / "trained" / "predictions.jsonl"),
             config.data.in_domain,
-            ScoringRule(config.eval.format_failures, config.eval.bootstrap_samples, config.seed),
+            ScoringRule(config.eval.format_failures, config.eval.bootstrap_samples),
         )
         console.print(comparison_table(found, "before and after training"))
     elif scored:

@@ -7,23 +7,24 @@ import io
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from speciarl_jax.report.load import load_run
+from speciarl_jax.report.load import Stage, load_run
 from speciarl_jax.report.tables import MAIN, format_estimate, metric_rows
 from speciarl_jax.scoring.bootstrap import DEFAULT_RULE, METRICS, ScoringRule
 from speciarl_jax.scoring.metrics import by_dataset, metrics_json, paired_differences
 from speciarl_jax.scoring.predictions import Prediction
-from speciarl_jax.scoring.results import Comparison, Evaluation
+from speciarl_jax.scoring.results import Comparison, Estimate, Evaluation, MainMetric
+from speciarl_jax.scoring.seeds import mean_over_seeds
 
 
-def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, list[Prediction], list[str]]:
-    """The rows that speak for a directory.
+def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, Stage]:
+    """The evaluation that speaks for a directory.
 
     Args:
         path: a run directory, or one evaluation of it (``RUN/eval/base``).
         stage: evaluation of the run; empty takes ``trained``, else the last one.
 
     Returns:
-        Name, rows, names of the in-domain data sets.
+        (its name with that of its run, the evaluation).
 
     Raises:
         ValueError: no such directory or evaluation.
@@ -37,7 +38,35 @@ def load_evaluation(path: str | Path, stage: str = "") -> tuple[str, list[Predic
     name = run.name if found.name == "eval" else f"{run.name}/{found.name}"
     if found.name == "eval" and path.resolve().parent.name == "eval":
         name = f"{path.resolve().parents[1].name}/{run.name}"
-    return name, found.predictions, found.in_domain
+    return name, found
+
+
+def scoring_rule(
+    stages: Sequence[Stage], format_failures: str = "", bootstrap_samples: int = 0, seed: int = 0
+) -> ScoringRule:
+    """The rule that evaluations were scored with, but for what is asked here.
+
+    A comparison that takes all of it prints the intervals that stand in ``metrics.json``.
+
+    Args:
+        stages: what is compared.
+        format_failures: instead of theirs; "" takes theirs.
+        bootstrap_samples: likewise; 0 takes theirs, the larger number where they differ.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: they were scored with different rules, and none is given here.
+    """
+    settings = [stage.metrics.get("settings", {}) for stage in stages]
+    default = DEFAULT_RULE
+    rules = sorted({str(s.get("format_failures", default.format_failures)) for s in settings})
+    if len(rules) > 1 and not format_failures:
+        raise ValueError(
+            f"the runs were scored with format_failures {' and '.join(rules)}; choose one for both "
+            "with --format_failures"
+        )
+    samples = [int(s.get("bootstrap_samples", default.bootstrap_samples)) for s in settings]
+    return ScoringRule(format_failures or rules[0], bootstrap_samples or max(samples), seed)
 
 
 def compare(
@@ -70,6 +99,23 @@ def compare(
         )
     left_out = sorted((set(by_a) | set(by_b)) - set(common))
     return {"a": metrics_a, "b": metrics_b, "differences": differences, "left_out": left_out}
+
+
+def over_seeds(evaluations: Sequence[Evaluation]) -> dict[str, dict[MainMetric, Estimate]]:
+    """Means with t intervals over runs that differ in their seed, see `mean_over_seeds`.
+
+    Args:
+        evaluations: content of each run's ``metrics.json``.
+
+    Returns:
+        By data set or ``mean <average>``, those that every run has, then by metric.
+    """
+    tables = [{name: scores for name, scores, _ in metric_rows(e)} for e in evaluations]
+    return {
+        name: {m: mean_over_seeds([table[name][m]["value"] for table in tables]) for m in MAIN}
+        for name in tables[0]
+        if all(name in table for table in tables)
+    }
 
 
 def headline_csv(evaluations: Mapping[str, Evaluation]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from speciarl_jax.judge.offline.name_trees import read_any
 from speciarl_jax.report import charts, sections
-from speciarl_jax.report.compare import compare
+from speciarl_jax.report.compare import compare, scoring_rule
 from speciarl_jax.report.cost import cost_section
 from speciarl_jax.report.gallery import Gallery, build_gallery
 from speciarl_jax.report.html import Markup, el, join
@@ -24,7 +24,6 @@ from speciarl_jax.report.load import Run, Stage
 from speciarl_jax.report.style import DARK, LIGHT, readable
 from speciarl_jax.report.training import figure, training_section
 from speciarl_jax.report.verdicts import judge_section
-from speciarl_jax.scoring.bootstrap import ScoringRule
 from speciarl_jax.scoring.predictions import RUNGS
 
 _SHARED = 1_200_000  # bytes kept free for tables, charts and script
@@ -45,7 +44,7 @@ class ReportOptions:
     taxonomy: Path | None = None  # tree of names for the confusion by level; None leaves it out
     max_rollouts: int = 20_000  # rows in the gallery at most
     max_mb: float = 25.0  # size of the page at most, in 1e6 bytes
-    bootstrap_samples: int = 2000  # behind paired differences
+    bootstrap_samples: int = 0  # behind paired differences; 0 takes the first run's
 
 
 def build_page(runs: Sequence[Run], options: ReportOptions) -> str:
@@ -169,7 +168,11 @@ def _results(runs: Sequence[Run], options: ReportOptions) -> Markup:
 
 
 def _differences(runs: Sequence[Run], options: ReportOptions) -> Markup:
-    """Trained against base within each run, then each run against the first."""
+    """Trained against base within each run, then each run against the first.
+
+    All of them by the rule that the first run was scored with, so that its intervals are those of
+    its ``metrics.json``.
+    """
     pairs: list[tuple[str, Stage, str, Stage]] = []
     for run in runs:
         if run.change is not None:
@@ -178,13 +181,14 @@ def _differences(runs: Sequence[Run], options: ReportOptions) -> Markup:
     finals = [(f"{r.name} · {r.final.name}", r.final) for r in runs if r.final is not None]
     pairs += [(*finals[0], *other) for other in finals[1:]]
     tables = []
-    rule = ScoringRule(bootstrap_samples=options.bootstrap_samples)
+    main = finals[0][1]
+    rule = scoring_rule([main], bootstrap_samples=options.bootstrap_samples)
     for a, first, b, second in pairs:
         images_a, images_b = ({p.image_key for p in s.predictions} for s in (first, second))
         if images_a.isdisjoint(images_b):
             tables.append(el("p", f"{a} and {b} have no image in common."))
             continue
-        compared = compare(first.predictions, second.predictions, finals[0][1].in_domain, rule)
+        compared = compare(first.predictions, second.predictions, main.in_domain, rule)
         tables.append(sections.comparison((a, b), compared))
     return join(*tables)
 

@@ -241,6 +241,7 @@ def comparison(names: tuple[str, str], compared: Comparison) -> Markup:
         el("th", ""),
         *(el("th", title, scope="col") for title in MAIN.values()),
         el("th", "images", scope="col"),
+        el("th", "changed", scope="col"),
     )
     lines = []
     for name, difference in compared["differences"].items():
@@ -256,6 +257,7 @@ def comparison(names: tuple[str, str], compared: Comparison) -> Markup:
                 el("th", el("bdi", readable(name)), scope="row"),
                 *cells,
                 el("td", f"{difference['n_images']:,}"),
+                el("td", _count(difference["discordant"])),
             )
         )
     caption = el(
@@ -263,12 +265,17 @@ def comparison(names: tuple[str, str], compared: Comparison) -> Markup:
         el("bdi", names[1]),
         " minus ",
         el("bdi", names[0]),
-        ": paired bootstrap over the images both answered; coloured where the 95 % "
-        "interval excludes 0.",
+        ": over the images both answered; coloured where the 95 % interval excludes 0. Changed: "
+        "images wrong on one side only; where counted, correctness has Tango's score interval, all "
+        "else the paired bootstrap's.",
         class_="caption",
     )
     table = el("table", el("thead", head), el("tbody", *lines))
     return join(caption, scroll(table, "Differences"))
+
+
+def _count(number: int | None) -> str:
+    return "—" if number is None else f"{number:,}"
 
 
 def _matrix(

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from speciarl_jax.scoring.results import (
     Comparison,
+    Difference,
+    Estimate,
     Evaluation,
     MainMetric,
     Metric,
@@ -113,25 +115,50 @@ def text_table(text: TextMetrics, title: str) -> Table:
     return table
 
 
-def comparison_table(
-    compared: Comparison, title: str, names: tuple[str, str] = ("base", "trained")
-) -> Table:
-    """Two evaluations side by side: both values of each of the three metrics and their difference.
+def seeds_table(means: Mapping[str, Mapping[MainMetric, Estimate]], title: str) -> Table:
+    """One line per data set and average: means over seeds with their t intervals.
 
-    A difference whose interval excludes 0 is coloured.
+    Args:
+        means: as `compare.over_seeds` returns them.
+        title: above the table.
     """
-    table = Table(
+    table = _open_table(title, "[ ]: 95 %, Student's t over seeds")
+    for heading in ("data set", *(_COLUMNS[m] for m in MAIN)):
+        table.add_column(heading, justify="left" if heading == "data set" else "right")
+    for name, estimates in means.items():
+        table.add_row(name, *(_wrappable(estimates[m]) for m in MAIN))
+    return table
+
+
+def _open_table(title: str, caption: str) -> Table:
+    return Table(
         title=title,
         title_justify="left",
-        caption="[ ]: 95 % paired bootstrap",
+        caption=caption,
         caption_justify="left",
         box=box.HORIZONTALS,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
+
+
+def comparison_table(
+    compared: Comparison, title: str, names: tuple[str, str] = ("base", "trained")
+) -> Table:
+    """Two evaluations side by side: both values of each of the three metrics and their difference.
+
+    A difference whose interval excludes 0 is coloured. Beside correctness stands how many images
+    are wrong on one side only, of how many; a dash where that is not a number of images (see
+    `scoring.metrics.paired_differences`).
+    """
+    table = _open_table(
+        title,
+        "[ ]: 95 %, paired; of correctness Tango's score interval where 'changed' has a number, "
+        "else and of the others bootstrap over images",
+    )
     for heading in ("data set", "metric"):
         table.add_column(heading, no_wrap=True)
-    for heading in (*names, "difference"):
+    for heading in (*names, "difference", "changed"):
         table.add_column(heading, justify="right")
     second = {name: scores for name, scores, _ in metric_rows(compared["b"])}
     for name, scores, is_average in metric_rows(compared["a"]):
@@ -142,10 +169,16 @@ def comparison_table(
                 format_value(scores[metric]["value"]),
                 format_value(second[name][metric]["value"]),
                 _styled(compared["differences"][name][metric]),
+                _changed(compared["differences"][name]) if metric == "correctness" else "",
                 style="bold" if is_average else None,
                 end_section=metric == "hm",
             )
     return table
+
+
+def _changed(difference: Difference) -> str:
+    discordant = difference["discordant"]
+    return "—" if discordant is None else f"{discordant}/{difference['n_images']}"
 
 
 def _styled(difference: Mapping[str, float | None]) -> str:

@@ -2,6 +2,9 @@
 
 The unit is the image, never the rollout: samples of one image resemble each other, and
 resampling them one by one would claim a precision that is not there.
+
+The seed of the resampling is 0 wherever nobody asks for another, and never the run's: an interval
+is then the same at the end of training, in ``metrics.json``, in the report and in `compare`.
 """
 
 from __future__ import annotations

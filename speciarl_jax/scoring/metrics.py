@@ -29,7 +29,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from speciarl_jax.scoring import bootstrap
+from speciarl_jax.scoring import bootstrap, paired
 from speciarl_jax.scoring.bootstrap import DEFAULT_RULE, ScoringRule
 from speciarl_jax.scoring.predictions import RUNGS, Prediction
 from speciarl_jax.scoring.results import (
@@ -299,14 +299,22 @@ def paired_differences(
 
     Several data sets are averaged without weights, as in `averages`.
 
+    Where each image has one scored answer on either side, correctness is a difference of paired
+    proportions and has Tango's score interval, over several data sets `paired.mean_interval` of
+    theirs. With several samples of an image, missing labels, or format failures dropped it is none,
+    and has the bootstrap's like the other metrics.
+
     Returns:
-        Each metric (and hm_of_means) as ``{"value", "low", "high"}``, and n_images.
+        Each metric (and hm_of_means) as ``{"value", "low", "high"}``, n_images,
+        ``correctness_interval`` (score or bootstrap) and ``discordant``: images that are wrong on
+        one side only, None where the interval is not the score's.
 
     Raises:
         ValueError: no common image.
     """
     datasets_a, datasets_b = by_dataset(preds_a), by_dataset(preds_b)
     pairs: list[list[bootstrap.Scored]] = []
+    changes: list[paired.Change | None] = []
     for name in [n for n in datasets_a if n in datasets_b]:
         a, b = _by_image(datasets_a[name]), _by_image(datasets_b[name])
         shared = [i for i in a if i in b]
@@ -316,6 +324,7 @@ def paired_differences(
             [bootstrap.rung_counts(side[i] for i in shared) for side in (a, b)], axis=1
         )
         pairs.append(bootstrap.resample(name, counts, rule))
+        changes.append(_change(bootstrap.moments_of(counts, rule)))
     if not pairs:
         raise ValueError("the two runs have no image in common: evaluate them on the same data")
     mean_a, mean_b = (bootstrap.average(side) for side in zip(*pairs, strict=True))
@@ -324,5 +333,24 @@ def paired_differences(
         values={m: v - mean_a.values[m] for m, v in mean_b.values.items()},
         replicates={m: v - mean_a.replicates[m] for m, v in mean_b.replicates.items()},
     )
-    n_images = sum(first.images for first, _ in pairs)
-    return cast(Difference, {**difference.estimates(), "n_images": n_images})
+    estimates = difference.estimates()
+    known = [change for change in changes if change is not None]
+    is_proportion = len(known) == len(changes)
+    if is_proportion and estimates["correctness"]["low"] is not None:
+        low, high = paired.mean_interval(known)
+        estimates["correctness"] |= {"low": low, "high": high}
+    others = {
+        "n_images": sum(first.images for first, _ in pairs),
+        "correctness_interval": "score" if is_proportion else "bootstrap",
+        "discordant": sum(c.gained + c.lost for c in known) if is_proportion else None,
+    }
+    return cast(Difference, {**estimates, **others})
+
+
+def _change(moments: Float[np.ndarray, "I 2 6"]) -> paired.Change | None:
+    """What became right and wrong; None unless each image has one scored answer on either side."""
+    scored, wrong = moments[..., 0], moments[..., 1]
+    if not (scored == 1).all():
+        return None
+    gain = wrong[:, 0] - wrong[:, 1]
+    return paired.Change(int((gain > 0).sum()), int((gain < 0).sum()), len(moments))

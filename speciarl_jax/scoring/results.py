@@ -100,6 +100,8 @@ class Difference(MainEstimates):
     judge_failure_rate: Estimate
     hm_of_means: Estimate
     n_images: int
+    correctness_interval: Literal["score", "bootstrap"]
+    discordant: int | None  # images wrong on one side only; None with the bootstrap's interval
 
 
 class Comparison(TypedDict):

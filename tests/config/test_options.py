@@ -140,7 +140,9 @@ def test_updates_that_are_skipped_in_a_row_stop_the_run(most, is_stopped):
     config.optim.max_skipped_updates = most
     skipped = OptimState((), jnp.int32(5), jnp.int32(2))
     state = TrainState(nnx.State({}), skipped, 4, {})
-    update = Update(nnx.State({}), skipped, [{"loss": jnp.float32(1)}], jnp.zeros(1))
+    update = Update(
+        nnx.State({}), skipped, [{"loss": jnp.float32(1), "tokens": jnp.float32(9)}], jnp.zeros(1)
+    )
     if is_stopped:
         with pytest.raises(TrainingStopped, match="step 5: 2 updates in a row"):
             finish_update(config, state, update)

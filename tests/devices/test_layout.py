@@ -54,6 +54,7 @@ def assert_same_update(session, shapes, config):
     _, _, train = make_batch(session, num_prompts=8)
     alone = on_mesh(session, shapes[0], train, config)
     assert float(alone[2]["grad_norm"]) > 0
+    assert float(alone[2]["tokens"]) == np.sum(train.weights > 0)
     for shape in shapes[1:]:
         spread = on_mesh(session, shape, train, config)
         for name, value in alone[2].items():

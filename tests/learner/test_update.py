@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 from speciarl_jax.algorithm import learn
+from speciarl_jax.config.schema import AGGREGATIONS
 from speciarl_jax.learner import batches, update
 from speciarl_jax.learner.logprobs import token_logprobs, tree_hidden
 from speciarl_jax.learner.optimizer import init_optimizer, make_optimizer
+from speciarl_jax.objective.token_weights import token_weights
 from tests.support.groups import GROUP, make_batch, settings
 from tests.support.tiny_policy import (
     full_logits,
@@ -220,6 +222,74 @@ def test_loss_value_against_numpy(session):
     on_device = jax.tree.map(jnp.asarray, train)
     loss, _ = update.batch_loss(policy, on_device, jnp.asarray(session.vocabulary.banned), config)
     np.testing.assert_allclose(loss, total, rtol=1e-5)
+
+
+def trained_by(train, completions, aggregation, normalization):
+    """`train` weighted by an aggregation, with two answers that teach nothing."""
+    valid = np.ones(completions.lengths.shape, bool)
+    valid[1, 2] = valid[3, 0] = False
+    weights = token_weights(
+        completions.lengths.reshape(-1),
+        valid.reshape(-1),
+        completions.completion_tokens.shape[2],
+        aggregation,
+        normalization,
+        verl_micro_batch=4,
+    )
+    return dataclasses.replace(train, weights=weights.reshape(train.weights.shape))
+
+
+@pytest.mark.parametrize("normalization", ["global", "verl"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_statistics_are_means_over_tokens(session, aggregation, normalization):
+    """Whatever weighs the loss: each fraction counts tokens, each trained token once."""
+    _, completions, train = make_batch(session)
+    config = settings()
+    policy = nnx.merge(session.parts.graphdef, *states(session))
+    logprobs, entropy = (
+        np.asarray(x) for x in tree_logprobs(policy, train, session.vocabulary.banned, config)
+    )
+    shifts = np.array([-1.5, 0.0, 0.5])[np.arange(logprobs.shape[2]) % 3]  # ratios 4.5, 1, 0.6
+    train = trained_by(train, completions, aggregation, normalization)
+    train = dataclasses.replace(train, old_logprobs=(logprobs + shifts).astype(np.float32))
+    *_, sums = run_update(session, train, 2, config)
+    sums = dict(jax.device_get(sums))
+    sums.pop("logprobs")
+    found = update.step_statistics([sums])
+
+    is_trained = train.weights > 0
+    assert is_trained.sum() == sums["tokens"] < completions.lengths.sum()
+    advantages = np.broadcast_to(train.advantages[..., None], is_trained.shape)[is_trained]
+    logprobs, entropy = logprobs[is_trained], entropy[is_trained]
+    rho = np.exp(logprobs - train.old_logprobs[is_trained])
+    gap = train.ref_logprobs[is_trained] - logprobs
+    expected = {
+        "clip_low_frac": np.mean((advantages < 0) & (rho < 0.8)),
+        "clip_high_frac": np.mean((advantages > 0) & (rho > 1.2)),
+        "dual_frac": np.mean((advantages < 0) & (rho > 3)),
+        "entropy": entropy.mean(),
+        "kl": np.mean(np.clip(np.exp(gap) - gap - 1, -10, 10)),
+    }
+    assert expected.keys() == set(update.TOKEN_MEANS)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+        assert name in ("entropy", "kl") or 0 < found[name] <= 1
+    assert found["loss"] == float(sums["loss"])  # which does carry the weights
+
+
+def test_statistics_of_a_step_by_hand():
+    """Three tokens in one update and one in the next: a token counts as much in either."""
+    first = {"tokens": 3.0, "entropy": 6.0, "dual_frac": 3.0, "loss": 1.0, "grad_norm": 2.0}
+    second = {"tokens": 1.0, "entropy": 10.0, "dual_frac": 0.0, "loss": 3.0, "grad_norm": 4.0}
+    assert update.step_statistics([first, second]) == {
+        "entropy": 4.0,
+        "dual_frac": 0.75,
+        "loss": 2.0,
+        "grad_norm": 3.0,
+    }
+    nothing = {"tokens": 0.0, "entropy": 0.0, "loss": 0.0}
+    assert np.isnan(update.step_statistics([nothing])["entropy"])
+    assert update.step_statistics([nothing])["loss"] == 0
 
 
 def test_mini_batches_cover_the_step():

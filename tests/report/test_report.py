@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zlib
@@ -20,7 +21,10 @@ from PIL import Image
 from rich.console import Console
 
 from speciarl_jax.cli import report
+from speciarl_jax.config.schema import Config
+from speciarl_jax.evaluate import write_scores
 from speciarl_jax.judge.offline.name_trees import Node
+from speciarl_jax.monitor.console import report_end
 from speciarl_jax.report import html, sections, thumbnails
 from speciarl_jax.report.compare import compare, headline_csv, headline_latex, load_evaluation
 from speciarl_jax.report.gallery import build_gallery
@@ -28,7 +32,12 @@ from speciarl_jax.report.levels import NameTree
 from speciarl_jax.report.load import load_run, load_runs, read_series
 from speciarl_jax.report.page import ReportOptions, build_page
 from speciarl_jax.report.plots import plot_training
-from speciarl_jax.report.tables import comparison_table, format_value, metrics_table
+from speciarl_jax.report.tables import (
+    comparison_table,
+    format_estimate,
+    format_value,
+    metrics_table,
+)
 from speciarl_jax.scoring.metrics import metrics_json
 from speciarl_jax.scoring.predictions import Prediction, read_predictions, write_predictions
 from speciarl_jax.scoring.text_metrics import score_text
@@ -282,6 +291,15 @@ def test_terminal_tables(run: Path) -> None:
     assert "mean out_of_domain" in text
     value = compared["differences"]["mean all"]["hm"]["value"]
     assert format_value(value, is_signed=True) in text
+    # How many images changed, where each has one answer with a label on either side.
+    counts = {d["discordant"]: d["n_images"] for d in compared["differences"].values()}
+    assert any(count is not None for count in counts)
+    for count, images in counts.items():
+        assert (f" {count}/{images}" if count is not None else "—") in text
+    changed = re.search(
+        r">changed</th>.*?</table>", sections.comparison(("a", "b"), compared), re.S
+    )
+    assert all(f"<td>{'—' if c is None else c}</td>" in changed[0] for c in counts)
     # The paired difference is the difference of the two means.
     both = [compared[k]["averages"]["all"]["hm"]["value"] for k in "ab"]
     assert value == pytest.approx(both[1] - both[0])
@@ -390,6 +408,84 @@ def test_compare_verb(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "evaluation,data_set,n,correctness" in table.read_text()
     assert call("compare", *pair) == 0
     assert "run/trained against run/base" in capsys.readouterr().out
+
+
+def test_a_run_has_the_same_intervals_wherever_they_are_printed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the run's seed: closing table, metrics.json, `compare` and the page."""
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    config = Config(seed=7)
+    config.data.in_domain = ("field_guide_birds",)
+    config.eval.bootstrap_samples = 300
+    config.eval.format_failures = "separate"
+    scores = [write_scores(config, workdir / "eval" / name) for name in ("base", "trained")]
+    console = Console(width=100, record=True, file=io.StringIO())
+    report_end(console, workdir, config, *scores)
+    pair = (str(workdir / "eval" / "base"), str(workdir))
+    assert call("compare", *pair) == 0
+    intervals = re.compile(r"\[[-+.0-9]+,[-+.0-9]+\]")
+    closing = intervals.findall(console.export_text())
+    assert closing == intervals.findall(capsys.readouterr().out)
+    assert len(closing) >= 3 * 4
+    assert call("compare", *pair, "--json") == 0
+    compared = json.loads(capsys.readouterr().out)
+    loaded = load_run(workdir)
+    for side, stage in (("a", "base"), ("b", "trained")):
+        assert compared[side] == loaded.stage(stage).metrics
+    page = build_page([loaded], ReportOptions())
+    shown = compared["differences"]["mean all"]["specificity"]
+    assert format_estimate(shown, is_signed=True).split(" ", 1)[1] in page
+    assert call("compare", *pair, "--seed=1", "--json") == 0
+    other = json.loads(capsys.readouterr().out)["differences"]["mean all"]["specificity"]
+    assert other["low"] != shown["low"]
+
+
+def test_compare_verb_over_seeds(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three evaluations as three seeds: the t interval of their means, by hand for one cell."""
+    workdir = tmp_path / "run"
+    shutil.copytree(run, workdir)
+    shutil.copytree(workdir / "eval" / "base", workdir / "eval" / "again")
+    dirs = [str(workdir / "eval" / name) for name in ("base", "trained", "again")]
+    assert call("compare", *dirs, "--seeds", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    values = [load_evaluation(d)[1].metrics["averages"]["all"]["hm"]["value"] for d in dirs]
+    # Of x, y, x the deviation is |y - x| / sqrt(3); t with 2 degrees of freedom is 4.302653.
+    half = 4.302653 * abs(values[1] - values[0]) / 3
+    found = answer["means"]["mean all"]["hm"]
+    assert found["value"] == pytest.approx(sum(values) / 3)
+    assert found["high"] - found["value"] == pytest.approx(half, rel=1e-6)
+    assert call("compare", *dirs, "--seeds") == 0
+    text = capsys.readouterr().out
+    assert "mean over 3 seeds" in text
+    assert format_value(found["value"]) in text
+    with pytest.raises(ValueError, match="3 directories: compare takes two; add --seeds"):
+        call("compare", *dirs)
+    with pytest.raises(ValueError, match="--seeds takes the values of each"):
+        call("compare", *dirs, "--seeds", "--seed=1")
+
+
+def test_runs_scored_by_different_rules_need_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rule must be named; of two numbers of resamples the larger is taken, or the flag's."""
+    workdir = tmp_path / "other"
+    shutil.copytree(run, workdir)
+    config = Config()
+    config.eval.format_failures = "drop"
+    config.eval.bootstrap_samples = 600  # the other has 500
+    folder = workdir / "eval" / "trained"
+    write_scores(config, folder)
+    with pytest.raises(ValueError, match="scored with format_failures drop and wrong; choose"):
+        call("compare", str(run), str(workdir))
+    for flags, samples in ((), 600), (("--bootstrap_samples=50",), 50):
+        pair = ("compare", str(run), str(workdir), "--format_failures=drop", *flags, "--json")
+        assert call(*pair) == 0
+        settings = json.loads(capsys.readouterr().out)["a"]["settings"]
+        assert (settings["format_failures"], settings["bootstrap_samples"]) == ("drop", samples)
 
 
 def test_no_jax_here() -> None:
