@@ -1,7 +1,7 @@
 """CPU with eight fake devices, implicit rank promotion an error, no network beyond loopback.
 
-Every annotation of the package is checked at run time, shapes included: jaxtyping's import hook
-puts beartype around each function, so nothing of the package may be imported before it is there.
+Every annotation of the package is checked at run time, shapes included: import hooks put beartype
+around each function, so nothing of the package may be imported before they are there.
 """
 
 import os
@@ -22,14 +22,26 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import socket
+from pathlib import Path
 
 import jax
 import pytest
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
 from jaxtyping import install_import_hook
 
 # An int may stand where a float is annotated, as PEP 484 and mypy have it; beartype alone refuses.
+beartype_package("speciarl_jax", conf=BeartypeConf(is_pep484_tower=True, claw_is_pep526=False))
+# A dimension's name means one size within a call: jaxtyping holds that, in the files that name
+# dimensions only, for its frame around a call costs more than the small functions of the others.
+SOURCES = Path(__file__).parent.parent / "speciarl_jax"
 install_import_hook(
-    "speciarl_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    [
+        ".".join(file.relative_to(SOURCES.parent).with_suffix("").parts)
+        for file in SOURCES.rglob("*.py")
+        if "jaxtyping" in file.read_text()
+    ],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

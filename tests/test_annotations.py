@@ -1,9 +1,11 @@
-"""The import hook of conftest.py is on: annotations of the package are checked when it runs."""
+"""The import hooks of conftest.py are on: annotations of the package are checked when it runs."""
 
 import jax.numpy as jnp
 import pytest
+from beartype.roar import BeartypeCallHintParamViolation
 from jaxtyping import TypeCheckError
 
+from speciarl_jax.files import read_json
 from speciarl_jax.objective.loss import k3_kl
 from speciarl_jax.objective.reward import bar
 from speciarl_jax.policy.attention import causal_mask
@@ -24,3 +26,8 @@ def test_an_int_may_stand_for_a_float_but_no_text():
     bar(codes, 1)
     with pytest.raises(TypeCheckError, match="bar_support"):
         bar(codes, "1")
+
+
+def test_a_file_that_names_no_dimensions_is_checked_too():
+    with pytest.raises(BeartypeCallHintParamViolation, match="path"):
+        read_json(3)
