@@ -86,8 +86,8 @@ def test_chunks_and_compaction_change_nothing_but_the_work(
     session, prompts, group_size, chunk_tokens
 ):
     batch = small_batch(session, prompts)
-    # Stop on about a tenth of the tokens, so that lengths differ.
-    stops = np.flatnonzero(~session.vocabulary.banned)[::10].astype(np.int32)
+    # Stop on about a fifth of the tokens, so that lengths differ.
+    stops = np.flatnonzero(~session.vocabulary.banned)[::5].astype(np.int32)
     vocabulary = type(session.vocabulary)(
         stops, session.vocabulary.banned, session.vocabulary.decode
     )
