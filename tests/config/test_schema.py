@@ -76,3 +76,6 @@ def test_each_field_has_its_range(changes, message):
 
 def test_a_users_own_reward_and_advantage_are_dotted_paths():
     recipe(algo__name="mine.advantage", algo__reward="mine.reward").validate()
+    for field, message in {"name": "algo.name='mine'", "reward": "algo.reward='mine'"}.items():
+        with pytest.raises(ValueError, match=message):
+            recipe(**{f"algo__{field}": "mine"}).validate()
