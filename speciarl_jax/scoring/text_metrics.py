@@ -80,14 +80,13 @@ def score_text(
     predictions: Sequence[Prediction],
     embedder: Embedder | None = None,
     bootstrap_samples: int = 2000,
-    seed: int = 0,
 ) -> TextMetrics:
     """Mean text metrics with 95 % intervals over images, per data set and over data sets.
 
     Args:
         predictions: rows, of whatever data sets; images weigh by their number of rows.
         embedder: similarities are left out if None.
-        bootstrap_samples, seed: see `bootstrap.ScoringRule`.
+        bootstrap_samples: see `bootstrap.ScoringRule`.
 
     Returns:
         ``{"datasets": {name: scores}, "averages": {"all": scores}}``; scores hold
@@ -107,7 +106,7 @@ def score_text(
         if cosines is not None:
             row[2:] += cosines[p.ground_truth, p.prediction]
     scored = {
-        name: _resampled(name, np.array(list(images.values())), metrics, bootstrap_samples, seed)
+        name: _resampled(name, np.array(list(images.values())), metrics, bootstrap_samples)
         for name, images in sums.items()
     }
     members = list(scored.values())
@@ -118,9 +117,9 @@ def score_text(
 
 
 def _resampled(
-    name: str, moments: np.ndarray, metrics: Sequence[str], samples: int, seed: int
+    name: str, moments: np.ndarray, metrics: Sequence[str], samples: int
 ) -> bootstrap.Scored:
-    rng = bootstrap.stratum_rng(seed, f"text {name}")
+    rng = bootstrap.stratum_rng(bootstrap.ScoringRule.seed, f"text {name}")
     resampled = bootstrap.resample_sums(moments, samples, rng)
     total = moments.sum(0)
     return bootstrap.Scored(
