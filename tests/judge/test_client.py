@@ -170,7 +170,7 @@ def test_one_poisonous_pair_fails_with_its_kind_while_others_pass(fault, kind, f
             config = fast_config(url, max_retries=2, timeout_s=0.5)
             async with JudgeClient(config) as judge:
                 pairs = [Pair("owl", "bird"), Pair("owl", "poison"), Pair("owl", "animal")]
-                return await judge.label(pairs), judge.stats()
+                return await asyncio.wait_for(judge.label(pairs), 20), judge.stats()
 
     (bird, poison, animal), stats = asyncio.run(run())
     assert bird.category is animal.category is Category.GENERIC
