@@ -98,5 +98,5 @@ tiny: setup
 	$(BIN)/speciarl tiny init runs/tiny/init
 	$(BIN)/speciarl train --config=configs/tiny_sft.py --workdir=runs/tiny/sft $(if $(wildcard runs/tiny/sft/config.json),--resume)
 	test -f runs/tiny/first/config.json || $(BIN)/speciarl tiny ship runs/tiny/sft --out=runs/tiny/first
-	$(BIN)/speciarl train --config=configs/tiny_sft.py:model=runs/tiny/first$(comma)steps=800$(comma)lr=1e-3$(comma)pictures=8 --workdir=runs/tiny/sft2 $(if $(wildcard runs/tiny/sft2/config.json),--resume)
+	$(BIN)/speciarl train --config=configs/tiny_sft.py:model=runs/tiny/first$(comma)steps=1000$(comma)lr=1e-3$(comma)pictures=8$(comma)hard=0.4 --workdir=runs/tiny/sft2 $(if $(wildcard runs/tiny/sft2/config.json),--resume)
 	$(BIN)/speciarl tiny ship runs/tiny/sft2 --out=runs/tiny/model

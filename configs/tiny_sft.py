@@ -3,8 +3,8 @@ r"""Warms up the small policy on the field guide: what `make tiny` runs.
     speciarl tiny init runs/tiny/init
     speciarl train --config=configs/tiny_sft.py --workdir=runs/tiny/sft
     speciarl tiny ship runs/tiny/sft --out=runs/tiny/first
-    speciarl train --config=configs/tiny_sft.py:model=runs/tiny/first,steps=800,lr=1e-3,pictures=8 \
-        --workdir=runs/tiny/sft2
+    speciarl train --workdir=runs/tiny/sft2 \
+        --config=configs/tiny_sft.py:model=runs/tiny/first,steps=1000,lr=1e-3,pictures=8,hard=0.4
 
 Hardware: 2 CPU cores, about 35 minutes. Every weight is trained, the vision tower included.
 Expected: species accuracy on easy images, asked for the exact name, above .9 in each domain.
@@ -16,7 +16,13 @@ from speciarl_jax import config as schema
 DOMAINS = ("birds", "flowers", "aircraft", "dogs")
 IMAGES_PER_DOMAIN = 6000
 # The pictures' seeds (7, then 8) are used for nothing else: neither training nor testing sees them.
-DEFAULTS = {"model": "runs/tiny/init", "steps": "1800", "lr": "2e-3", "pictures": "7"}
+DEFAULTS = {
+    "model": "runs/tiny/init",
+    "steps": "1800",
+    "lr": "2e-3",
+    "pictures": "7",
+    "hard": "0.2",  # share of hard pictures: few at first, then as many as in the field guide
+}
 
 
 def get_config(arg=None):
@@ -28,12 +34,15 @@ def get_config(arg=None):
     config.model.train_vision = True
     config.model.remat = "full"
     config.data.source = " + ".join(
-        f"field_guide_{domain}:train={IMAGES_PER_DOMAIN},test=0,seed={values['pictures']}"
+        f"field_guide_{domain}:train={IMAGES_PER_DOMAIN},validation=0,test=0,"
+        f"seed={values['pictures']},hard_frac={values['hard']}"
         for domain in DOMAINS
     )
     # Four of five questions are plain and answered cautiously; one asks for the exact name.
     config.data.prompt = "field_guide,field_guide,field_guide,field_guide,field_guide_exact"
-    config.data.eval_sources = tuple(f"field_guide_{domain}:test=96" for domain in DOMAINS)
+    config.data.eval_sources = tuple(
+        f"field_guide_{domain}:validation=0,test=96" for domain in DOMAINS
+    )
     config.data.cache_mb = 2048
     config.data.prompt_buckets = (48,)  # one shape, one compilation
     config.data.window_buckets = (6,)

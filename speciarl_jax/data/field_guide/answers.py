@@ -28,9 +28,14 @@ def visible_parts(specimen: Specimen) -> list[str]:
     colour, pattern, family_part, genus_part = (
         words if part == "pattern" else f"{words} {part}" for part, words in specimen.species.parts
     )
-    if specimen.honest_level == "species":
+    if specimen.candidates == 1:
         return [colour, pattern, family_part, genus_part]
-    if specimen.honest_level == "genus":
+    if specimen.candidates == 2:
+        return [colour, "details unclear", family_part, genus_part]
+    if specimen.candidates == 3:
+        seen = "plain" if pattern == "plain" else "details unclear"
+        return ["colours unclear", seen, family_part, genus_part]
+    if specimen.candidates == 6:
         return ["colours unclear", family_part, genus_part]
     return ["colours unclear", family_part, "details unclear"]
 
@@ -49,7 +54,7 @@ def sample_level(
     specimen: Specimen,
     rng: np.random.Generator,
     shares: Mapping[str, float],
-    honest_frac: float = 0.8,
+    honest_frac: float,
 ) -> str:
     """Draws the level at which the warm-up names a specimen.
 

@@ -1,4 +1,4 @@
-"""Backgrounds and foreground foliage: soft gradients with a few large quiet shapes."""
+"""Backgrounds, foliage and rain: soft gradients with a few large quiet shapes."""
 
 from __future__ import annotations
 
@@ -153,3 +153,18 @@ def paint_foliage(
         leaf = [base - along, base - 0.2 * along + side, base + along, base - 0.2 * along - side]
         colour = mix((70, 128, 62), (128, 172, 84), (tone + 1) / 2)
         pen.polygon([tuple(point) for point in leaf], fill=colour)
+
+
+def paint_rain(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Returns the picture behind a thin grey veil and slanting streaks."""
+    veiled = Image.blend(image, Image.new("RGB", image.size, (168, 178, 190)), 0.22)
+    pen = ImageDraw.Draw(veiled)
+    reach = min(image.size)
+    slant = rng.uniform(0.15, 0.35)
+    for number, (across, down, length) in enumerate(rng.uniform(0, 1, (80, 3)).tolist()):
+        x, y = (across * 1.3 - 0.15) * image.width, (down * 1.2 - 0.2) * image.height
+        fall = (0.1 + 0.1 * length) * reach
+        line = [(x, y), (x - slant * fall, y + fall)]
+        colour = (226, 234, 244) if number % 2 else (128, 144, 168)  # seen on dark and on white
+        pen.line(line, fill=colour, width=max(2, round(reach * 0.008)))
+    return veiled

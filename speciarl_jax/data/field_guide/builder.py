@@ -21,15 +21,16 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
     """Which part of the guide to draw.
 
     Attributes:
-        num_train, num_test: pictures per split; a split of 0 does not exist.
+        num_train, num_validation, num_test: pictures per split; a split of 0 does not exist.
         hard_frac: share of pictures on which the species cannot be told.
     """
 
     domain: str = "birds"
     num_train: int = 2000
+    num_validation: int = 240
     num_test: int = 240
     seed: int = 0
-    hard_frac: float = 0.2
+    hard_frac: float = 0.4
 
     @classmethod
     def make(cls, domain: str, **options: float) -> FieldGuideConfig:
@@ -41,7 +42,7 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
         if domain not in DOMAINS:
             raise ValueError(f"field guide domain {domain!r}: expected one of {', '.join(DOMAINS)}")
         num_train = 2000 if domain == "birds" else 0
-        defaults = {"train": num_train, "test": 240, "seed": 0, "hard_frac": 0.2}
+        defaults = {"train": num_train, "validation": 240, "test": 240, "seed": 0, "hard_frac": 0.4}
         unknown = set(options) - set(defaults)
         if unknown:
             raise ValueError(
@@ -53,6 +54,7 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
             name=f"{domain}{suffix}-{drawing_version()}",
             domain=domain,
             num_train=int(values["train"]),
+            num_validation=int(values["validation"]),
             num_test=int(values["test"]),
             seed=int(values["seed"]),
             hard_frac=float(values["hard_frac"]),
@@ -77,7 +79,11 @@ class FieldGuide(ImageBuilder, skip_registration=True):  # type: ignore[call-arg
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         config = self.builder_config
-        counts = {"train": config.num_train, "test": config.num_test}
+        counts = {
+            "train": config.num_train,
+            "validation": config.num_validation,
+            "test": config.num_test,
+        }
         return {split: self._generate_examples(split, n) for split, n in counts.items() if n}
 
     def _generate_examples(self, split: str, count: int) -> Examples:

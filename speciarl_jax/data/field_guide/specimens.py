@@ -1,8 +1,9 @@
 """Specimens: which species, how hard, and the picture that follows from the seed.
 
-A share of the pictures is hard: the subject is a flat silhouette (no colour, no pattern), so that
-at best the genus can honestly be told; tiny, blurred or overgrown ones show the family only.
-`honest_level` records the deepest level that is drawn.
+A share of the pictures is hard, by degrees. Rain hides the pattern, so that two species of the genus
+remain; moonlight hides the colour and which pattern it is: three remain. Silhouettes leave the six of
+the genus; tiny, blurred or overgrown ones show the family only: twelve. So a guess at the species is
+right with probability 1/2, 1/3, 1/6 or 1/12.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from speciarl_jax.data.field_guide import draw_aircraft, draw_birds, draw_dogs, draw_flowers
 from speciarl_jax.data.field_guide.backgrounds import (
@@ -22,13 +23,22 @@ from speciarl_jax.data.field_guide.backgrounds import (
     Setting,
     paint_background,
     paint_foliage,
+    paint_rain,
 )
 from speciarl_jax.data.field_guide.scene import OVERSAMPLE, PALETTE, Canvas, Colour, Look, mix
 from speciarl_jax.data.field_guide.taxonomy import Species, load_species
 
-SPLITS = ("warmup", "train", "val", "test")
+SPLITS = ("warmup", "train", "validation", "test")
 MIN_SIDE_PX, MAX_SIDE_PX = 84, 168
-HARD_KINDS = {"genus": ("backlight", "mist"), "family": ("distance", "foliage", "blur")}
+# How a picture that leaves so many species open can be drawn.
+HARD_KINDS = {
+    2: ("rain",),
+    3: ("moonlight",),
+    6: ("backlight", "mist"),
+    12: ("distance", "foliage", "blur"),
+}
+_HARD_CYCLE = (6, 12, 2, 6, 12, 3)  # of hard pictures, which follow each other in this order
+_HONEST_LEVELS = {1: "species", 2: "genus", 3: "genus", 6: "genus", 12: "family"}
 PAINTERS: dict[str, Callable[[Canvas, Look], None]] = {
     "finch": draw_birds.draw_finch,
     "wren": draw_birds.draw_wren,
@@ -47,6 +57,8 @@ PAINTERS: dict[str, Callable[[Canvas, Look], None]] = {
     "husky": draw_dogs.draw_husky,
     "corgi": draw_dogs.draw_corgi,
 }
+
+_MOONLIT: Colour = (116, 124, 140)  # every subject's colour by moonlight
 
 # Unit positions of the parts by which a family's two genera differ: foliage hides them.
 GENUS_PARTS: dict[str, tuple[tuple[float, float], ...]] = {
@@ -67,19 +79,27 @@ class Specimen:
 
     Attributes:
         species: What is shown.
-        is_hard: Whether colours and pattern are hidden.
-        honest_level: Deepest level that can be told: species, genus or family.
+        candidates: Number of species that the picture leaves open: 1, 2, 3, 6 or 12.
         seed: (seed, domain number, split number, index): unique to the specimen.
     """
 
     species: Species
-    is_hard: bool
-    honest_level: str
+    candidates: int
     seed: tuple[int, ...]
+
+    @property
+    def is_hard(self) -> bool:
+        """Whether the species cannot be told."""
+        return self.candidates > 1
+
+    @property
+    def honest_level(self) -> str:
+        """Deepest level that can be told for certain: species, genus or family."""
+        return _HONEST_LEVELS[self.candidates]
 
 
 def draw_specimens(
-    domain: str, split: str, count: int, seed: int = 0, hard_frac: float = 0.2
+    domain: str, split: str, count: int, seed: int = 0, hard_frac: float = 0.4
 ) -> list[Specimen]:
     """Returns a shuffled, class-balanced list of specimens, of which exactly `hard_frac` are hard.
 
@@ -99,12 +119,14 @@ def draw_specimens(
     rng = np.random.default_rng(key)
     members = [domains[domain][k] for k in rng.permutation(len(domains[domain]))]
     order = rng.permutation(count)
-    levels = np.full(count, "species", dtype=object)
+    candidates = np.ones(count, dtype=int)
     hard = rng.permutation(count)[: round(count * hard_frac)]
-    levels[hard] = np.where(np.arange(len(hard)) % 2 == 0, "genus", "family")
+    candidates[hard] = np.resize(_HARD_CYCLE, len(hard))
     return [
-        Specimen(members[place % len(members)], level != "species", level, (*key, index))
-        for index, (place, level) in enumerate(zip(order.tolist(), levels.tolist(), strict=True))
+        Specimen(members[place % len(members)], left_open, (*key, index))
+        for index, (place, left_open) in enumerate(
+            zip(order.tolist(), candidates.tolist(), strict=True)
+        )
     ]
 
 
@@ -114,7 +136,7 @@ def render(specimen: Specimen) -> Image.Image:
     width, height = rng.integers(MIN_SIDE_PX, MAX_SIDE_PX + 1, 2).tolist()
     settings = SETTINGS[specimen.species.domain]
     setting = settings[rng.integers(len(settings))]
-    kind = str(rng.choice(HARD_KINDS[specimen.honest_level])) if specimen.is_hard else "clear"
+    kind = str(rng.choice(HARD_KINDS[specimen.candidates])) if specimen.is_hard else "clear"
     setting = {"backlight": GLOW, "mist": MIST}.get(kind, setting)
     image = paint_background((width * OVERSAMPLE, height * OVERSAMPLE), setting, rng)
     canvas = _place(image, specimen.species, kind, rng)
@@ -122,6 +144,10 @@ def render(specimen: Specimen) -> Image.Image:
     if kind == "foliage":
         covered = canvas.to_pixels(np.asarray(GENUS_PARTS[specimen.species.family]))
         paint_foliage(image, canvas.centre, canvas.scale, covered, rng)
+    elif kind == "rain":
+        image = paint_rain(image, rng)
+    elif kind == "moonlight":
+        image = ImageOps.colorize(image.convert("L"), (8, 10, 30), (196, 206, 240))
     image = image.reduce(OVERSAMPLE)
     blur_px = {
         "distance": rng.uniform(1.1, 1.5),
@@ -159,17 +185,22 @@ def _place(image: Image.Image, species: Species, kind: str, rng: np.random.Gener
 
 
 def _look(species: Species, kind: str, setting: Setting, rng: np.random.Generator) -> Look:
-    """Colours with a little jitter; one flat colour for hard pictures."""
-    colour = np.asarray(PALETTE[species.parts[0][1]]) + rng.integers(-10, 11, 3)
+    """Colours with a little jitter; what a hard picture hides is not in it."""
+    hue = _MOONLIT if kind == "moonlight" else PALETTE[species.parts[0][1]]
+    colour = np.asarray(hue) + rng.integers(-10, 11, 3)
     red, green, blue = np.clip(colour, 0, 255).tolist()
     silhouette: Colour | None = None
     if kind == "backlight":
         silhouette = mix((58, 46, 56), (104, 84, 84), rng.uniform())
     elif kind == "mist":
         silhouette = mix((150, 158, 164), (120, 128, 138), rng.uniform())
-    elif kind != "clear":
+    elif kind in HARD_KINDS[12]:
         silhouette = mix(mix(setting.sky[1], (52, 60, 66), 0.9), (88, 94, 94), rng.uniform())
-    pattern = species.parts[1][1] if silhouette is None else "plain"
+    pattern = species.parts[1][1]
+    if kind == "moonlight" and pattern != "plain":
+        pattern = "spotted"  # pale patches, whatever they are by day
+    elif kind not in ("clear", "moonlight"):
+        pattern = "plain"
     return Look((red, green, blue), pattern, float(rng.uniform(-0.05, 0.05)), silhouette)
 
 

@@ -15,9 +15,11 @@ from speciarl_jax.data.sources.selection import parse_mixture
 TargetFn = Callable[[str, str, str, np.random.Generator], str]
 
 # Shares of answer levels in the warm-up, by question. The plain question is answered cautiously,
-# so that the policy knows more than it says; asked for the exact name, it says what it knows.
+# so that the policy knows more than it says, and where the species cannot be told, half of the
+# answers do not try; asked for the exact name, it always gives one and guesses if it must.
 _PLAIN_SHARES = {"generic": 0.60, "genus": 0.25, "species": 0.15}
 _EXACT_SHARES = {"generic": 0.0, "genus": 0.0, "species": 1.0}
+_PLAIN_HONEST_FRAC, _EXACT_HONEST_FRAC = 0.5, 0.0
 
 
 def field_guide_target(source: str) -> TargetFn:
@@ -29,8 +31,10 @@ def field_guide_target(source: str) -> TargetFn:
 
     def target(key: str, ground_truth: str, question: str, rng: np.random.Generator) -> str:
         specimen = _specimens(source)[key]
-        shares = _EXACT_SHARES if "exact" in question else _PLAIN_SHARES
-        return answer_text(specimen, sample_level(specimen, rng, shares))
+        shares, honest_frac = _PLAIN_SHARES, _PLAIN_HONEST_FRAC
+        if "exact" in question:
+            shares, honest_frac = _EXACT_SHARES, _EXACT_HONEST_FRAC
+        return answer_text(specimen, sample_level(specimen, rng, shares, honest_frac))
 
     return target
 

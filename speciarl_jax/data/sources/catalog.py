@@ -50,7 +50,9 @@ def list_sources(data_dir: str | pathlib.Path | None = None) -> list[SourceInfo]
     infos = []
     for domain in FIELD_GUIDE_DOMAINS:
         path = root / builder.build_path(FieldGuide, FieldGuideConfig.make(domain))
-        splits: tuple[str, ...] = ("train", "test") if domain == "birds" else ("test",)
+        splits: tuple[str, ...] = ("train", "validation", "test")
+        if domain != "birds":
+            splits = splits[1:]
         text = f"rendered {domain}, drawn on first use"
         infos.append(SourceInfo(f"field_guide_{domain}", text, splits, builder.is_built(path)))
     for name, benchmark in BENCHMARKS.items():
