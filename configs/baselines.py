@@ -12,12 +12,15 @@ hardware and hours apply. README.md lists the rows, what was measured, and what 
              binary (RFT), scale1, scale2, scale3: static rewards · speciarl: the dynamic reward
     algo=    grpo, dr_grpo, dapo, dapo_dynamic (groups without spread are drawn again), gspo, rloo
     n=       rollouts per image: 5, 10, 15
+    support= siblings that the bar needs: 1 (the paper), m, or a share of n such as 0.3
+    updates= of a step's rollouts: 2 (the paper)
     noise=   probability of a label moving a rung: 0.05, 0.10, 0.25
-    images=  training images: 128, 1024, 2048, 3000; tiny takes the same share of its 2,000
+    images=  training images: 128, 1024, 2048, 3000; tiny takes the same share of its 2,000 and
+             keeps its number of steps
     train=   cub, aircraft, flowers, food, pets, or mixed (as many of each data set)
 
-Epochs stay 15, so fewer images mean fewer steps; 128 images are one batch. Flowers has 1,020
-official training images: with the CoOp split set --config.data.source=flowers:coop=FILE,
+Full size, epochs stay 15: fewer images mean fewer steps; 128 images are one batch. Flowers has
+1,020 official training images: with the CoOp split set --config.data.source=flowers:coop=FILE,
 --config.data.num_train=3000 and --config.train.num_steps=165.
 """
 
@@ -30,6 +33,8 @@ DEFAULTS = {
     "row": "speciarl",
     "algo": "grpo",
     "n": "10",
+    "support": "1",
+    "updates": "2",
     "noise": "0",
     "images": "3000",
     "train": "cub",
@@ -52,11 +57,13 @@ def get_config(arg=None):
     if values["algo"] not in recipes.ALGORITHMS:
         known = ", ".join(recipes.ALGORITHMS)
         raise ValueError(f"algo={values['algo']}: expected one of {known}")
-    if row not in REWARDS and any(values[k] != DEFAULTS[k] for k in ("algo", "n", "noise")):
-        raise ValueError(f"row={row}: samples no rollouts to train on, so no algo=, n= or noise=")
+    of_rollouts = ("algo", "n", "support", "noise")
+    if row not in REWARDS and any(values[k] != DEFAULTS[k] for k in of_rollouts):
+        raise ValueError(f"row={row}: samples no rollouts, so no {'=, '.join(of_rollouts)}=")
     config = _tiny(values) if "tiny" in parts else _full(values)
     config.seed = int(values["seed"])
     config.algo.label_noise = float(values["noise"])
+    config.algo.bar_support = float(values["support"])
     recipes.set_algorithm(config, values["algo"])  # after the sizes, which dapo_dynamic multiplies
     config.name = "_".join(["baselines", *(p.replace("=", "-") for p in parts if p)])
     if row == "sft":
@@ -66,6 +73,7 @@ def get_config(arg=None):
         config.train.num_steps = 0
         config.eval.score_trained = False
         config.eval.best_of = 0
+        config.train.eval_every = 0
     if row == "best_of_64":
         config.eval.score_base = False
         config.eval.best_of, config.eval.prompts_per_batch = 64, 4
@@ -73,24 +81,27 @@ def get_config(arg=None):
     return config
 
 
-def _base(name, values):
+def _base(name, values, more=""):
     """The recipe `name` of this folder with the row's reward and group size."""
     reward = REWARDS.get(values["row"], "dynamic")
-    return recipes.neighbour(__file__, name, f"reward={reward},n={values['n']}")
+    return recipes.neighbour(__file__, name, f"reward={reward},n={values['n']}{more}")
 
 
 def _tiny(values):
-    config = _base("cpu_smoke.py", values)
+    config = _base("cpu_smoke.py", values, f",seed={values['seed']},updates={values['updates']}")
+    config.eval.best_of = 0
     train, images = values["train"], int(values["images"]) * 2000 // 3000
+    pictures = config.data.source.partition(":")[2]
     if train == "mixed":
         each = images // len(TINY_DOMAINS)
         domains = tuple(TINY_DOMAINS.values())
-        config.data.source = " + ".join(f"field_guide_{d}:train={each},test=0" for d in domains)
+        options = f"train={each},validation=0,test=0,{pictures}"
+        config.data.source = " + ".join(f"field_guide_{d}:{options}" for d in domains)
     elif train in TINY_DOMAINS:
         domains = (TINY_DOMAINS[train],)
-        config.data.source = f"field_guide_{domains[0]}"
         if train != "cub":  # birds have their 2,000 training pictures by default
-            config.data.source += ":train=2000,test=0"
+            options = f"train=2000,validation=0,test=0,{pictures}"
+            config.data.source = f"field_guide_{domains[0]}:{options}"
         config.data.num_train = images if images < 2000 else 0
     else:
         known = ", ".join((*TINY_DOMAINS, "mixed"))
@@ -113,6 +124,6 @@ def _full(values):
     config.data.num_train = images
     config.data.prompt = "plain" if values["row"] == "zero_shot" else "specific"
     config.train.prompts_per_step = min(config.train.prompts_per_step, images)
-    config.train.prompts_per_update = config.train.prompts_per_step // 2
+    config.train.prompts_per_update = config.train.prompts_per_step // int(values["updates"])
     config.train.num_steps = EPOCHS * (images // config.train.prompts_per_step)
     return config

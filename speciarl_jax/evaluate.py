@@ -49,14 +49,58 @@ from speciarl_jax.types import JsonObject, Rollout, Verdict
 _EVAL_STEP = 2**30  # folded into the seed: evaluation never shares randomness with training
 
 
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """What is asked, and how it is answered.
+
+    Attributes:
+        split: of the evaluation sources.
+        num_images: per source, 0 for all.
+        samples: answers per image.
+        sampling: how they are drawn; temperature 0 is greedy.
+    """
+
+    split: str
+    num_images: int
+    samples: int
+    sampling: Sampling
+
+    @classmethod
+    def test(cls, config: Config, samples: int = 0) -> Exam:
+        """The pictures that are reported; with `samples`, as many answers of the best-of-N."""
+        settings = config.eval
+        sampling = Sampling(settings.temperature, settings.top_p)
+        if samples:
+            sampling = Sampling(settings.best_of_temperature, settings.best_of_top_p)
+        data = config.data
+        return cls(data.eval_split, data.num_eval, samples or settings.samples, sampling)
+
+    @classmethod
+    def validation(cls, config: Config) -> Exam:
+        """The pictures that guide a run, answered as in the test."""
+        data = config.data
+        test = cls.test(config)
+        return dataclasses.replace(
+            test, split=data.validation_split, num_images=data.num_validation
+        )
+
+    def drawn_as_in_training(self, config: Config) -> Exam:
+        """The same pictures, answered by ``eval.policy_samples`` samples of the policy."""
+        rollout = config.rollout
+        return dataclasses.replace(
+            self,
+            samples=config.eval.policy_samples,
+            sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k),
+        )
+
+
 def evaluate(
     session: Session,
     states: tuple[nnx.State[str, object], ...],
     judge: JudgeThread,
     out_dir: pathlib.Path,
+    exam: Exam,
     *,
-    samples: int,
-    sampling: Sampling,
     image_root: pathlib.Path,
     console: Console,
     prompt_step: int = 0,
@@ -73,8 +117,7 @@ def evaluate(
         states: (trainable, frozen) to evaluate.
         judge: labels the answers.
         out_dir: gets ``predictions.jsonl`` and ``metrics.json``.
-        samples: answers per image.
-        sampling: how they are drawn; temperature 0 is greedy.
+        exam: what is asked, and how it is answered.
         image_root: run directory; thumbnails for the report go there.
         console: where progress and skipped images are shown.
         prompt_step: training step, for the judge's log.
@@ -91,8 +134,8 @@ def evaluate(
     path = out_dir / "predictions.jsonl"
     finished: list[tuple[str, str]] = []
     if processes.is_first():
-        claim_folder(out_dir, answer_settings(session, samples, sampling, weights))
-        finished = _finished_images(path, samples, judge)
+        claim_folder(out_dir, answer_settings(session, exam, weights))
+        finished = _finished_images(path, exam.samples, judge)
     done = {(dataset, prompt_id) for dataset, prompt_id in processes.from_first(finished)}
     rollout_config = dataclasses.replace(
         config.rollout, max_completion_tokens=config.eval.max_completion_tokens
@@ -101,16 +144,14 @@ def evaluate(
         session.parts.graphdef, rollout_config, session.vocabulary, session.local
     )
     for name in config.data.eval_sources:
-        loader = _open_loader(session, name, console)
+        loader = _open_loader(session, name, exam, console)
         total, seen = len(loader.index.kept), 0
         with contextlib.closing(loader), progress(console, f"{out_dir.name}: {name}", total) as at:
             for batch in loader:
                 keys = _image_keys(batch)
                 rows: list[Prediction] = []
                 if any(key not in done for key in keys):
-                    groups = _sample(
-                        session, engine, states, judge, batch, samples, sampling, prompt_step
-                    )
+                    groups = _sample(session, engine, states, judge, batch, exam, prompt_step)
                     rows = _rows(batch, groups, image_root, done)
                 _append(path, rows)
                 seen += sum(processes.gather_json(len(keys)))
@@ -138,7 +179,7 @@ def _append(path: pathlib.Path, rows: list[Prediction]) -> None:
         append_predictions(path, rows)
 
 
-def answer_settings(session: Session, samples: int, sampling: Sampling, weights: str) -> JsonObject:
+def answer_settings(session: Session, exam: Exam, weights: str) -> JsonObject:
     """Everything that the answers and labels of an evaluation depend on, as plain JSON values."""
     config = session.config
     judge = config.judge if config.eval.use_train_judge else config.eval.judge
@@ -146,12 +187,12 @@ def answer_settings(session: Session, samples: int, sampling: Sampling, weights:
         "weights": weights,
         "model": config.model.path,
         "prompt": list(session.builder.template.texts),
-        "samples": samples,
-        "sampling": dataclasses.asdict(sampling),
+        "samples": exam.samples,
+        "sampling": dataclasses.asdict(exam.sampling),
         "max_completion_tokens": config.eval.max_completion_tokens,
         "sources": list(config.data.eval_sources),
-        "split": config.data.eval_split,
-        "num_eval": config.data.num_eval,
+        "split": exam.split,
+        "num_eval": exam.num_images,
         "select_seed": config.data.select_seed,
         "seed": config.seed,
         "judge": [judge.kind, judge.model, judge.revision, judge.prompt],
@@ -188,13 +229,13 @@ def claim_folder(out_dir: pathlib.Path, settings: JsonObject) -> None:
     write_whole(file, json.dumps(settings, indent=1) + "\n")
 
 
-def _open_loader(session: Session, name: str, console: Console) -> PromptLoader:
+def _open_loader(session: Session, name: str, exam: Exam, console: Console) -> PromptLoader:
     """The images of one source, in order; those that cannot be used are named.
 
     Batches are padded to a multiple of the replicas.
     """
     config = session.config
-    source = open_eval_source(config.data, name)
+    source = open_eval_source(config.data, name, exam.split, exam.num_images)
     size = min(config.eval.prompts_per_batch, len(source))
     loader = PromptLoader(
         config.data,
@@ -223,8 +264,7 @@ def _sample(
     states: tuple[nnx.State[str, object], ...],
     judge: JudgeThread,
     batch: PromptBatch,
-    samples: int,
-    sampling: Sampling,
+    exam: Exam,
     prompt_step: int,
 ) -> list[list[Rollout]]:
     embeds = session.encode(states, batch)
@@ -232,15 +272,15 @@ def _sample(
         states,
         batch,
         embeds,
-        group_size=samples,
-        sampling=sampling,
+        group_size=exam.samples,
+        sampling=exam.sampling,
         seed=session.config.seed,
         step=_EVAL_STEP,
     )
     groups, pending = collect_groups(
         finished,
         batch,
-        samples,
+        exam.samples,
         session.vocabulary,
         judge,
         step=prompt_step,
@@ -312,14 +352,14 @@ def write_scores(
     return metrics
 
 
-def eval_row(metrics: Evaluation) -> dict[str, float]:
-    """``eval/<data set or average>/<metric>`` of a ``metrics.json``."""
+def eval_row(metrics: Evaluation, prefix: str = "eval") -> dict[str, float]:
+    """``<prefix>/<data set or average>/<metric>`` of a ``metrics.json``."""
     row = {}
     for group, values in {**metrics["datasets"], **metrics["averages"]}.items():
         for metric in MAIN_METRICS:
             value = values[metric]["value"]
             if value is not None:
-                row[f"eval/{group}/{metric}"] = value
+                row[f"{prefix}/{group}/{metric}"] = value
     return row
 
 
@@ -364,19 +404,17 @@ def score_checkpoint(
     session, name, weights, step = open_checkpoint(
         config, run_dir.checkpoints, checkpoint, recipe_dir
     )
-    settings = config.eval
-    count = samples or settings.samples
-    sampling = Sampling(settings.temperature, settings.top_p)
-    if count > 1 and settings.temperature == 0:
-        sampling = Sampling(settings.best_of_temperature, settings.best_of_top_p)
+    count = samples or config.eval.samples
+    is_best_of = count > 1 and config.eval.temperature == 0
+    exam = Exam.test(config, count) if is_best_of else Exam.test(config)
+    exam = dataclasses.replace(exam, samples=count)
     out_dir = run_dir.local / "eval" / (f"{name}_n{count}" if count > 1 else name)
     metrics = evaluate(
         session,
         session.local_states(session.parts.trainable),
         judge,
         out_dir,
-        samples=count,
-        sampling=sampling,
+        exam,
         image_root=run_dir.local,
         console=Console(stderr=True, highlight=False, quiet=not processes.is_first()),
         prompt_step=step,

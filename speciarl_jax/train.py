@@ -25,7 +25,7 @@ from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.targets import resolve_target
 from speciarl_jax.devices import processes
 from speciarl_jax.errors import JudgeError, Preempted
-from speciarl_jax.evaluate import eval_row, evaluate
+from speciarl_jax.evaluate import Exam, eval_row, evaluate
 from speciarl_jax.judge.runner import JudgeThread, open_judge
 from speciarl_jax.learner.optimizer import make_optimizer
 from speciarl_jax.monitor.console import (
@@ -40,7 +40,6 @@ from speciarl_jax.monitor.tables import make_console
 from speciarl_jax.monitor.watch import Heartbeat, Profile
 from speciarl_jax.monitor.writer import MetricsWriter, open_wandb
 from speciarl_jax.rollout.groups import RolloutBatch
-from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.run.checkpoint import Checkpoints
 from speciarl_jax.run.opening import (
     check_processes,
@@ -121,15 +120,16 @@ def main(
     claim_workdir(run_dir, config, resume=resume, overwrite=overwrite)
     session = open_session(config, recipe_dir)
     with open_run(session, run_dir, profile, resume=resume) as (run, state):
-        base = score(run, state, "base") if config.eval.score_base else None
-        if base and run.writer and config.train.eval_every and state.step == 0:
-            run.writer.write({"step": 0} | eval_row(base))
+        initial, exam = initial_like(state, session), Exam.test(config)
+        if config.eval.score_base:
+            score(run, initial, "base", exam)
         if config.eval.best_of:
-            score(run, initial_like(state, session), "best_of", samples=config.eval.best_of)
+            score(run, initial, "best_of", Exam.test(config, config.eval.best_of))
         state = train_loop(run, state)
-        trained = score(run, state, "trained") if config.eval.score_trained else None
+        if config.eval.score_trained:
+            score(run, state, "trained", exam)
         if processes.is_first():
-            report_end(run.console, run.workdir, config, base, trained)
+            report_end(run.console, run.workdir, config)
     run_dir.push()
     return state
 
@@ -204,6 +204,10 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
         ahead = restore_rollouts(run.session, state, run.loader, state.rollouts)
         state = dataclasses.replace(state, rollouts=None)
     with stop_signal() as stop:
+        if train.eval_every and state.step == 0:
+            row = validation_metrics(run, state)
+            if run.writer is not None:
+                run.writer.write({"step": 0} | row)
         while state.step < train.num_steps:
             run.profile.before(state.step + 1)
             waited = run.loader.wait_s
@@ -228,7 +232,7 @@ def train_loop(run: Run, state: TrainState) -> TrainState:
             step_seconds.append(row["time/step_s"])
             is_last = state.step == train.num_steps
             if train.eval_every and (is_last or state.step % train.eval_every == 0):
-                row |= validation_metrics(run, state, is_last=is_last)
+                row |= validation_metrics(run, state)
             row |= run.goodput.metrics(row)
             if run.writer is not None:
                 run.writer.write(row)
@@ -318,32 +322,38 @@ def take_step(
     return run_overlapped_step(*parts, ahead, poll, is_last=is_last)
 
 
-def score(run: Run, state: TrainState, name: str, samples: int = 0) -> Evaluation:
-    """Evaluates a state into ``eval/<name>/``; finished work is not repeated."""
-    settings = run.config.eval
-    sampling = Sampling(settings.temperature, settings.top_p)
-    if samples:
-        sampling = Sampling(settings.best_of_temperature, settings.best_of_top_p)
-    if name == "base":
-        state = initial_like(state, run.session)
+def score(run: Run, state: TrainState, name: str, exam: Exam) -> dict[str, float]:
+    """Evaluates a state into ``eval/<name>/``; finished work is not repeated.
+
+    With ``eval.policy_samples`` the samples of the policy are scored too, into
+    ``eval/<name>_sampled/``.
+
+    Returns:
+        ``eval/...`` and ``eval_sampled/...``: the three metrics, for the row of a step.
+    """
     start = time.perf_counter()
-    metrics = evaluate(
+    row = eval_row(_score(run, state, name, exam))
+    if run.config.eval.policy_samples and name != "best_of":
+        drawn = exam.drawn_as_in_training(run.config)
+        row |= eval_row(_score(run, state, f"{name}_sampled", drawn), "eval_sampled")
+    run.console.print(f"scored {name} in {time.perf_counter() - start:.1f}s")
+    share(run)
+    return row
+
+
+def _score(run: Run, state: TrainState, name: str, exam: Exam) -> Evaluation:
+    return evaluate(
         run.session,
         run.session.local_states(state.trainable),
         run.eval_judge,
         run.workdir / "eval" / name,
-        samples=samples or settings.samples,
-        sampling=sampling,
+        exam,
         image_root=run.workdir,
         console=run.console,
         prompt_step=state.step,
     )
-    run.console.print(f"scored {name} in {time.perf_counter() - start:.1f}s")
-    share(run)
-    return metrics
 
 
-def validation_metrics(run: Run, state: TrainState, *, is_last: bool) -> dict[str, float]:
-    """The three metrics for the step's row; the last validation is the final score itself."""
-    is_final = is_last and run.config.eval.score_trained
-    return eval_row(score(run, state, "trained" if is_final else f"step_{state.step:06d}"))
+def validation_metrics(run: Run, state: TrainState) -> dict[str, float]:
+    """The three metrics on the validation pictures, for the step's row."""
+    return score(run, state, f"validation_{state.step:06d}", Exam.validation(run.config))

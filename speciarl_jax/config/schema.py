@@ -87,9 +87,11 @@ class DataConfig:
     split: str = "train"
     eval_sources: tuple[str, ...] = ("field_guide_birds",)
     eval_split: str = "test"
+    validation_split: str = "validation"  # what validations read: never what is reported
     in_domain: tuple[str, ...] = ("field_guide_birds",)  # averaged as in_domain in reports
     num_train: int = 0  # images taken from the split, 0 for all
     num_eval: int = 0  # images per evaluation source, 0 for all
+    num_validation: int = 0  # the same for a validation
     data_dir: str = ""  # root of prepared data sets; "" for ~/.cache/speciarl/data
     prompt: str = "specific"  # file name under configs/prompts/ (without .txt) or a path
     min_pixels: int = 0  # image area limits, px; 0 takes the model's preprocessor_config.json
@@ -183,7 +185,7 @@ class TrainConfig:
     save_every: int = 10  # steps between checkpoints
     keep_checkpoints: int = 3  # newest ones
     keep_best: int = 0  # beside them: those with the highest eval/all/hm at their validation
-    eval_every: int = 0  # steps between validations, 0 for none
+    eval_every: int = 0  # steps between validations (the first before step 1), 0 for none
     sft_target: str = "answer"  # answer, field_guide, or a dotted path (objective sft only)
     logprob_chunk_tokens: int = 1024  # tokens whose logits exist at once
     mismatch_gate: float = 1e-3  # stop at step one if sampler and trainer disagree by more
@@ -200,6 +202,7 @@ class EvalConfig:
     prompts_per_batch: int = 64
     format_failures: str = "wrong"  # wrong, separate or drop
     bootstrap_samples: int = 2000
+    policy_samples: int = 0  # answers per image drawn as in training, scored beside the greedy ones
     score_base: bool = True  # score before training, into eval/base
     score_trained: bool = True  # score after training, into eval/trained
     best_of: int = 0  # N of the base's best-of-N upper bound; 0 skips it

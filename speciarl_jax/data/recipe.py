@@ -27,17 +27,16 @@ def open_train_source(data: DataConfig) -> Source:
     return open_selected(data.source, data.split, data.data_dir, selection)
 
 
-def open_eval_source(data: DataConfig, name: str) -> Source:
-    """The examples of one evaluation source: a fixed subset of `num_eval`, or all if fewer.
+def open_eval_source(data: DataConfig, name: str, split: str, count: int) -> Source:
+    """The examples of one evaluation source: a fixed subset of `count`, or all if fewer or 0.
 
     Raises:
         ValueError: see `selection.open_selected`.
     """
-    source = open_selected(name, data.eval_split, data.data_dir, Selection())
-    if not 0 < data.num_eval < len(source):
+    source = open_selected(name, split, data.data_dir, Selection())
+    if not 0 < count < len(source):
         return source
-    selection = Selection(count=data.num_eval, seed=data.select_seed)
-    return open_selected(name, data.eval_split, data.data_dir, selection)
+    return open_selected(name, split, data.data_dir, Selection(count, seed=data.select_seed))
 
 
 def make_builder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
+from typing import cast
 
 from rich.console import Console
 
@@ -88,31 +89,38 @@ def keep_rollouts(
     write_predictions(folder / f"step_{step:06d}.jsonl", rows)
 
 
-def report_end(
-    console: Console,
-    workdir: pathlib.Path,
-    config: Config,
-    base: Evaluation | None,
-    trained: Evaluation | None,
-) -> None:
-    """Plots and the closing table; `base` are the scores before training, if there are any."""
+def report_end(console: Console, workdir: pathlib.Path, config: Config) -> None:
+    """Plots and the closing tables of what was scored: greedy answers, samples, best of N."""
     plots = plot_training(workdir / "metrics.jsonl", workdir / "plots")
-    scored = trained or base
-    if base and trained:
-        found = compare(
-            read_predictions(workdir / "eval" / "base" / "predictions.jsonl"),
-            read_predictions(workdir / "eval" / "trained" / "predictions.jsonl"),
-            config.data.in_domain,
-            ScoringRule(config.eval.format_failures, config.eval.bootstrap_samples),
-        )
-        console.print(comparison_table(found, "before and after training"))
-    elif scored:
-        console.print(metrics_table(scored, "scores"))
-    best_of = workdir / "eval" / "best_of" / "metrics.json"
-    if best_of.is_file():
-        metrics = read_json(best_of, "delete eval/best_of and --resume: it is scored again")
-        report_best_of(console, metrics)
+    _report_scores(console, workdir, config, "", "before and after training")
+    if config.eval.policy_samples:
+        title = f"the same at temperature {config.rollout.temperature:g}"
+        _report_scores(console, workdir, config, "_sampled", title)
+    if config.eval.best_of:
+        report_best_of(console, _read_metrics(workdir, "best_of"))
     console.print(f"{len(plots)} plots in {workdir / 'plots'}", markup=False)
+
+
+def _report_scores(
+    console: Console, workdir: pathlib.Path, config: Config, suffix: str, title: str
+) -> None:
+    """What changed where base and trained policy were scored; else the scores that there are."""
+    is_scored = {"base": config.eval.score_base, "trained": config.eval.score_trained}
+    names = [f"{name}{suffix}" for name, is_on in is_scored.items() if is_on]
+    if len(names) == 2:
+        base, trained = (
+            read_predictions(workdir / "eval" / name / "predictions.jsonl") for name in names
+        )
+        rule = ScoringRule(config.eval.format_failures, config.eval.bootstrap_samples)
+        found = compare(base, trained, config.data.in_domain, rule)
+        console.print(comparison_table(found, title))
+    elif names:
+        console.print(metrics_table(_read_metrics(workdir, names[0]), f"scores: {names[0]}"))
+
+
+def _read_metrics(workdir: pathlib.Path, name: str) -> Evaluation:
+    file = workdir / "eval" / name / "metrics.json"
+    return cast(Evaluation, read_json(file, f"delete eval/{name} and --resume: it is scored again"))
 
 
 def report_best_of(console: Console, metrics: Evaluation) -> None:

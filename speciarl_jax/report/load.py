@@ -2,7 +2,9 @@
 
     metrics.jsonl                one object per step; several objects of one step are merged
     config.json                  the recipe, nested
-    eval/<stage>/predictions.jsonl, metrics.json     stage: base, trained, best_of, ...
+    eval/<stage>/predictions.jsonl, metrics.json     stage: base, trained, best_of, ...; with
+                                                     _sampled: samples of the policy; not read
+                                                     are validations, which are in metrics.jsonl
     rollouts/step_000010.jsonl   sampled while training
     verdicts.sqlite              what the judge said, see `report.verdicts`
     predictions.jsonl, metrics.json                  what `speciarl eval` writes: one stage, "eval"
@@ -27,7 +29,9 @@ from speciarl_jax.types import JsonObject
 
 Series = dict[str, list[tuple[int, float]]]
 
-_ORDER = {"base": 0, "best_of": 2, "trained": 3}  # of evaluations; others stand in between
+# Of evaluations; others stand in between.
+_ORDER = {"base": 0, "best_of": 2, "trained": 3, "base_sampled": 4, "trained_sampled": 5}
+_VALIDATION = "validation_"  # how the folders of a run's validations begin
 
 
 @dataclasses.dataclass
@@ -66,8 +70,9 @@ class Run:
 
     @property
     def final(self) -> Stage | None:
-        """The evaluation that speaks for the run: trained, else the last that is no best-of-N."""
-        plain = [s for s in self.stages if s.name != "best_of"] or self.stages
+        """The evaluation that speaks for the run: trained, else the last of greedy answers."""
+        drawn = ("best_of", "base_sampled", "trained_sampled")
+        plain = [s for s in self.stages if s.name not in drawn] or self.stages
         return self.stage("trained") or (plain[-1] if plain else None)
 
     @property
@@ -184,6 +189,7 @@ def _in_domain(config: JsonObject) -> list[str]:
 
 def _stage_dirs(path: Path) -> list[Path]:
     folders = [p.parent for p in (path / "eval").glob("*/predictions.jsonl")]
+    folders = [f for f in folders if not f.name.startswith(_VALIDATION)]
     return sorted(folders, key=lambda folder: (_ORDER.get(folder.name, 1), folder.name))
 
 

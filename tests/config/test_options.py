@@ -111,7 +111,10 @@ def test_splits_and_the_seed_of_subsets(tmp_path):
 
     def names(**changes):
         changed = dataclasses.replace(data, **changes)
-        sources = open_train_source(changed), open_eval_source(changed, spec)
+        sources = (
+            open_train_source(changed),
+            open_eval_source(changed, spec, changed.eval_split, changed.num_eval),
+        )
         return [[source[i].prompt_id for i in range(len(source))] for source in sources]
 
     training, evaluation = names()

@@ -82,24 +82,34 @@ def test_rendering_is_deterministic_and_in_range(domain):
     assert specimens.encode_png(drawn[5]).startswith(b"\x89PNG")
 
 
-def test_hard_pictures_do_not_depend_on_colour_or_pattern():
-    hard = [one for one in specimens.draw_specimens("bird", "test", 60) if one.is_hard]
-    members = taxonomy.load_species()["bird"]
-    for one in hard:
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_a_picture_leaves_open_as_many_species_as_it_says(domain):
+    """Of one seed, so many species of the genus come out as the same picture, byte for byte.
+
+    Two genera of one family differ in a few pixels, which distance, leaves and blur hide.
+    """
+    members = taxonomy.load_species()[domain]
+    seen = collections.Counter()
+    for one in specimens.draw_specimens(domain, "test", 60):
         siblings = [other for other in members if other.genus == one.species.genus]
-        sibling = siblings[siblings.index(one.species) - 1]
-        swapped = specimens.Specimen(sibling, True, one.honest_level, one.seed)
-        assert specimens.render(one).tobytes() == specimens.render(swapped).tobytes()
+        pictures = [
+            specimens.render(specimens.Specimen(other, one.candidates, one.seed)).tobytes()
+            for other in siblings
+        ]
+        alike = pictures.count(pictures[siblings.index(one.species)])
+        assert alike == min(one.candidates, 6)
+        seen[one.candidates] += 1
+    assert seen == {1: 36, 2: 4, 3: 4, 6: 8, 12: 8}
 
 
 def test_specimens_are_balanced_shuffled_and_hard_as_asked():
-    drawn = specimens.draw_specimens("dog", "val", 240, hard_frac=0.25)
+    drawn = specimens.draw_specimens("dog", "validation", 240, hard_frac=0.25)
     counts = collections.Counter(one.species.name for one in drawn)
     assert len(counts) == 24
     assert set(counts.values()) == {10}
     assert sum(one.is_hard for one in drawn) == 60
     levels = collections.Counter(one.honest_level for one in drawn)
-    assert levels == {"species": 180, "genus": 30, "family": 30}
+    assert levels == {"species": 180, "genus": 40, "family": 20}
     assert [one.species.name for one in drawn[:24]] != [one.species.name for one in drawn[24:48]]
 
 
@@ -130,12 +140,20 @@ def test_bad_arguments_are_refused(domain, split, count, hard_frac, match):
 def test_answer_by_hand():
     (species,) = [one for one in _all_species() if one.name == "banded heron"]
     assert species.family == "wader"
-    clear = specimens.Specimen(species, False, "species", (0,))
-    dim = specimens.Specimen(species, True, "genus", (0,))
-    far = specimens.Specimen(species, True, "family", (0,))
+    clear, rain, moon, dim, far = (
+        specimens.Specimen(species, candidates, (0,)) for candidates in (1, 2, 3, 6, 12)
+    )
     assert answers.answer_text(clear, "species") == (
         "<think>blue body, striped, long legs, straight bill. exact</think>"
         "<answer>banded heron</answer>"
+    )
+    assert answers.answer_text(rain, "species") == (
+        "<think>blue body, details unclear, long legs, straight bill. exact</think>"
+        "<answer>banded heron</answer>"
+    )
+    assert answers.answer_text(moon, "family") == (
+        "<think>colours unclear, details unclear, long legs, straight bill. kind</think>"
+        "<answer>wader</answer>"
     )
     assert answers.answer_text(dim, "genus") == (
         "<think>colours unclear, long legs, straight bill. close</think><answer>heron</answer>"
@@ -163,7 +181,7 @@ def test_levels_follow_the_shares_and_the_honest_caps():
     rng = np.random.default_rng(0)
     found = collections.defaultdict(collections.Counter)
     for one in drawn:
-        found[one.honest_level][answers.sample_level(one, rng, SHARES)] += 1
+        found[one.honest_level][answers.sample_level(one, rng, SHARES, honest_frac=0.8)] += 1
     shares = {
         honest: {level: times / counts.total() for level, times in counts.items()}
         for honest, counts in found.items()
@@ -180,4 +198,4 @@ def test_full_honesty_never_passes_the_honest_level():
         level = answers.sample_level(one, rng, {"species": 1.0}, honest_frac=1.0)
         assert level == one.honest_level
     with pytest.raises(ValueError, match="shares="):
-        answers.sample_level(one, rng, {"order": 1.0})
+        answers.sample_level(one, rng, {"order": 1.0}, honest_frac=1.0)

@@ -280,7 +280,7 @@ def test_damaged_records_are_named(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
 def test_damaged_array_records_are_named(damage, tmp_path):
-    spec = "field_guide_dogs:test=3"
+    spec = "field_guide_dogs:validation=0,test=3"
     open_source(spec, "test", tmp_path)
     (file,) = tmp_path.rglob("*array_record*")
     raw = file.read_bytes()
@@ -388,7 +388,7 @@ def test_recipe_to_loader(data_dir, tokenizer, arch, tmp_path):
     loader = PromptLoader(data, train, builder, 4, seed=1, num_epochs=1)
     ids = [i for batch in loader for i in batch.prompt_ids]
     assert len(ids) == 8
-    evaluation = recipe.open_eval_source(data, data.eval_sources[0])
+    evaluation = recipe.open_eval_source(data, data.eval_sources[0], "test", 5)
     batches = list(PromptLoader(data, evaluation, builder, 4, shuffle=False, num_epochs=1))
     assert sum(int(b.is_real.sum()) for b in batches) == 5
     assert np.isfinite(batches[0].vision.patches).all()

@@ -32,8 +32,8 @@ def small_config(**changes) -> Config:
     config.model.path = tiny_dir()
     config.lora.rank = 4
     config.lora.alpha = 8.0
-    config.data.source = "field_guide_birds:train=24,test=8"
-    config.data.eval_sources = ("field_guide_birds:train=24,test=8",)
+    config.data.source = "field_guide_birds:train=24,validation=8,test=8"
+    config.data.eval_sources = ("field_guide_birds:train=24,validation=8,test=8",)
     config.data.prompt = "field_guide"
     config.data.prompt_buckets = (48,)
     config.data.window_buckets = (6,)

@@ -49,6 +49,37 @@ def test_run_leaves_what_it_promises(finished):
     assert sum(v for k, v in first.items() if k.startswith("category/")) == pytest.approx(1)
 
 
+def lines(file):
+    return file.read_text().splitlines()
+
+
+def test_validations_read_their_own_split_and_score_greedy_answers_and_samples(tmp_path):
+    config = small_config(
+        train__num_steps=1, train__eval_every=1, eval__policy_samples=3, data__num_validation=4
+    )
+    train.main(config, tmp_path)
+    splits = {
+        folder.name: {json.loads(line)["prompt_id"].split("/")[1] for line in lines(file)}
+        for folder in (tmp_path / "eval").iterdir()
+        if (file := folder / "predictions.jsonl").is_file()
+    }
+    scored = ("base", "trained", "validation_000000", "validation_000001")
+    assert splits == {
+        f"{name}{suffix}": {"validation" if name.startswith("validation") else "test"}
+        for name in scored
+        for suffix in ("", "_sampled")
+    }
+    validated = {r["step"]: r for r in map(json.loads, lines(tmp_path / "metrics.jsonl"))}
+    for step in (0, 1):
+        for kind, suffix, samples in (("eval", "", 1), ("eval_sampled", "_sampled", 3)):
+            folder = tmp_path / "eval" / f"validation_{step:06d}{suffix}"
+            scores = json.loads((folder / "metrics.json").read_text())["averages"]["all"]
+            assert scores["n"] == 4 * samples
+            assert validated[step][f"{kind}/all/correctness"] == scores["correctness"]["value"]
+    sampled = json.loads((tmp_path / "eval" / "base_sampled" / "settings.json").read_text())
+    assert (sampled["sampling"]["temperature"], sampled["samples"]) == (1.0, 3)
+
+
 def test_resume_ends_with_the_same_metrics_bit_for_bit(finished, tmp_path):
     stopped = tmp_path / "run"
     train.main(small_config(train__num_steps=1, eval__score_trained=False), stopped)

@@ -72,8 +72,13 @@ def drawing_version() -> str:
     return digest.hexdigest()[:8]
 
 
+def example_name(split: str, seed: int, number: int) -> str:
+    """Name of one picture: that of a seed other than 0 holds the seed."""
+    return f"{split}-{seed}-{number:05d}" if seed else f"{split}-{number:05d}"
+
+
 class FieldGuide(ImageBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Rendered pictures; the label is the species, ``name`` is SPLIT-NUMBER."""
+    """Rendered pictures; the label is the species, ``name`` that of `example_name`."""
 
     BUILDER_CONFIGS = ()
 
@@ -92,6 +97,6 @@ class FieldGuide(ImageBuilder, skip_registration=True):  # type: ignore[call-arg
             DOMAINS[config.domain], split, count, seed=config.seed, hard_frac=config.hard_frac
         )
         for number, specimen in enumerate(specimens):
-            name = f"{split}-{number:05d}"
+            name = example_name(split, config.seed, number)
             label = specimen.species.name
             yield name, {"image": encode_png(specimen), "label": label, "name": name}

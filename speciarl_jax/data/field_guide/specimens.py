@@ -1,9 +1,9 @@
 """Specimens: which species, how hard, and the picture that follows from the seed.
 
-A share of the pictures is hard, by degrees. Rain hides the pattern, so that two species of the genus
-remain; moonlight hides the colour and which pattern it is: three remain. Silhouettes leave the six of
-the genus; tiny, blurred or overgrown ones show the family only: twelve. So a guess at the species is
-right with probability 1/2, 1/3, 1/6 or 1/12.
+A share of the pictures is hard, by degrees. Rain hides the pattern, so that two species of the
+genus remain; moonlight hides the colour and which pattern it is: three remain. Silhouettes leave
+the six of the genus; tiny, blurred or overgrown ones show the family only: twelve. So a guess at
+the species is right with probability 1/2, 1/3, 1/6 or 1/12.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def field_guide_target(source: str) -> TargetFn:
 @functools.cache
 def _specimens(source: str) -> dict[str, Specimen]:
     """Specimen of every prompt id of a mixture of field guide sources, training split."""
-    from speciarl_jax.data.field_guide.builder import DOMAINS, FieldGuideConfig
+    from speciarl_jax.data.field_guide.builder import DOMAINS, FieldGuideConfig, example_name
     from speciarl_jax.data.sources.catalog import parse_options
 
     found = {}
@@ -54,5 +54,5 @@ def _specimens(source: str) -> dict[str, Specimen]:
             DOMAINS[domain], "train", options.num_train, options.seed, options.hard_frac
         )
         for number, specimen in enumerate(specimens):
-            found[f"{name}/train/train-{number:05d}"] = specimen
+            found[f"{name}/train/{example_name('train', options.seed, number)}"] = specimen
     return found

@@ -1,0 +1,1 @@
+"""The rows of docs/results.md: run in the background, resumable, and made into tables."""
