@@ -9,7 +9,7 @@ RUN = runs/$(subst =,-,$(subst $(comma),_,$(subst :,_,$(basename $(notdir $(firs
 comma := ,
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill trajectory witness tiny
+.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill trajectory mutants witness tiny
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -64,16 +64,11 @@ bench-update: setup-dev
 	$(BIN)/python tests/benchmarks/bench_update.py
 	$(BIN)/python tests/benchmarks/bench_update_memory.py
 
-# Long: learning runs behind docs/results.md (about two hours on two cores).
-evidence: setup
-	$(MAKE) smoke SEED=0
-	$(MAKE) smoke SEED=1
-	$(MAKE) smoke SEED=2
-	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:reward=binary
-	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:reward=scale1
-	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:algo=dr_grpo
-	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:algo=dapo
-	$(MAKE) smoke RECIPE=configs/cpu_smoke.py:algo=dapo_dynamic
+# The runs behind docs/results.md: about ten hours on two cores, resumable, beside other work;
+# stands still while a file .evidence.pause exists. Then the tables and the figure are made again.
+evidence: setup-dev
+	$(BIN)/python -m tests.evidence.run $(ARGS)
+	$(BIN)/python -m tests.evidence.tables
 
 # Long (about 25 minutes): floods of faulty judge replies, a judge gone for a minute and for good,
 # a run killed 20 times and stopped 5 times.
@@ -86,6 +81,12 @@ drill: setup-dev
 # Our trainer against one written on torch, update by update (about eight minutes).
 trajectory: setup-dev
 	$(BIN)/python -m tests.drills.trajectory $(ARGS)
+
+# Plants about 1,400 small faults, one after the other: does a test fail? (about two hours on two
+# cores, resumable; writes docs/mutants.json)
+mutants: setup-dev
+	$(BIN)/python -m pip install --quiet -e ".[mutants]"
+	$(BIN)/python -m tests.mutants.run $(ARGS)
 
 # Proves that a refactor changed no number: this tree against a commit, bit for bit (about 15
 # minutes; BASE's results are kept in .witness/). `make witness BASE=COMMIT ARGS=--smoke`

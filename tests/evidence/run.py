@@ -137,10 +137,12 @@ class Job:
                 folder / f"{name}{suffix}" / "predictions.jsonl" for name in ("base", "trained")
             ]
             if all(path.is_file() for path in pair):
-                in_domain = json.loads((self.workdir / "config.json").read_text())["data"]
-                found = compare(*map(read_predictions, pair), in_domain["in_domain"])
+                names = json.loads((self.workdir / "config.json").read_text())["data"]["in_domain"]
+                changes = compare(*map(read_predictions, pair), names)["differences"]
+                if len(names) == 1:  # its own average
+                    changes["mean in_domain"] = changes[names[0]]
                 scores[f"difference{suffix}"] = {
-                    a: _estimates(found["differences"].get(f"mean {a}")) for a in AVERAGES
+                    a: _estimates(changes.get(f"mean {a}")) for a in AVERAGES
                 }
         return scores
 
