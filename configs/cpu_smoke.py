@@ -6,7 +6,7 @@ Hardware: 2 cores, 8 GB; about 6 minutes after installation. Trained on birds on
 (in domain) and on flowers, aircraft and dogs (out of domain). Expected out of domain: HM up by at
 least .18, correctness down by at most .05 (docs/results.md).
 Arguments: reward=dynamic|single|binary|scale1|scale2|scale3, n=10, seed=0 (of the run and of its
-pictures), steps=150, support=1 (siblings that the bar needs; below 1 a share of n), updates=1 (of a
+pictures), steps=100, support=1 (siblings that the bar needs; below 1 a share of n), updates=2 (of a
 step's rollouts), algo=grpo|dr_grpo|dapo|dapo_dynamic|gspo|rloo.
 """
 
@@ -19,9 +19,9 @@ DEFAULTS = {
     "algo": "grpo",
     "n": "10",
     "seed": "0",
-    "steps": "150",
+    "steps": "100",
     "support": "1",
-    "updates": "1",
+    "updates": "2",
 }
 PROMPTS = 16
 FIRST_PICTURES = 100  # the warm-up has seen the pictures of seeds 7 and 8
@@ -49,8 +49,7 @@ def get_config(arg=None):
     recipes.set_algorithm(config, values["algo"])
     config.algo.reward = values["reward"]
     config.algo.bar_support = float(values["support"])
-    config.optim.learning_rate = 5e-4
-    config.optim.schedule = "linear"
+    config.optim.learning_rate = 3e-4
     config.train.num_steps = int(values["steps"])
     config.train.prompts_per_update = PROMPTS // int(values["updates"])
     config.train.prompts_per_micro_batch = config.train.prompts_per_update

@@ -35,7 +35,7 @@ def get_config(arg=None):
     config.model.remat = "full"
     config.data.source = " + ".join(
         f"field_guide_{domain}:train={IMAGES_PER_DOMAIN},validation=0,test=0,"
-        f"seed={values['pictures']},hard_frac={values['hard']}"
+        f"seed={values['pictures']},hard_frac={values['hard']},warmup=1"
         for domain in DOMAINS
     )
     # Four of five questions are plain and answered cautiously; one asks for the exact name.

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.data.field_guide.answers import answer_text
-from speciarl_jax.data.field_guide.specimens import draw_specimens
+from speciarl_jax.data.field_guide.specimens import WARMUP_CYCLE, draw_specimens
 from speciarl_jax.data.field_guide.taxonomy import load_species
 from speciarl_jax.files import read_json, write_whole
 from speciarl_jax.types import JsonObject, JsonValue
@@ -78,7 +78,7 @@ def _texts(prompts: list[str]) -> list[str]:
     answers = [
         answer_text(specimen, level)
         for domain in load_species()
-        for specimen in draw_specimens(domain, "warmup", 48)
+        for specimen in draw_specimens(domain, "warmup", 48, cycle=WARMUP_CYCLE)
         for level in ("domain", "family", "genus", "species")
     ]
     turns = ["<|im_start|>", "system\nYou are a helpful assistant.", "user\n", "assistant\n"]

@@ -10,7 +10,12 @@ import pathlib
 import tensorflow_datasets as tfds
 
 from speciarl_jax.data import field_guide
-from speciarl_jax.data.field_guide.specimens import draw_specimens, encode_png
+from speciarl_jax.data.field_guide.specimens import (
+    HARD_CYCLE,
+    WARMUP_CYCLE,
+    draw_specimens,
+    encode_png,
+)
 from speciarl_jax.data.sources.builder import Examples, ImageBuilder
 
 DOMAINS = {"birds": "bird", "flowers": "flower", "aircraft": "aircraft", "dogs": "dog"}
@@ -23,6 +28,7 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
     Attributes:
         num_train, num_validation, num_test: pictures per split; a split of 0 does not exist.
         hard_frac: share of pictures on which the species cannot be told.
+        warmup: 1 to draw hard pictures in the warm-up's mixture.
     """
 
     domain: str = "birds"
@@ -31,6 +37,12 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
     num_test: int = 240
     seed: int = 0
     hard_frac: float = 0.4
+    warmup: int = 0
+
+    @property
+    def cycle(self) -> tuple[int, ...]:
+        """Candidates of the hard pictures, in order."""
+        return WARMUP_CYCLE if self.warmup else HARD_CYCLE
 
     @classmethod
     def make(cls, domain: str, **options: float) -> FieldGuideConfig:
@@ -43,6 +55,7 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
             raise ValueError(f"field guide domain {domain!r}: expected one of {', '.join(DOMAINS)}")
         num_train = 2000 if domain == "birds" else 0
         defaults = {"train": num_train, "validation": 240, "test": 240, "seed": 0, "hard_frac": 0.4}
+        defaults["warmup"] = 0
         unknown = set(options) - set(defaults)
         if unknown:
             raise ValueError(
@@ -58,6 +71,7 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
             num_test=int(values["test"]),
             seed=int(values["seed"]),
             hard_frac=float(values["hard_frac"]),
+            warmup=int(values["warmup"]),
         )
 
 
@@ -94,7 +108,7 @@ class FieldGuide(ImageBuilder, skip_registration=True):  # type: ignore[call-arg
     def _generate_examples(self, split: str, count: int) -> Examples:
         config = self.builder_config
         specimens = draw_specimens(
-            DOMAINS[config.domain], split, count, seed=config.seed, hard_frac=config.hard_frac
+            DOMAINS[config.domain], split, count, config.seed, config.hard_frac, config.cycle
         )
         for number, specimen in enumerate(specimens):
             name = example_name(split, config.seed, number)

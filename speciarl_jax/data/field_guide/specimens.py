@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -37,7 +37,10 @@ HARD_KINDS = {
     6: ("backlight", "mist"),
     12: ("distance", "foliage", "blur"),
 }
-_HARD_CYCLE = (6, 12, 2, 6, 12, 3)  # of hard pictures, which follow each other in this order
+# Candidates of the hard pictures, which follow each other in this order: of twenty, fifteen are
+# silhouettes; the warm-up sees every kind often enough to learn it.
+HARD_CYCLE = (6, 6, 12, 6, 6, 6, 6, 12, 6, 6, 2, 6, 6, 12, 6, 6, 6, 6, 6, 3)
+WARMUP_CYCLE = (6, 12, 2, 6, 12, 3)
 _HONEST_LEVELS = {1: "species", 2: "genus", 3: "genus", 6: "genus", 12: "family"}
 PAINTERS: dict[str, Callable[[Canvas, Look], None]] = {
     "finch": draw_birds.draw_finch,
@@ -99,7 +102,12 @@ class Specimen:
 
 
 def draw_specimens(
-    domain: str, split: str, count: int, seed: int = 0, hard_frac: float = 0.4
+    domain: str,
+    split: str,
+    count: int,
+    seed: int = 0,
+    hard_frac: float = 0.4,
+    cycle: Sequence[int] = HARD_CYCLE,
 ) -> list[Specimen]:
     """Returns a shuffled, class-balanced list of specimens, of which exactly `hard_frac` are hard.
 
@@ -121,7 +129,7 @@ def draw_specimens(
     order = rng.permutation(count)
     candidates = np.ones(count, dtype=int)
     hard = rng.permutation(count)[: round(count * hard_frac)]
-    candidates[hard] = np.resize(_HARD_CYCLE, len(hard))
+    candidates[hard] = np.resize(np.array(cycle), len(hard))
     return [
         Specimen(members[place % len(members)], left_open, (*key, index))
         for index, (place, left_open) in enumerate(

@@ -51,7 +51,12 @@ def _specimens(source: str) -> dict[str, Specimen]:
         domain = name.removeprefix("field_guide_")
         options = FieldGuideConfig.make(domain, **parse_options(name, argument))
         specimens = draw_specimens(
-            DOMAINS[domain], "train", options.num_train, options.seed, options.hard_frac
+            DOMAINS[domain],
+            "train",
+            options.num_train,
+            options.seed,
+            options.hard_frac,
+            options.cycle,
         )
         for number, specimen in enumerate(specimens):
             found[f"{name}/train/{example_name('train', options.seed, number)}"] = specimen
