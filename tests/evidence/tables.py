@@ -6,13 +6,14 @@ and draws docs/images/evidence_curves.png. Nothing there is written by hand.
 
 from __future__ import annotations
 
+import collections
 import pathlib
 import re
 import statistics
 from collections.abc import Callable, Sequence
 
 from speciarl_jax.files import write_whole
-from speciarl_jax.report.tables import format_estimate
+from speciarl_jax.report.tables import format_estimate, format_value
 from speciarl_jax.scoring.seeds import mean_over_seeds
 from tests.evidence.rows import DYNAMIC, ROWS, Row
 from tests.evidence.run import METRICS, RESULTS, ROOT, key, read_results
@@ -37,7 +38,7 @@ def final(run: dict, suffix: str = "") -> dict | None:
 
 def _mean(stages: Sequence[dict | None], average: str, metric: str) -> str:
     values = [s[average][metric][0] if s and s.get(average) else None for s in stages]
-    return format_estimate(mean_over_seeds(values)) if all(v is not None for v in values) else ""
+    return format_estimate(mean_over_seeds(values)) if any(stages) else ""
 
 
 def main_table(results: dict) -> str:
@@ -94,8 +95,34 @@ def _difference(pairs: Sequence[tuple[dict, dict]], suffix: str, metric: str) ->
         if any(stage is None for stage in both):
             return ""
         mine, its = (stage["out_of_domain"][metric][0] for stage in both)
-        values.append(mine - its)
+        values.append(None if mine is None else mine - its)
     return format_estimate(mean_over_seeds(values), is_signed=True)
+
+
+KINDS = (DYNAMIC, "row=binary", "row=scale1", "row=speciarl,n=15", "row=speciarl,n=15,support=0.3")
+
+
+def kind_table(results: dict) -> str:
+    """Samples that name a species, right or not, by how many species a picture leaves open."""
+    lines = [
+        "| row | seeds | 1 | 2 | 3 | 6 | 12 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = [Row("the base", DYNAMIC, 5), *(r for r in ROWS if r.argument in KINDS)]
+    for row in rows:
+        stage = "base_sampled" if row.title == "the base" else "trained_sampled"
+        counts = [run["candidates"].get(stage) for run in runs_of(results, row)]
+        if counts:
+            cells = [_share(counts, str(kind)) for kind in (1, 2, 3, 6, 12)]
+            lines.append(f"| {row.title} | {len(counts)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _share(counts: Sequence[dict], kind: str) -> str:
+    """``wrong / specific`` of all answers to pictures of a kind."""
+    total = sum((collections.Counter(c[kind]) for c in counts), collections.Counter())
+    parts = (total["wrong"], total["specific"])
+    return " / ".join(f"{part / total.total():.3f}".removeprefix("0") for part in parts)
 
 
 def run_table(results: dict) -> str:
@@ -120,13 +147,13 @@ def run_table(results: dict) -> str:
 def _three(stage: dict | None) -> str:
     if stage is None:
         return ""
-    values = (stage["out_of_domain"][m][0] for m in METRICS)
-    return " / ".join(f"{v:.3f}".removeprefix("0") for v in values)
+    return " / ".join(format_value(stage["out_of_domain"][m][0]) for m in METRICS)
 
 
 TABLES: dict[str, Callable[[dict], str]] = {
     "main": main_table,
     "differences": difference_table,
+    "kinds": kind_table,
     "runs": run_table,
 }
 

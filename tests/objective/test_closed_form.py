@@ -136,3 +136,9 @@ def test_figure_is_small(tmp_path):
     assert "hit rate q of a guess" in (tmp_path / "figure.svg").read_text()
     shipped = pathlib.Path(tabular.__file__).parents[2] / "docs" / "images" / "closed_form.svg"
     assert shipped.stat().st_size < 100_000
+
+
+def test_a_silhouette_is_worth_a_guess_to_fifteen_siblings_only():
+    """One species of six: never at N = 5 and 10; at N = 15 above .532."""
+    limits = [tabular.threshold(1 / 6, size) for size in SIZES]
+    np.testing.assert_allclose(limits, [1.0, 1.0, 0.532], atol=1e-3)

@@ -29,7 +29,7 @@ from speciarl_jax.plan.programs import (
 from speciarl_jax.plan.search import search
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMOKE = str(ROOT / "configs" / "cpu_smoke.py")
+SMOKE = str(ROOT / "configs" / "cpu_smoke.py:updates=1")
 SMALL = [
     "--config.mesh.tensor=2",
     "--config.train.prompts_per_micro_batch=4",

@@ -79,15 +79,15 @@ def test_rollouts_do_not_depend_on_their_neighbours(session):
 
 # Every size that compaction visits is a program to compile: the default suite takes few.
 @pytest.mark.parametrize(
-    ("prompts", "group_size", "chunk_tokens"),
-    [(2, 2, 16), pytest.param(4, 8, 2, marks=pytest.mark.slow)],
+    ("prompts", "group_size", "chunk_tokens", "stop_every"),
+    [(2, 2, 16, 4), pytest.param(4, 8, 2, 3, marks=pytest.mark.slow)],
 )
 def test_chunks_and_compaction_change_nothing_but_the_work(
-    session, prompts, group_size, chunk_tokens
+    session, prompts, group_size, chunk_tokens, stop_every
 ):
     batch = small_batch(session, prompts)
-    # Stop on about a fifth of the tokens, so that lengths differ.
-    stops = np.flatnonzero(~session.vocabulary.banned)[::5].astype(np.int32)
+    # Stop on a share of the tokens with which random weights give lengths that differ.
+    stops = np.flatnonzero(~session.vocabulary.banned)[::stop_every].astype(np.int32)
     vocabulary = type(session.vocabulary)(
         stops, session.vocabulary.banned, session.vocabulary.decode
     )
