@@ -1,6 +1,6 @@
 """`make mutants`: plants one fault after the other and sees whether a test fails.
 
-    python -m tests.mutants.run [--jobs 2] [--limit N] [--file objective/loss.py]
+    python -m tests.mutants.run [--jobs 2] [--core 0] [--limit N] [--file objective/loss.py]
 
 Works on copies of the tree in .mutants/, a fresh process each. A second call goes on; a fault whose
 file has changed since is tried again. Writes docs/mutants.json and prints the table; survivors that
@@ -131,7 +131,7 @@ def table(results: dict[str, dict[str, object]], mutants: list[Mutant]) -> tuple
     return "\n".join(lines), is_reached and not total["not tried"]
 
 
-def main(jobs: int, limit: int, file: str) -> int:
+def main(jobs: int, limit: int, file: str, core: int) -> int:
     """Tries what is missing; returns the exit code."""
     mutants = all_mutants()
     results = read_results()
@@ -144,10 +144,10 @@ def main(jobs: int, limit: int, file: str) -> int:
     _SERVER.set_forkserver_preload(LIBRARIES)
     trees: queue.Queue[tuple[pathlib.Path, int]] = queue.Queue()
     for number in range(jobs if waiting else 0):
-        trees.put((copy_tree(number), number % (os.cpu_count() or 1)))
+        trees.put((copy_tree(number), (core + number) % (os.cpu_count() or 1)))
 
     if waiting:  # tests that fail by themselves kill everything
-        sound, core = copy_tree(jobs), 0
+        sound = copy_tree(jobs)
         for tests in dict.fromkeys(mutant.tests for mutant in waiting):
             has_failed, first = run_apart(sound, tests, core)
             if has_failed:
@@ -155,11 +155,11 @@ def main(jobs: int, limit: int, file: str) -> int:
                 return 2
 
     def attempt(mutant: Mutant | Fault) -> dict[str, object]:
-        tree, core = trees.get()
+        tree, its_core = trees.get()
         try:
-            return outcome(mutant, tree, core)
+            return outcome(mutant, tree, its_core)
         finally:
-            trees.put((tree, core))
+            trees.put((tree, its_core))
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for mutant, found in zip(waiting, pool.map(attempt, waiting), strict=True):
@@ -181,6 +181,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--limit", type=int, default=0, help="mutants, 0 for all")
+    parser.add_argument("--core", type=int, default=0, help="the first to use")
     parser.add_argument("--file", default="", help="only of this file, below the package")
     arguments = parser.parse_args()
-    sys.exit(main(arguments.jobs, arguments.limit, arguments.file))
+    sys.exit(main(arguments.jobs, arguments.limit, arguments.file, arguments.core))
