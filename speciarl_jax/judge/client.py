@@ -28,7 +28,8 @@ from speciarl_jax.judge.parse import normalize
 from speciarl_jax.judge.remote.endpoints import Endpoint, EndpointPool
 from speciarl_jax.judge.remote.limiter import RateLimiter
 from speciarl_jax.judge.remote.prompt import load_prompt
-from speciarl_jax.judge.remote.request import RETRY_AFTER_MAX_S, AskError, Reply, read_labels
+from speciarl_jax.judge.remote.reply import RETRY_AFTER_MAX_S, AskError, Reply
+from speciarl_jax.judge.remote.request import read_labels
 from speciarl_jax.judge.remote.stats import ClientStats
 from speciarl_jax.judge.store.cache import KeyMaker, open_cache
 from speciarl_jax.judge.store.recording import Recording
@@ -82,11 +83,11 @@ class JudgeClient:
         if config.pairs_per_request > 1 and not self._prompt.is_batch:
             raise ValueError(
                 f"judge.pairs_per_request={config.pairs_per_request} needs a batch prompt: set "
-                f"judge.prompt=six_way_batch_v1 (now {config.prompt})"
+                f"judge.prompt=six_way_batch_v2 (now {config.prompt})"
             )
         self._pool = EndpointPool(config, self._prompt)
         self._keys = KeyMaker(
-            model=config.model, revision=config.revision, prompt=self._prompt.fingerprint,
+            model=config.model_name, revision=config.revision, prompt=self._prompt.fingerprint,
             temperature=config.temperature, structured=config.structured,
             thinking=config.thinking, max_reply_tokens=config.max_reply_tokens,
         )  # fmt: skip
@@ -285,16 +286,16 @@ class JudgeClient:
         labels = read_labels(self._prompt, reply, len(job.asks))
         if labels is not None:
             for ask, category in zip(job.asks, labels, strict=True):
-                self._cache.put(ask.key, ask.pair, category, self._config.model, self._keys.scope)
-                self._finish(ask, Verdict(category, self._config.model))
+                self._cache.put(
+                    ask.key, ask.pair, category, self._config.model_name, self._keys.scope
+                )
+                self._finish(ask, Verdict(category, self._config.model_name))
             return
         job.unparsable += 1
         if job.unparsable <= self._config.unparsable_retries:
             self._again(job, 0.0)
             return
-        self._give_up(
-            job, FailureKind.UNPARSABLE, f"judge replied {reply.text[:60]!r}, which is no category"
-        )
+        self._give_up(job, FailureKind.UNPARSABLE, f"judge {reply.trouble}")
 
     def _retry_or_fail(self, job: _Job, error: AskError) -> None:
         """Decides whether a failed request is tried again."""

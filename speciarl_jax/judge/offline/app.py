@@ -20,7 +20,7 @@ from speciarl_jax.errors import JudgeError
 from speciarl_jax.judge.base import Pair
 from speciarl_jax.judge.offline.faults import FaultPlan
 from speciarl_jax.judge.parse import BINARY_NAMES
-from speciarl_jax.judge.remote.prompt import read_payload
+from speciarl_jax.judge.remote.prompt import batch_ids, read_payload
 from speciarl_jax.types import Category, JsonObject, JsonValue
 
 MODEL_NAME = "taxonomy"
@@ -103,6 +103,8 @@ class JudgeApp:
             self._answered.update(pair for pair in pairs if pair.ground_truth != pair.answer)
         is_binary = bool(choices) and set(choices) == set(BINARY_NAMES)
         names = [_spell(category, is_binary or _asks_binary(body)) for category in categories]
+        if is_batch and _asks_ids(body):
+            return json.dumps(dict(zip(batch_ids(len(names)), names, strict=True)))
         match body:
             case {"response_format": {"type": "json_schema"}}:
                 return json.dumps({"categories": names} if is_batch else {"category": names[0]})
@@ -173,6 +175,14 @@ def _asks_binary(body: JsonObject) -> bool:
     match body:
         case {"messages": [{"content": str(text)}, *_]}:
             return "incorrect" in text and "less_specific" not in text
+    return False
+
+
+def _asks_ids(body: JsonObject) -> bool:
+    """True if the reply to a batch is to be an object by id: as the instructions say it."""
+    match body:
+        case {"messages": [{"content": str(text)}, *_]}:
+            return "under the id of each pair" in " ".join(text.split())
     return False
 
 

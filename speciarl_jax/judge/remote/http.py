@@ -1,0 +1,170 @@
+"""HTTP as a judge needs it: no redirects, no compression, no more bytes than a reply may have.
+
+A server that answers more than it was asked is believed nothing: the second of two responses on a
+kept-alive connection would be read as the reply to the next request, another pair's label. So a
+connection is used again only if not one byte waits on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import select
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+
+import aiohttp
+import yarl
+
+_LOG = logging.getLogger(__name__)
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+Proxy = tuple[str | None, aiohttp.BasicAuth | None]
+_TRIES = 3  # connections met with bytes on them before a request is given up
+
+
+@dataclasses.dataclass(frozen=True)
+class HttpReply:
+    """A whole response.
+
+    Attributes:
+        headers: names in any case.
+        body: the bytes as sent.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class UnaskedBytesError(aiohttp.ClientConnectionError):
+    """A connection held bytes before anything was asked on it."""
+
+
+class BadReplyError(aiohttp.ClientPayloadError):
+    """A response that is too large, or compressed though that was not allowed."""
+
+
+class _CleanRequest(aiohttp.ClientRequest):
+    """A request that goes out only on a connection on which nothing waits to be read."""
+
+    # Origins that sent a response nobody asked for; their connections serve one request each.
+    suspects: set[yarl.URL]
+
+    async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
+        """Sends the request.
+
+        Raises:
+            UnaskedBytesError: something waits on the connection, which is closed.
+        """
+        protocol, origin = conn.protocol, self.url.origin()
+        if protocol is None or protocol.should_close or _is_readable(conn):
+            if protocol is not None and protocol.should_close and origin not in self.suspects:
+                self.suspects.add(origin)
+                _LOG.warning(
+                    "judge %s: sent a response that was not asked for; its connections are not "
+                    "used again, see what stands between here and the judge",
+                    origin,
+                )
+            conn.close()
+            raise UnaskedBytesError(f"unasked bytes on a connection to {origin}")
+        if origin in self.suspects:
+            protocol.force_close()
+        return await super().send(conn)
+
+
+def _is_readable(conn: aiohttp.connector.Connection) -> bool:
+    """True if bytes or the end of a plain connection wait in the kernel, not read yet."""
+    transport = conn.transport
+    # Over TLS session tickets may wait, which are no response.
+    if transport is None or transport.get_extra_info("ssl_object") is not None:
+        return False
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class Http:
+    """One pool of connections; opens on first use, inside the running event loop."""
+
+    def __init__(self) -> None:
+        """Opens nothing yet."""
+        self._suspects: set[yarl.URL] = set()
+        self._proxies: dict[str, Proxy] = {}
+        request_class = type("_Request", (_CleanRequest,), {"suspects": self._suspects})
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            request_class=request_class,
+            auto_decompress=False,
+            # Not trust_env, which would look into .netrc at each request.
+        )
+
+    def distrust(self, url: str) -> None:
+        """Uses each further connection to the server of `url` for one request only."""
+        self._suspects.add(yarl.URL(url).origin())
+
+    async def exchange(
+        self, url: str, headers: Mapping[str, str], max_bytes: int, body: bytes | None = None
+    ) -> HttpReply:
+        """Asks once: POST of a JSON `body`, GET without one. Redirects come back as they are.
+
+        Args:
+            headers: names and values, the key among them.
+            max_bytes: longest response body.
+
+        Raises:
+            BadReplyError: a longer body, or a compressed one.
+            aiohttp.ClientError: the connection cannot be made, or breaks.
+        """
+        headers = {**headers, "Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if url not in self._proxies:
+            self._proxies[url] = find_proxy(url)
+        proxy, proxy_auth = self._proxies[url]
+        for attempt in range(1, _TRIES + 1):
+            try:
+                async with self._session.request(
+                    "GET" if body is None else "POST", url, data=body, headers=headers,
+                    allow_redirects=False, proxy=proxy, proxy_auth=proxy_auth,
+                ) as response:  # fmt: skip
+                    return HttpReply(
+                        response.status, response.headers, await _read(response, max_bytes)
+                    )
+            except UnaskedBytesError:
+                if attempt == _TRIES:
+                    raise
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    async def close(self) -> None:
+        """Ends the connections."""
+        await self._session.close()
+
+
+async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """The body, never more than `max_bytes` of it in memory."""
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("identity", ""):
+        response.close()
+        raise BadReplyError(f"reply is compressed ({encoding[:20]!r}) though identity was asked")
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in response.content.iter_any():
+        size += len(chunk)
+        if size > max_bytes:
+            response.close()
+            raise BadReplyError(f"reply is longer than {max_bytes} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def find_proxy(url: str) -> Proxy:
+    """The proxy that the environment names for a URL, and its credentials; none to ourselves."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    found = urllib.request.getproxies().get(parts.scheme)
+    if found is None or host in _LOOPBACK or urllib.request.proxy_bypass(host):
+        return None, None
+    proxy = yarl.URL(found)
+    auth = aiohttp.BasicAuth(proxy.user, proxy.password or "") if proxy.user else None
+    return str(proxy.with_user(None)), auth
