@@ -1,5 +1,6 @@
 import asyncio
 import collections
+import itertools
 import json
 
 import pytest
@@ -181,8 +182,8 @@ def test_one_poisonous_pair_fails_with_its_kind_while_others_pass(fault, kind, f
     assert stats[f"judge/failed_{kind.value}"] == 1
 
 
-def ask_with_poison(status, config, pairs):
-    """Labels `pairs` with a gateway that answers `poison` with `status`; counts its requests."""
+def ask_with_poison(status, config, pairs, headers=None):
+    """Labels `pairs` with a gateway that answers `poison` with `status()`; counts its requests."""
     counts = collections.Counter()
 
     async def handler(request):
@@ -192,7 +193,8 @@ def ask_with_poison(status, config, pairs):
         is_poisoned = any(item["answer"] == "poison" for item in items)
         counts["poisoned" if is_poisoned else "clean"] += 1
         if is_poisoned:
-            return web.json_response({"error": {"message": "blocked"}}, status=status)
+            error = {"error": {"message": "blocked"}}
+            return web.json_response(error, status=status(), headers=headers)
         return reply(json.dumps(["generic"] * len(items)) if is_batch else "generic")
 
     async def run():
@@ -203,11 +205,11 @@ def ask_with_poison(status, config, pairs):
     return asyncio.run(run()), counts
 
 
-def check_only_the_poisoned_pair_failed(pairs, outcomes):
+def check_only_the_poisoned_pair_failed(pairs, outcomes, kind=FailureKind.REFUSED):
     for pair, outcome in zip(pairs, outcomes, strict=True):
         if pair.answer == "poison":
             assert isinstance(outcome, Failure)
-            assert outcome.kind is FailureKind.REFUSED
+            assert outcome.kind is (kind or outcome.kind)
             assert "'poison'" in outcome.message
         else:
             assert outcome.category is Category.GENERIC
@@ -217,16 +219,46 @@ def check_only_the_poisoned_pair_failed(pairs, outcomes):
 def test_a_pair_that_a_gateway_refuses_for_ever_fails_alone(status, fast_config, pairs_of):
     """The probe gets through each time, so the endpoint is well and the pair is not."""
     pairs = [*pairs_of(40), Pair("owl", "poison"), *pairs_of(40, 40)]
-    outcomes, counts = ask_with_poison(status, lambda url: fast_config(url, max_retries=3), pairs)
+    outcomes, counts = ask_with_poison(
+        lambda: status, lambda url: fast_config(url, max_retries=3), pairs
+    )
     check_only_the_poisoned_pair_failed(pairs, outcomes)
     assert counts["poisoned"] == 4  # the first try and judge.max_retries
+
+
+@pytest.mark.parametrize(
+    "statuses", [[403, 404], [403, 500], [404, 429], [401, 403], [408, 403, 502], [307, 403], [409]]
+)
+def test_a_pair_that_gets_any_mixture_of_refusals_fails_alone(statuses, fast_config, pairs_of):
+    """The probe gets through each time; the job's own count and budget run on all the same."""
+    answers = itertools.cycle(statuses)
+    pairs = [*pairs_of(10), Pair("owl", "poison"), *pairs_of(10, 10)]
+    outcomes, counts = ask_with_poison(
+        lambda: next(answers),
+        lambda url: fast_config(url, max_retries=3, pause_budget_s=0.3),
+        pairs,
+    )
+    check_only_the_poisoned_pair_failed(pairs, outcomes, kind=None)
+    if 401 not in statuses:  # a soft refusal counts once a probe has followed three of them
+        assert counts["poisoned"] <= (1 + 3) * 3
+
+
+def test_a_pair_that_gets_a_retry_after_for_ever_fails_alone(fast_config, pairs_of):
+    """Ten minutes each time: the endpoint is set aside as it asks, the pause budget ends it."""
+    with pytest.raises(JudgeDownError, match="HTTP 429"):
+        ask_with_poison(
+            lambda: 429,
+            lambda url: fast_config(url, max_retries=3, pause_budget_s=0.3),
+            [Pair("owl", "poison")],
+            {"Retry-After": "600"},
+        )
 
 
 def test_a_pair_that_a_gateway_refuses_spoils_no_batch(fast_config, pairs_of):
     pairs = [*pairs_of(5), Pair("owl", "poison"), *pairs_of(6, 5)]
     settings = {"prompt": "six_way_batch_v1", "pairs_per_request": 4, "structured": "none"}
     outcomes, counts = ask_with_poison(
-        403, lambda url: fast_config(url, max_retries=2, **settings), pairs
+        lambda: 403, lambda url: fast_config(url, max_retries=2, **settings), pairs
     )
     check_only_the_poisoned_pair_failed(pairs, outcomes)
     assert counts["poisoned"] == 3 + 3  # as part of its batch, then on its own
@@ -236,7 +268,7 @@ def test_a_refused_key_costs_no_retry_but_not_more_than_the_pause_budget(fast_co
     """401 is the endpoint's affair; yet a pair that alone gets it is not asked for ever."""
     pairs = [*pairs_of(20), Pair("owl", "poison")]
     outcomes, counts = ask_with_poison(
-        401, lambda url: fast_config(url, max_retries=1, pause_budget_s=0.5), pairs
+        lambda: 401, lambda url: fast_config(url, max_retries=1, pause_budget_s=0.5), pairs
     )
     check_only_the_poisoned_pair_failed(pairs, outcomes)
     assert counts["poisoned"] > 2
