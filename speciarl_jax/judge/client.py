@@ -23,7 +23,7 @@ from functools import partial
 from speciarl_jax.config.judge import JudgeConfig
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.judge.base import Outcome, Pair, as_cached, failure, spread
-from speciarl_jax.judge.cascade import Cascade
+from speciarl_jax.judge.cascade import Cascade, as_seen
 from speciarl_jax.judge.offline.server import LocalJudgeServer
 from speciarl_jax.judge.parse import normalize
 from speciarl_jax.judge.remote.endpoints import Endpoint, EndpointPool
@@ -168,9 +168,12 @@ class JudgeClient:
         started = time.monotonic()
         positions: dict[Pair, int] = {}
         truths = {text: normalize(text) for text in {pair.ground_truth for pair in pairs}}
-        normal = [Pair(truths[pair.ground_truth], normalize(pair.answer)) for pair in pairs]
+        normal = [
+            as_seen(pair, Pair(truths[pair.ground_truth], normalize(pair.answer))) for pair in pairs
+        ]
         order = [positions.setdefault(pair, len(positions)) for pair in normal]
-        outcomes = await self._label_distinct(list(positions), step)
+        synonyms = self._cascade.synonyms(pairs, normal)
+        outcomes = await self._label_distinct(list(positions), step, synonyms)
         self._stats.wait_s += time.monotonic() - started
         results = spread(outcomes, order)
         self._stats.count(results)
@@ -178,8 +181,10 @@ class JudgeClient:
             await self._aside.run(partial(self._log.add, step, normal, results))
         return results
 
-    async def _label_distinct(self, pairs: list[Pair], step: int) -> list[Outcome]:
-        """Outcomes of distinct normalised pairs."""
+    async def _label_distinct(
+        self, pairs: list[Pair], step: int, synonyms: frozenset[Pair]
+    ) -> list[Outcome]:
+        """Outcomes of distinct normalised pairs, of which the table knows `synonyms`."""
         keys = self._keys.keys(pairs)
         if self._recording is not None and self._config.mode == "replay":
             return [self._recording.replay(k, step, p) for k, p in zip(keys, pairs, strict=True)]
@@ -189,7 +194,7 @@ class JudgeClient:
         for key, pair in zip(keys, pairs, strict=True):
             if key in outcomes:
                 continue
-            if (settled := self._settle(key, pair, step)) is not None:
+            if (settled := self._settle(key, pair, step, pair in synonyms)) is not None:
                 outcomes[key] = settled
             elif (ask := self._in_flight.get(key)) is not None:
                 joined.append(ask)
@@ -226,7 +231,7 @@ class JudgeClient:
         found.update(self._cache.recall(missing))
         return found
 
-    def _settle(self, key: bytes, pair: Pair, step: int) -> Outcome | None:
+    def _settle(self, key: bytes, pair: Pair, step: int, is_synonym: bool) -> Outcome | None:
         """The outcome of a pair that is not in the cache and still needs no request, or None."""
         if not pair.answer or not pair.ground_truth:
             side = "ground truth" if pair.answer else "answer"
@@ -236,8 +241,10 @@ class JudgeClient:
         if length > limit:
             message = f"answer has {length} characters, more than judge.max_answer_chars={limit}"
             return failure(FailureKind.TOO_LONG, message)
-        if self._config.has_cascade and (decided := self._cascade.decide(pair)) is not None:
-            return Verdict(*decided, is_cached=True)
+        if self._config.has_cascade and pair.ground_truth == pair.answer:
+            return Verdict(Category.SPECIFIC, "exact", is_cached=True)
+        if self._config.has_cascade and is_synonym:
+            return Verdict(Category.SPECIFIC, "synonym", is_cached=True)
         return self._recording.find(key, step) if self._recording is not None else None
 
     def _new_ask(self, key: bytes, pair: Pair) -> _Ask:

@@ -41,6 +41,16 @@ def normalize(text: str) -> str:
     return " ".join(kept.lower().split())
 
 
+def fold(text: str) -> str:
+    """Text compared without regard to case: NFC, casefolded, white space collapsed.
+
+    Unlike `normalize` it keeps every mark: C++ is not C#, and a vowel sign is part of its word.
+    Control characters become spaces.
+    """
+    plain = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    return " ".join("".join(char if char.isprintable() else " " for char in plain).split())
+
+
 def extract_answer(completion: str) -> str | None:
     """The policy's answer: the first `<answer>…</answer>`, stripped.
 

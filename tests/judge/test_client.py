@@ -10,6 +10,7 @@ from speciarl_jax.judge.base import JudgeDownError, Pair
 from speciarl_jax.judge.client import JudgeClient
 from speciarl_jax.judge.offline.app import serve
 from speciarl_jax.judge.offline.faults import FaultPlan
+from speciarl_jax.judge.parse import fold, normalize
 from speciarl_jax.types import Category, Failure, FailureKind, Verdict
 from tests.support.raw_server import pair_of, raw_server, reply
 
@@ -77,8 +78,8 @@ def test_cascade_empty_and_long_answers_make_no_request(fast_config, tmp_path):
         async with JudgeClient(config) as judge:
             return await judge.label(
                 [
-                    Pair("Snowy Owl", "snowy owl!"),
-                    Pair("Snowy Owl", "BUBO scandiacus"),
+                    Pair("Snowy Owl", " snowy  OWL"),
+                    Pair("Snowy Owl", "BUBO_scandiacus"),
                     Pair("owl", "?!"),
                     Pair("owl", "x" * 21),
                     Pair("!", "owl"),
@@ -92,6 +93,69 @@ def test_cascade_empty_and_long_answers_make_no_request(fast_config, tmp_path):
     assert long.kind is FailureKind.TOO_LONG
     assert "21 characters" in long.message
     assert no_truth.kind is FailureKind.UNPARSABLE
+
+
+LOOKALIKES = [
+    ("C++", "C#"),
+    ("C", "C#"),
+    ("\u0915\u093f", "\u0915\u0940"),  # ki and kii: one letter, two vowel signs
+    ("\u0e01\u0e34\u0e19", "\u0e01\u0e31\u0e19"),  # Thai
+    ("A*", "A+"),
+    ("x", "x\u0336"),
+    ("5\u00b0", "5%"),
+    ("owl", "owl?"),
+]
+
+
+@pytest.mark.parametrize(("truth", "answer"), LOOKALIKES)
+@pytest.mark.parametrize("is_table", [False, True])
+def test_what_only_cleaning_makes_equal_is_asked_and_shown_whole(
+    truth, answer, is_table, fast_config, tmp_path
+):
+    """Both would reach the judge as one text: that is not `exact`, and the judge sees the marks."""
+    asked = []
+    table = tmp_path / "synonyms.json"
+    table.write_text(json.dumps([[truth, "first"], [answer, "second"]]))
+
+    async def handler(request):
+        asked.append(pair_of(await request.json()))
+        return reply("wrong")
+
+    async def run():
+        synonyms = str(table) if is_table else ""
+        async with (
+            raw_server(handler) as url,
+            JudgeClient(fast_config(url, synonyms=synonyms)) as judge,
+        ):
+            pairs = [Pair(truth, answer), Pair(truth, truth.lower()), Pair(answer, answer)]
+            return await judge.label([*pairs, Pair(truth, "second"), Pair(truth, "first")])
+
+    other, *same, crossed, listed = asyncio.run(run())
+    assert other.category is Category.WRONG
+    assert [verdict.judge for verdict in same] == ["exact", "exact"]
+    assert asked[0] == Pair(fold(truth), fold(answer))
+    assert crossed.category is Category.WRONG
+    assert listed.judge == ("synonym" if is_table else "scripted")
+
+
+def test_a_lookalike_can_say_nothing_but_the_truth(fast_config):
+    """It is shown with its marks, in JSON, and its letters are those of the ground truth."""
+    asked = []
+    bad = 'o"}\n\x00\u2028]{w\\"l'
+
+    async def handler(request):
+        asked.append((await request.json())["messages"])
+        return reply("wrong")
+
+    async def run():
+        async with raw_server(handler) as url, JudgeClient(fast_config(url)) as judge:
+            return await judge.label([Pair("o w l", bad)])
+
+    asyncio.run(run())
+    ((_, user),) = asked
+    last = user["content"].rsplit("\n", 1)[1]
+    assert json.loads(last)["answer"] == fold(bad)
+    assert normalize(fold(bad)) == "o w l"
 
 
 FAULTS = (
