@@ -7,11 +7,13 @@ connection is used again only if not one byte waits on it.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import select
 import urllib.parse
 import urllib.request
+import weakref
 from collections.abc import Mapping
 
 import aiohttp
@@ -20,7 +22,6 @@ import yarl
 _LOG = logging.getLogger(__name__)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Proxy = tuple[str | None, aiohttp.BasicAuth | None]
-_TRIES = 3  # connections met with bytes on them before a request is given up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,37 +39,59 @@ class HttpReply:
 
 
 class UnaskedBytesError(aiohttp.ClientConnectionError):
-    """A connection held bytes before anything was asked on it."""
+    """A new connection held bytes before anything was asked on it."""
+
+
+class _StaleError(aiohttp.ClientConnectionError):
+    """A connection that was used before is not fit for another request."""
 
 
 class BadReplyError(aiohttp.ClientPayloadError):
     """A response that is too large, or compressed though that was not allowed."""
 
 
+class _Connections:
+    """What is known of connections: which were used, and which may not be used again."""
+
+    def __init__(self) -> None:
+        self.used: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
+        self.retired: weakref.WeakSet[asyncio.BaseProtocol] = weakref.WeakSet()
+        self.suspects: set[yarl.URL] = set()  # origins whose connections serve one request each
+
+    def suspect(self, origin: yarl.URL) -> None:
+        """A server sent a response that nobody asked for."""
+        if origin not in self.suspects:
+            self.suspects.add(origin)
+            _LOG.warning(
+                "judge %s: sent a response that was not asked for; its connections are not used "
+                "again, see what stands between here and the judge",
+                origin,
+            )
+        self.retired |= self.used
+
+
 class _CleanRequest(aiohttp.ClientRequest):
     """A request that goes out only on a connection on which nothing waits to be read."""
 
-    # Origins that sent a response nobody asked for; their connections serve one request each.
-    suspects: set[yarl.URL]
+    known: _Connections
 
     async def send(self, conn: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
         """Sends the request.
 
         Raises:
-            UnaskedBytesError: something waits on the connection, which is closed.
+            UnaskedBytesError, _StaleError: something waits on the connection, or it is retired; it
+                is closed.
         """
-        protocol, origin = conn.protocol, self.url.origin()
-        if protocol is None or protocol.should_close or _is_readable(conn):
-            if protocol is not None and protocol.should_close and origin not in self.suspects:
-                self.suspects.add(origin)
-                _LOG.warning(
-                    "judge %s: sent a response that was not asked for; its connections are not "
-                    "used again, see what stands between here and the judge",
-                    origin,
-                )
+        known, protocol, origin = self.known, conn.protocol, self.url.origin()
+        is_spoilt = protocol is None or protocol.should_close or _is_readable(conn)
+        if protocol is None or is_spoilt or protocol in known.retired:
+            if protocol is not None and protocol.should_close:
+                known.suspect(origin)
+            was_used = protocol in known.used
             conn.close()
-            raise UnaskedBytesError(f"unasked bytes on a connection to {origin}")
-        if origin in self.suspects:
+            raise (_StaleError if was_used else UnaskedBytesError)(f"unasked bytes from {origin}")
+        known.used.add(protocol)
+        if origin in known.suspects:
             protocol.force_close()
         return await super().send(conn)
 
@@ -89,9 +112,9 @@ class Http:
 
     def __init__(self) -> None:
         """Opens nothing yet."""
-        self._suspects: set[yarl.URL] = set()
+        self._known = _Connections()
         self._proxies: dict[str, Proxy] = {}
-        request_class = type("_Request", (_CleanRequest,), {"suspects": self._suspects})
+        request_class = type("_Request", (_CleanRequest,), {"known": self._known})
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None),
@@ -103,7 +126,11 @@ class Http:
 
     def distrust(self, url: str) -> None:
         """Uses each further connection to the server of `url` for one request only."""
-        self._suspects.add(yarl.URL(url).origin())
+        self._known.suspect(yarl.URL(url).origin())
+
+    def retire(self) -> None:
+        """Uses no connection again that was used before: replies may be one behind on it."""
+        self._known.retired |= self._known.used
 
     async def exchange(
         self, url: str, headers: Mapping[str, str], max_bytes: int, body: bytes | None = None
@@ -122,7 +149,7 @@ class Http:
         if url not in self._proxies:
             self._proxies[url] = find_proxy(url)
         proxy, proxy_auth = self._proxies[url]
-        for attempt in range(1, _TRIES + 1):
+        while True:
             try:
                 async with self._session.request(
                     "GET" if body is None else "POST", url, data=body, headers=headers,
@@ -131,10 +158,8 @@ class Http:
                     return HttpReply(
                         response.status, response.headers, await _read(response, max_bytes)
                     )
-            except UnaskedBytesError:
-                if attempt == _TRIES:
-                    raise
-        raise AssertionError("unreachable: the last try returns or raises")
+            except _StaleError:
+                continue  # it is closed; there are as many as were used, and then a new one
 
     async def close(self) -> None:
         """Ends the connections."""

@@ -443,14 +443,20 @@ def test_a_reply_with_the_id_of_an_earlier_one_is_asked_again(fast_config):
     assert [o.category for o in asyncio.run(run())] == [label_of(n) for n in range(6)]
 
 
-def test_a_server_without_ids_of_its_own_is_believed(fast_config):
-    async def run():
-        server = HostileServer(lambda payload, _: numbered(payload, id="judge"))
-        async with server.open() as url, JudgeClient(fast_config(url)) as judge:
-            await judge.label([Pair("owl", f"name {n}") for n in range(20)])
-        return server.num_requests
+@pytest.mark.parametrize(("name", "num_again"), [("judge", 1), ("", 0), (None, 0), (7, 0)])
+def test_a_server_that_numbers_no_reply_is_believed(name, num_again, fast_config):
+    """One name for all is first taken for one reply twice; nothing else changes."""
 
-    assert asyncio.run(run()) == 20
+    async def run():
+        server = HostileServer(lambda payload, _: numbered(payload, id=name))
+        async with server.open() as url, JudgeClient(fast_config(url, concurrency=4)) as judge:
+            outcomes = await judge.label([Pair("owl", f"name {n}") for n in range(20)])
+        return outcomes, server.num_requests, server.num_connections
+
+    outcomes, num_requests, num_connections = asyncio.run(run())
+    assert [o.category for o in outcomes] == [label_of(n) for n in range(20)]
+    assert num_requests == 20 + num_again
+    assert num_connections <= 4 * (1 + num_again)
 
 
 @pytest.mark.filterwarnings("ignore:BasicAuth:DeprecationWarning")  # its successor is too new
