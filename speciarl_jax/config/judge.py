@@ -85,6 +85,7 @@ class JudgeConfig:
                 raise ValueError(f"judge.{name}={getattr(self, name)}: set it above 0")
         if "://" in self.cache_path:
             check_url(self.cache_path)
+        self._validate_secrets()
         for voter in self.voters:
             apply_overrides(self, [*voter.split(","), "voters="]).validate()
         if self.mode != "replay":
@@ -97,6 +98,17 @@ class JudgeConfig:
                 "set it to auto or json_schema"
             )
 
+    def _validate_secrets(self) -> None:
+        """The part of `validate` about what must not be saved with a run, nor shown."""
+        for number, url in enumerate(self.endpoints, start=1):
+            check_endpoint(url, number)
+        if self.api_key_env and not _VARIABLE.fullmatch(self.api_key_env):
+            raise ValueError(
+                "judge.api_key_env: expected the NAME of an environment variable, such as "
+                "JUDGE_API_KEY, in capitals, digits and underscores; what was given is not shown, "
+                "for it may be the key: export it under a name and give the name"
+            )
+
     def _validate_source(self) -> None:
         """The part of `validate` about who is asked."""
         if self.kind == "endpoint" and not self.endpoints:
@@ -104,18 +116,10 @@ class JudgeConfig:
                 "judge.kind=endpoint has nobody to ask: set judge.endpoints to base URLs "
                 "such as http://host:8000/v1"
             )
-        for number, url in enumerate(self.endpoints, start=1):
-            check_endpoint(url, number)
         if self.kind == "endpoint" and not self.model:
             raise ValueError(
                 "judge.kind=endpoint asks for no model: set judge.model to the name under which "
                 "it is served"
-            )
-        if self.api_key_env and not _VARIABLE.fullmatch(self.api_key_env):
-            raise ValueError(
-                "judge.api_key_env: expected the NAME of an environment variable, such as "
-                "JUDGE_API_KEY, in capitals, digits and underscores; what was given is not shown, "
-                "for it may be the key: export it under a name and give the name"
             )
         if self.kind == "taxonomy" and not self.endpoints and not self.taxonomy_path.exists():
             raise ValueError(

@@ -168,9 +168,10 @@ class JudgeClient:
         started = time.monotonic()
         positions: dict[Pair, int] = {}
         truths = {text: normalize(text) for text in {pair.ground_truth for pair in pairs}}
-        normal = [
-            as_seen(pair, Pair(truths[pair.ground_truth], normalize(pair.answer))) for pair in pairs
-        ]
+        normal = [Pair(truths[pair.ground_truth], normalize(pair.answer)) for pair in pairs]
+        for index, (truth, answer) in enumerate(normal):
+            if truth == answer:
+                normal[index] = as_seen(pairs[index], normal[index])
         order = [positions.setdefault(pair, len(positions)) for pair in normal]
         synonyms = self._cascade.synonyms(pairs, normal)
         outcomes = await self._label_distinct(list(positions), step, synonyms)

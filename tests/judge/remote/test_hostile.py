@@ -337,6 +337,7 @@ def test_an_endpoint_with_a_secret_is_refused_unseen(url):
     voters = (f"endpoints={url}", "model=b")
     for config in (
         JudgeConfig(kind="endpoint", endpoints=("http://h/v1", url), model="m"),
+        JudgeConfig(kind="endpoint", endpoints=(url,), model="m", mode="replay", recording="r"),
         JudgeConfig(kind="endpoint", endpoints=("http://h/v1",), model="m", voters=voters),
     ):
         with pytest.raises(ValueError, match=r"judge.endpoints: number [12] ") as info:
