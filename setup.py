@@ -27,6 +27,7 @@ BASE = [
     "numpy>=2",
     "scipy>=1.13",
     "aiohttp>=3.9,<4",
+    "certifi",
     "anyio>=4.4",  # the judge's thread
     "pillow>=11",
     "pyarrow>=17",

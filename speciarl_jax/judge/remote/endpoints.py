@@ -211,7 +211,7 @@ class EndpointPool:
 
     def open(self, urls: Sequence[str]) -> None:
         """Makes the endpoints, all taken to be alive; they share one pool of connections."""
-        self._http = Http()
+        self._http = Http(is_tls=any(url.startswith("https://") for url in urls))
         for url in urls:
             door = Door(self._http, url, self._api_key)
             self.endpoints.append(Endpoint(door, self._config, self._prompt))

@@ -11,12 +11,14 @@ import asyncio
 import dataclasses
 import logging
 import select
+import ssl
 import urllib.parse
 import urllib.request
 import weakref
 from collections.abc import Mapping
 
 import aiohttp
+import certifi
 import yarl
 
 _LOG = logging.getLogger(__name__)
@@ -110,13 +112,17 @@ def _is_readable(conn: aiohttp.connector.Connection) -> bool:
 class Http:
     """One pool of connections; opens on first use, inside the running event loop."""
 
-    def __init__(self) -> None:
-        """Opens nothing yet."""
+    def __init__(self, is_tls: bool = False) -> None:
+        """Opens nothing yet; with `is_tls` certificates are read, the system's and certifi's."""
+        context: ssl.SSLContext | bool = True
+        if is_tls:
+            context = ssl.create_default_context()
+            context.load_verify_locations(certifi.where())
         self._known = _Connections()
         self._proxies: dict[str, Proxy] = {}
         request_class = type("_Request", (_CleanRequest,), {"known": self._known})
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, ssl=context),
             timeout=aiohttp.ClientTimeout(total=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             request_class=request_class,

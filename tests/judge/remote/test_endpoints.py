@@ -1,6 +1,9 @@
 import asyncio
 import contextlib
 import json
+import shutil
+import ssl
+import subprocess
 
 import pytest
 from aiohttp import web
@@ -302,3 +305,46 @@ def test_bad_settings_say_what_to_set(overrides, message):
     base = {"kind": "endpoint", "endpoints": ("http://h/v1",), "model": "m", "structured": "choice"}
     with pytest.raises(ValueError, match=message):
         JudgeClient(JudgeConfig(**{**base, **overrides}))
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate of its own for 127.0.0.1, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    command += f" -subj /CN=judge -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {cert}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_tls_is_verified_and_its_connections_are_used_again(
+    is_known, certificate, fast_config, pairs_of, monkeypatch
+):
+    peers = set()
+
+    async def handler(request):
+        peers.add(request.transport.get_extra_info("peername"))
+        return reply("generic")
+
+    async def run():
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        async with (
+            raw_server(handler, ssl_context=context) as url,
+            JudgeClient(fast_config(url, concurrency=2, pause_budget_s=0.3)) as judge,
+        ):
+            await judge.check_health(0.2)
+            return await judge.label(pairs_of(20))
+
+    if is_known:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+        assert {o.category for o in asyncio.run(run())} == {Category.GENERIC}
+        assert len(peers) <= 2
+    else:
+        with pytest.raises(JudgeError, match="certificate verify failed"):
+            asyncio.run(run())
+        assert not peers
