@@ -226,6 +226,6 @@ def parse_retry_after(headers: Mapping[str, str]) -> float:
     try:
         date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
         seconds = date.timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError, IndexError):
+    except (ValueError, OverflowError):  # OverflowError: a year or a zone of twenty digits
         return 0.0
     return min(max(0.0, seconds), _RETRY_AFTER_DAY_S)

@@ -159,6 +159,7 @@ def test_no_reply_crashes_the_client(case, fast_config):
 
 
 RETRY_AFTERS = ["Fri, 31 Dec 9999 23:59:59 -2300", "1e400", "9" * 4000, "-1e400", "\xff"]
+RETRY_AFTERS += [f"Fri, 31 Dec {'9' * 20} 23:59:59 GMT"]
 
 
 @pytest.mark.parametrize("value", RETRY_AFTERS)
@@ -206,6 +207,7 @@ FLOODS = {
     "gzip bomb": http(BOMB, headers=["Content-Encoding: gzip"]),
     "gzip in capitals": http(BOMB, headers=["CONTENT-ENCODING: GZIP"]),
     "deflate": http(b"x", headers=["Content-Encoding: deflate"]),
+    "plain, but called compressed": http(completion("specific"), headers=["Content-Encoding: br"]),
     "error of 100 MB": http(b"x" * 100_000_000, "500 No"),
     "header of 1 MB": http(completion("specific"), headers=["X: " + "y" * 1_000_000]),
     "100,000 headers": http(completion("specific"), headers=["X: y"] * 100_000),
