@@ -196,9 +196,16 @@ def test_an_output_that_cannot_be_written_is_told_before_anybody_is_asked(
     outs = [tmp_path / "folder", tmp_path / "no" / "out", Path("/proc/out")]
     with in_thread(server) as url:
         for out in outs:
-            with pytest.raises((ValueError, OSError)):
+            with pytest.raises(
+                (ValueError, OSError), match=r"no such|No such|a folder|a directory"
+            ):
                 run(*[verb, *label_args(pairs_path, out, url)[1:]])
     assert server.num_requests == 0
+
+
+def test_a_folder_for_an_output_is_bad_usage(pairs_path, tmp_path):
+    with pytest.raises(ValueError, match="is a folder; name a file in it"):
+        run(*label_args(pairs_path, tmp_path, "http://127.0.0.1:9/v1"))
 
 
 def test_a_failed_pair_is_asked_again_by_the_next_call(tmp_path):

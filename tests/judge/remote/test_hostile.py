@@ -446,6 +446,36 @@ def test_a_reply_with_the_id_of_an_earlier_one_is_asked_again(fast_config):
     assert [o.category for o in asyncio.run(run())] == [label_of(n) for n in range(6)]
 
 
+def test_replies_that_are_one_behind_from_the_start_are_never_believed(fast_config):
+    """The very first reply comes twice; whoever goes on there gets each label one pair late."""
+    state = {}
+
+    def answer(payload, number):
+        async def write(writer):
+            own = numbered(payload, id=f"reply {number}")
+            state.setdefault("writer", writer)
+            if number == 1:
+                state["first"] = own
+            elif number == 2:
+                state["behind"], own = own, state["first"]
+            elif writer is state["writer"]:
+                writer.write(state["behind"])
+                state["behind"], own = own, b""
+            writer.write(own)
+
+        return write
+
+    async def run():
+        async with (
+            HostileServer(answer).open() as url,
+            JudgeClient(fast_config(url, concurrency=1)) as judge,
+        ):
+            pairs = [Pair("owl", f"name {n}") for n in range(8)]
+            return await asyncio.wait_for(judge.label(pairs), 30)
+
+    assert [o.category for o in asyncio.run(run())] == [label_of(n) for n in range(8)]
+
+
 @pytest.mark.parametrize(("name", "num_again"), [("judge", 1), ("", 0), (None, 0), (7, 0)])
 def test_a_server_that_numbers_no_reply_is_believed(name, num_again, fast_config):
     """One name for all is first taken for one reply twice; nothing else changes."""
