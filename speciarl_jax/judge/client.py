@@ -226,11 +226,9 @@ class JudgeClient:
         missing = [key for key in keys if key not in found]
         if not missing:
             return found
+        # One thread, one order: a label stored before is found, one stored later is in flight yet.
         rows = await self._aside.run(partial(self._cache.fetch, missing))
-        found.update(self._cache.remember(rows))
-        # What somebody else was told while we looked: it is neither in `rows` nor in flight.
-        found.update(self._cache.recall(missing))
-        return found
+        return {**found, **self._cache.remember(rows)}
 
     def _settle(self, key: bytes, pair: Pair, step: int, is_synonym: bool) -> Outcome | None:
         """The outcome of a pair that is not in the cache and still needs no request, or None."""
