@@ -26,8 +26,8 @@ BASE = [
     "absl-py>=2",
     "numpy>=2",
     "scipy>=1.13",
-    "openai[aiohttp]>=2,<4",
-    "aiohttp>=3.9",
+    "aiohttp>=3.9,<4",
+    "certifi",
     "anyio>=4.4",  # the judge's thread
     "pillow>=11",
     "pyarrow>=17",

@@ -195,7 +195,7 @@ def answer_settings(session: Session, exam: Exam, weights: str) -> JsonObject:
         "num_eval": exam.num_images,
         "select_seed": config.data.select_seed,
         "seed": config.seed,
-        "judge": [judge.kind, judge.model, judge.revision, judge.prompt],
+        "judge": [judge.kind, judge.model_name, judge.revision, judge.prompt],
     }
 
 

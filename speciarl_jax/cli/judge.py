@@ -11,7 +11,12 @@ import sys
 from pathlib import Path
 
 from speciarl_jax.cli.flags import Verbs
-from speciarl_jax.config.judge import FIELD_GUIDE_TAXONOMY, JudgeConfig, apply_overrides
+from speciarl_jax.config.judge import (
+    FIELD_GUIDE_TAXONOMY,
+    REDIS_SCHEMES,
+    JudgeConfig,
+    apply_overrides,
+)
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.files import whole_file
 from speciarl_jax.judge.base import Pair
@@ -67,7 +72,7 @@ def _add_files(verbs: Verbs) -> None:
     cache.add_argument("--older_than_days", type=float, default=0.0, help="purge: only older ones")
     cache.set_defaults(handler=run_cache)
     log = verbs.add_parser("log", help="query a run's verdict log")
-    log.add_argument("path", help="log file of a run")
+    log.add_argument("path", help="run directory, or its log file")
     log.add_argument("--category", default="", help="only this label, or failed:timeout etc.")
     log.add_argument("--text", default="", help="only pairs with this ground truth or answer")
     log.add_argument("--limit", type=int, default=50, help="lines at most")
@@ -94,7 +99,9 @@ def config_from_args(args: argparse.Namespace) -> JudgeConfig:
     if args.endpoint:
         config = JudgeConfig(kind="endpoint", endpoints=tuple(args.endpoint), model=args.model)
         if not args.model:
-            raise ValueError("--endpoint needs --model: the name under which the judge is served")
+            raise ValueError(
+                "--endpoint needs --model: a name that GET /v1/models of the endpoint gives"
+            )
     return apply_overrides(config, args.set)
 
 
@@ -110,35 +117,86 @@ def run_check(args: argparse.Namespace) -> int:
     """Asks the known question and says how it went."""
     from speciarl_jax.judge.runner import JudgeThread
 
-    with JudgeThread(config_from_args(args)) as judge:
+    config = config_from_args(args)
+    with JudgeThread(config) as judge:
         judge.check_health(args.deadline_s)
         print("judge answers: the known pair was labelled")
+    if not config.endpoints:
+        print(_describe(config))
     return 0
 
 
+def _describe(config: JudgeConfig) -> str:
+    """What the offline judge's tree can tell."""
+    from speciarl_jax.judge.offline.taxonomy import TaxonomyJudge
+
+    return f"{config.taxonomy_path}: {TaxonomyJudge.from_path(config.taxonomy_path).describe()}"
+
+
 def run_label(args: argparse.Namespace) -> int:
-    """Labels a file of pairs; exit code 1 if any pair stayed without a label."""
+    """Labels a file of pairs; exit code 1 if any pair stayed without a label.
+
+    Labels go into a cache of the output's own as they come, unless the settings name one: whatever
+    ends the call early, the same command goes on from there. The cache goes once all is labelled.
+
+    Raises:
+        ValueError: the output cannot be written there, told before anything is asked.
+        JudgeError: the judge cannot be used; says how many labels are kept, and where.
+    """
     from speciarl_jax.judge.runner import JudgeThread
 
     items = read_pairs(args.pairs)
-    if not Path(args.out).parent.is_dir():
+    out = Path(args.out)
+    if not out.parent.is_dir():
         raise ValueError(f"--out={args.out}: no such folder; make it first")
+    if out.is_dir():
+        raise ValueError(f"--out={args.out}: is a folder; name a file in it")
+    config = config_from_args(args)
+    own = None
+    if not config.cache_path and (out.is_file() or not out.exists()):  # /dev/stdout has no beside
+        own = out.with_name(out.name + ".cache.sqlite")
+        config.cache_path = str(own)
     pairs = [Pair(item["ground_truth"], item["answer"]) for item in items]
-    with JudgeThread(config_from_args(args)) as judge:
-        outcomes = judge.label(pairs)
-    with whole_file(args.out) as partial, partial.open("w", encoding="utf-8") as file:
-        for item, outcome in zip(items, outcomes, strict=True):
-            file.write(json.dumps({**item, **outcome_json(outcome)}) + "\n")
-    failed = sum(not isinstance(outcome, Verdict) for outcome in outcomes)
+    is_complete = False
+    try:
+        with whole_file(out) as partial, partial.open("w", encoding="utf-8") as file:
+            with JudgeThread(config) as judge:
+                outcomes = judge.label(pairs)
+            for item, outcome in zip(items, outcomes, strict=True):
+                file.write(json.dumps({**item, **outcome_json(outcome)}) + "\n")
+        failed = sum(not isinstance(outcome, Verdict) for outcome in outcomes)
+        is_complete = not failed
+    except JudgeError as error:
+        kept = _count_labels(config.cache_path)
+        remedy = "the same command asks for the rest only" if kept else "nothing was labelled"
+        raise JudgeError(f"{error} ({kept} labels in {config.cache_path}: {remedy})") from error
+    finally:
+        if own is not None and own.exists() and (is_complete or not _count_labels(str(own))):
+            own.unlink()
     print(f"{len(outcomes) - failed} of {len(outcomes)} pairs labelled -> {args.out}")
     return 1 if failed else 0
+
+
+def _count_labels(place: str) -> int:
+    """Labels in a cache; 0 if there is none, or none that can be read."""
+    from speciarl_jax.judge.store.cache import open_cache
+
+    is_file = not place.startswith(REDIS_SCHEMES)
+    if not place or (is_file and not Path(place).is_file()):
+        return 0
+    with contextlib.suppress(JudgeError), contextlib.closing(open_cache(place)) as cache:
+        return len(cache)
+    return 0
 
 
 def run_eval(args: argparse.Namespace) -> int:
     """Measures a judge against labelled pairs; exit code 1 if any pair stayed without a label."""
     from speciarl_jax.judge import quality
 
-    report = asyncio.run(quality.evaluate_file(config_from_args(args), args.labelled, args.out))
+    config = config_from_args(args)
+    if not config.endpoints and not config.taxonomy:
+        _explain_offline(args.labelled)
+    report = asyncio.run(quality.evaluate_file(config, args.labelled, args.out))
     print(json.dumps(report.to_json()) if args.json else report.to_text())
     if report.num_failed:
         count = f"{report.num_failed} of {report.num_pairs}"
@@ -146,9 +204,23 @@ def run_eval(args: argparse.Namespace) -> int:
     return 1 if report.num_failed else 0
 
 
+def _explain_offline(labelled: str) -> None:
+    """Says what is measured if nobody was named.
+
+    Raises:
+        ValueError: the shipped pairs, of which the offline judge knows next to none.
+    """
+    known = "the offline judge, which knows the names of the field guide only"
+    remedy = "give --endpoint and --model for a model, or --taxonomy for another tree of names"
+    if not labelled:
+        raise ValueError(
+            f"without --endpoint the shipped pairs would be asked of {known}: {remedy}"
+        )
+    print(f"asking {known}; {remedy}", file=sys.stderr)
+
+
 def run_cache(args: argparse.Namespace) -> int:
     """Statistics, export, import, purge."""
-    from speciarl_jax.config.judge import REDIS_SCHEMES
     from speciarl_jax.judge.store.cache import open_cache
 
     if args.action in ("export", "import") and not args.file:
@@ -172,12 +244,30 @@ def run_log(args: argparse.Namespace) -> int:
     """Prints lines of a verdict log, most frequent first, as JSON."""
     from speciarl_jax.judge.store.verdict_log import VerdictLog
 
-    if not Path(args.path).exists():
-        raise JudgeError(f"verdict log {args.path}: no such file")
+    paths = _log_files(Path(args.path))
     known = [c.label for c in Category] + [f"failed:{kind.value}" for kind in FailureKind]
     if args.category and args.category not in known:
         raise ValueError(f"--category={args.category}: expected one of {', '.join(known)}")
-    with contextlib.closing(VerdictLog(args.path)) as log:
-        for row in log.rows(args.category, args.text, args.limit):
-            print(json.dumps(dataclasses.asdict(row)))
+    rows = []
+    for path in paths:
+        with contextlib.closing(VerdictLog(str(path))) as log:
+            rows += log.rows(args.category, args.text, args.limit)
+    rows.sort(key=lambda row: -row.count)
+    for row in rows[: args.limit] if args.limit >= 0 else rows:
+        print(json.dumps(dataclasses.asdict(row)))
     return 0
+
+
+def _log_files(path: Path) -> list[Path]:
+    """The log itself, or those of a run directory, one for each process.
+
+    Raises:
+        JudgeError: there is none.
+    """
+    if path.is_file():
+        return [path]
+    found = sorted(path.glob("verdicts*.sqlite")) if path.is_dir() else []
+    if not found:
+        what = "holds no verdicts*.sqlite" if path.is_dir() else "no such file"
+        raise JudgeError(f"verdict log {path}: {what}; name a run directory or its log file")
+    return found

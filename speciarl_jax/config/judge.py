@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 import urllib.parse
 from pathlib import Path
 from typing import TypeAlias
@@ -22,6 +23,8 @@ _AT_LEAST = {
 }  # fmt: skip
 _ABOVE_ZERO = ("timeout_s", "backoff_s", "backoff_max_s", "pause_budget_s")
 
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
+
 Setting: TypeAlias = str | int | float | bool | tuple[str, ...]
 
 
@@ -32,7 +35,7 @@ class JudgeConfig:
     kind: str = "taxonomy"  # taxonomy: embedded local server | endpoint: the URLs below
     taxonomy: str = ""  # its tree: .json, .csv or a WordNet dict folder; "" field guide
     endpoints: tuple[str, ...] = ()  # base URLs up to /v1, each serving the same model
-    model: str = "taxonomy"  # model name sent with each request
+    model: str = ""  # name sent with each request; "" is taxonomy for kind=taxonomy
     model_revision: str = ""  # part of the cache key; "" for taxonomy: hash of the tree file
     auth: str = "key"  # key: api_key_env | google: application default credentials (google-auth)
     api_key_env: str = ""  # NAME of the environment variable that holds the key, never the key
@@ -82,6 +85,9 @@ class JudgeConfig:
                 raise ValueError(f"judge.{name}={getattr(self, name)}: set it above 0")
         if "://" in self.cache_path:
             check_url(self.cache_path)
+        self._validate_secrets()
+        for voter in self.voters:
+            apply_overrides(self, [*voter.split(","), "voters="]).validate()
         if self.mode != "replay":
             self._validate_source()
         if self.mode != "live" and not self.recording:
@@ -92,6 +98,17 @@ class JudgeConfig:
                 "set it to auto or json_schema"
             )
 
+    def _validate_secrets(self) -> None:
+        """The part of `validate` about what must not be saved with a run, nor shown."""
+        for number, url in enumerate(self.endpoints, start=1):
+            check_endpoint(url, number)
+        if self.api_key_env and not _VARIABLE.fullmatch(self.api_key_env):
+            raise ValueError(
+                "judge.api_key_env: expected the NAME of an environment variable, such as "
+                "JUDGE_API_KEY, in capitals, digits and underscores; what was given is not shown, "
+                "for it may be the key: export it under a name and give the name"
+            )
+
     def _validate_source(self) -> None:
         """The part of `validate` about who is asked."""
         if self.kind == "endpoint" and not self.endpoints:
@@ -99,16 +116,20 @@ class JudgeConfig:
                 "judge.kind=endpoint has nobody to ask: set judge.endpoints to base URLs "
                 "such as http://host:8000/v1"
             )
-        for url in self.endpoints:
-            if not url.startswith(("http://", "https://")):
-                expected = "expected http://host:port/v1"
-                raise ValueError(f"judge.endpoints: {url!r} is no URL; {expected}")
-        if self.kind == "endpoint" and self.model == "taxonomy":
-            raise ValueError("judge.model=taxonomy with judge.kind=endpoint: set judge.model")
+        if self.kind == "endpoint" and not self.model:
+            raise ValueError(
+                "judge.kind=endpoint asks for no model: set judge.model to the name under which "
+                "it is served"
+            )
         if self.kind == "taxonomy" and not self.endpoints and not self.taxonomy_path.exists():
             raise ValueError(
                 f"judge.taxonomy={str(self.taxonomy_path)!r}: no such file; set judge.taxonomy"
             )
+
+    @property
+    def model_name(self) -> str:
+        """The model that is asked for; the offline judge goes by the name taxonomy."""
+        return self.model or "taxonomy"
 
     @property
     def taxonomy_path(self) -> Path:
@@ -133,7 +154,8 @@ def apply_overrides(config: JudgeConfig, assignments: list[str]) -> JudgeConfig:
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         if not separator or name not in {field.name for field in dataclasses.fields(config)}:
-            raise ValueError(f"judge setting {assignment!r}: expected FIELD=VALUE of JudgeConfig")
+            said = repr(name) if separator else "without ="  # a value may be a secret
+            raise ValueError(f"judge setting {said}: expected FIELD=VALUE of JudgeConfig")
         old = getattr(config, name)
         try:
             setattr(config, name, _parse_like(old, text))
@@ -151,6 +173,31 @@ def _parse_like(old: Setting, text: str) -> Setting:
     if isinstance(old, tuple):
         return tuple(part for part in text.split(";") if part)
     return type(old)(text)
+
+
+def check_endpoint(url: str, number: int) -> None:
+    """Refuses a base URL that is incomplete or could carry a secret; never shows it.
+
+    Args:
+        number: which of the endpoints, from 1.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    where = f"judge.endpoints: number {number}"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        is_whole = False
+    if not is_whole or any(char.isspace() for char in url):
+        raise ValueError(f"{where} is no URL; expected http://HOST:PORT/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            f"{where} holds a user, a query or a fragment, and recipes are saved with the run: "
+            "write http://HOST:PORT/v1 and put the key into the variable that judge.api_key_env "
+            "names"
+        )
 
 
 def check_url(url: str) -> None:

@@ -1,19 +1,23 @@
-"""Pairs that need no model: equal after normalisation, or equal by a synonym table."""
+"""Pairs that need no model: equal but for case, or equal by a synonym table.
+
+What is compared keeps its marks (`fold`), for the cleaned text that a judge sees drops them:
+C++ and C# are one text to it.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.judge.base import Pair
-from speciarl_jax.judge.parse import normalize
-from speciarl_jax.types import Category
+from speciarl_jax.judge.parse import fold, normalize
 
 
 class Cascade:
-    """Exact match, then synonym table; None means: ask the model."""
+    """The synonym table; an exact match needs none."""
 
     def __init__(self, synonyms: str = "") -> None:
         """Reads a synonym table: CSV rows or a JSON list of lists; names of a row are equal.
@@ -24,22 +28,47 @@ class Cascade:
         Raises:
             JudgeError: the file is missing, not of that form, or a name is empty.
         """
-        self._groups: dict[str, set[int]] = {}  # normalised name -> rows that hold it
+        self._groups: dict[str, set[int]] = {}  # folded name -> rows that hold it
         for number, names in enumerate(_read_rows(Path(synonyms)) if synonyms else (), start=1):
             for name in names:
                 if not normalize(name):
                     raise JudgeError(
                         f"synonyms {synonyms} row {number}: the name {name!r} is empty"
                     )
-                self._groups.setdefault(normalize(name), set()).add(number)
+                self._groups.setdefault(_plain(name), set()).add(number)
 
-    def decide(self, pair: Pair) -> tuple[Category, str] | None:
-        """Category and judge name for a normalised pair, or None if a model must decide."""
-        if pair.ground_truth == pair.answer:
-            return Category.SPECIFIC, "exact"
-        if self._groups.get(pair.ground_truth, set()) & self._groups.get(pair.answer, set()):
-            return Category.SPECIFIC, "synonym"
-        return None
+    def synonyms(self, raw: Sequence[Pair], seen: Sequence[Pair]) -> frozenset[Pair]:
+        """Those of the pairs `seen` by a judge that the table calls equal, however spelled here.
+
+        Args:
+            raw: the pairs before cleaning, in the order of `seen`.
+        """
+        if not self._groups:
+            return frozenset()
+        unlike = {pair for said, pair in zip(raw, seen, strict=True) if not self.is_synonym(said)}
+        return frozenset(seen) - unlike
+
+    def is_synonym(self, raw: Pair) -> bool:
+        """True if a row of the table holds both raw texts; names may have underscores."""
+        rows = (self._groups.get(_plain(text), set()) for text in raw)
+        return bool(set.intersection(*rows))
+
+
+def as_seen(raw: Pair, cleaned: Pair) -> Pair:
+    """What a judge is to see of a pair: the cleaned texts, unless only what they dropped differs.
+
+    Two texts that cleaning makes equal would be shown as one and called the same. They are shown
+    folded instead: their letters are those of the ground truth, so they can say nothing else.
+    """
+    if cleaned.ground_truth != cleaned.answer or not cleaned.answer:
+        return cleaned
+    folded = Pair(fold(raw.ground_truth), fold(raw.answer))
+    return cleaned if folded.ground_truth == folded.answer else folded
+
+
+def _plain(name: str) -> str:
+    """A name as the table compares it."""
+    return " ".join(fold(name).replace("_", " ").split())
 
 
 def _read_rows(path: Path) -> list[list[str]]:

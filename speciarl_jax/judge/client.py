@@ -18,22 +18,25 @@ import dataclasses
 import random
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from speciarl_jax.config.judge import JudgeConfig
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.judge.base import Outcome, Pair, as_cached, failure, spread
-from speciarl_jax.judge.cascade import Cascade
+from speciarl_jax.judge.cascade import Cascade, as_seen
 from speciarl_jax.judge.offline.server import LocalJudgeServer
 from speciarl_jax.judge.parse import normalize
 from speciarl_jax.judge.remote.endpoints import Endpoint, EndpointPool
 from speciarl_jax.judge.remote.limiter import RateLimiter
 from speciarl_jax.judge.remote.prompt import load_prompt
-from speciarl_jax.judge.remote.request import RETRY_AFTER_MAX_S, AskError, Reply, read_labels
+from speciarl_jax.judge.remote.reply import RETRY_AFTER_MAX_S, AskError, Reply
+from speciarl_jax.judge.remote.request import read_labels
 from speciarl_jax.judge.remote.stats import ClientStats
+from speciarl_jax.judge.store.aside import Aside
 from speciarl_jax.judge.store.cache import KeyMaker, open_cache
 from speciarl_jax.judge.store.recording import Recording
 from speciarl_jax.judge.store.verdict_log import VerdictLog
-from speciarl_jax.types import FailureKind, Verdict
+from speciarl_jax.types import Category, FailureKind, Verdict
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,11 +85,11 @@ class JudgeClient:
         if config.pairs_per_request > 1 and not self._prompt.is_batch:
             raise ValueError(
                 f"judge.pairs_per_request={config.pairs_per_request} needs a batch prompt: set "
-                f"judge.prompt=six_way_batch_v1 (now {config.prompt})"
+                f"judge.prompt=six_way_batch_v2 (now {config.prompt})"
             )
         self._pool = EndpointPool(config, self._prompt)
         self._keys = KeyMaker(
-            model=config.model, revision=config.revision, prompt=self._prompt.fingerprint,
+            model=config.model_name, revision=config.revision, prompt=self._prompt.fingerprint,
             temperature=config.temperature, structured=config.structured,
             thinking=config.thinking, max_reply_tokens=config.max_reply_tokens,
         )  # fmt: skip
@@ -101,8 +104,12 @@ class JudgeClient:
             config.requests_per_minute / config.num_hosts,
             config.tokens_per_minute / config.num_hosts,
         )
+        self._recording: Recording | None = None
         self._server: LocalJudgeServer | None = None
         self._is_closed = False
+        self._aside = Aside()
+        self._unwritten: list[tuple[_Ask, Category]] = []  # labels that are not durable yet
+        self._writer: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> JudgeClient:
         """Opens cache, log, recording and connections; starts the embedded server if asked.
@@ -112,9 +119,12 @@ class JudgeClient:
             JudgeError: a file cannot be opened, or the embedded server does not start.
         """
         config = self._config
-        self._cache = open_cache(config.cache_path)
-        self._log = VerdictLog(config.log_path) if config.log_path else None
-        self._recording = Recording(config.recording) if config.mode != "live" else None
+        run = self._aside.run
+        self._cache = await run(partial(open_cache, config.cache_path))
+        self._log = await run(partial(VerdictLog, config.log_path)) if config.log_path else None
+        self._recording = (
+            await run(partial(Recording, config.recording)) if config.mode != "live" else None
+        )
         if config.mode == "replay":
             return self
         urls = config.endpoints
@@ -129,14 +139,16 @@ class JudgeClient:
         self._is_closed = True
         for worker in self._workers:
             worker.cancel()
-        await asyncio.gather(*self._workers, return_exceptions=True)
+        writing = [self._writer] if self._writer is not None else []
+        await asyncio.gather(*self._workers, *writing, return_exceptions=True)
         self._fail_all(JudgeError("judge client closed while pairs were waiting"))
         await self._pool.close()
         if self._server is not None:
             await asyncio.to_thread(self._server.stop)
         for file in (self._cache, self._log, self._recording):
             if file is not None:
-                file.close()
+                await self._aside.run(file.close)
+        self._aside.close()
 
     async def label(self, pairs: Sequence[Pair], step: int = 0) -> list[Outcome]:
         """Labels every pair, in the order given.
@@ -157,27 +169,33 @@ class JudgeClient:
         positions: dict[Pair, int] = {}
         truths = {text: normalize(text) for text in {pair.ground_truth for pair in pairs}}
         normal = [Pair(truths[pair.ground_truth], normalize(pair.answer)) for pair in pairs]
+        for index, (truth, answer) in enumerate(normal):
+            if truth == answer:
+                normal[index] = as_seen(pairs[index], normal[index])
         order = [positions.setdefault(pair, len(positions)) for pair in normal]
-        outcomes = await self._label_distinct(list(positions), step)
+        synonyms = self._cascade.synonyms(pairs, normal)
+        outcomes = await self._label_distinct(list(positions), step, synonyms)
         self._stats.wait_s += time.monotonic() - started
         results = spread(outcomes, order)
         self._stats.count(results)
         if self._log is not None:
-            self._log.add(step, normal, results)
+            await self._aside.run(partial(self._log.add, step, normal, results))
         return results
 
-    async def _label_distinct(self, pairs: list[Pair], step: int) -> list[Outcome]:
-        """Outcomes of distinct normalised pairs."""
+    async def _label_distinct(
+        self, pairs: list[Pair], step: int, synonyms: frozenset[Pair]
+    ) -> list[Outcome]:
+        """Outcomes of distinct normalised pairs, of which the table knows `synonyms`."""
         keys = self._keys.keys(pairs)
         if self._recording is not None and self._config.mode == "replay":
             return [self._recording.replay(k, step, p) for k, p in zip(keys, pairs, strict=True)]
-        outcomes: dict[bytes, Outcome] = {**self._cache.get_many(keys)}
+        outcomes: dict[bytes, Outcome] = {**await self._look_up(keys)}
         fresh: list[_Ask] = []
         joined: list[_Ask] = []  # somebody else asks already
         for key, pair in zip(keys, pairs, strict=True):
             if key in outcomes:
                 continue
-            if (settled := self._settle(key, pair, step)) is not None:
+            if (settled := self._settle(key, pair, step, pair in synonyms)) is not None:
                 outcomes[key] = settled
             elif (ask := self._in_flight.get(key)) is not None:
                 joined.append(ask)
@@ -194,11 +212,25 @@ class JudgeClient:
         outcomes.update((ask.key, as_cached(ask.future.result())) for ask in joined)
         done = [outcomes[key] for key in keys]
         if self._recording is not None:
-            for key, pair, outcome in zip(keys, pairs, done, strict=True):
-                self._recording.add(key, step, pair, outcome)
+            kept = [
+                self._recording.keep(key, step, pair, outcome)
+                for key, pair, outcome in zip(keys, pairs, done, strict=True)
+            ]
+            rows = [row for row in kept if row is not None]
+            await self._aside.run(partial(self._recording.write, rows))
         return done
 
-    def _settle(self, key: bytes, pair: Pair, step: int) -> Outcome | None:
+    async def _look_up(self, keys: list[bytes]) -> dict[bytes, Verdict]:
+        """Cached verdicts, from memory and, aside, from the place that holds them all."""
+        found = self._cache.recall(keys)
+        missing = [key for key in keys if key not in found]
+        if not missing:
+            return found
+        # One thread, one order: a label stored before is found, one stored later is in flight yet.
+        rows = await self._aside.run(partial(self._cache.fetch, missing))
+        return {**found, **self._cache.remember(rows)}
+
+    def _settle(self, key: bytes, pair: Pair, step: int, is_synonym: bool) -> Outcome | None:
         """The outcome of a pair that is not in the cache and still needs no request, or None."""
         if not pair.answer or not pair.ground_truth:
             side = "ground truth" if pair.answer else "answer"
@@ -208,8 +240,10 @@ class JudgeClient:
         if length > limit:
             message = f"answer has {length} characters, more than judge.max_answer_chars={limit}"
             return failure(FailureKind.TOO_LONG, message)
-        if self._config.has_cascade and (decided := self._cascade.decide(pair)) is not None:
-            return Verdict(*decided, is_cached=True)
+        if self._config.has_cascade and pair.ground_truth == pair.answer:
+            return Verdict(Category.SPECIFIC, "exact", is_cached=True)
+        if self._config.has_cascade and is_synonym:
+            return Verdict(Category.SPECIFIC, "synonym", is_cached=True)
         return self._recording.find(key, step) if self._recording is not None else None
 
     def _new_ask(self, key: bytes, pair: Pair) -> _Ask:
@@ -284,17 +318,31 @@ class JudgeClient:
         """Takes the labels out of a reply; what is no label is asked again, one pair at a time."""
         labels = read_labels(self._prompt, reply, len(job.asks))
         if labels is not None:
-            for ask, category in zip(job.asks, labels, strict=True):
-                self._cache.put(ask.key, ask.pair, category, self._config.model, self._keys.scope)
-                self._finish(ask, Verdict(category, self._config.model))
+            self._unwritten += zip(job.asks, labels, strict=True)
+            if self._writer is None or self._writer.done():
+                self._writer = asyncio.create_task(self._write())
+                self._writer.add_done_callback(self._worker_done)
             return
         job.unparsable += 1
         if job.unparsable <= self._config.unparsable_retries:
             self._again(job, 0.0)
             return
-        self._give_up(
-            job, FailureKind.UNPARSABLE, f"judge replied {reply.text[:60]!r}, which is no category"
-        )
+        self._give_up(job, FailureKind.UNPARSABLE, f"judge {reply.trouble}")
+
+    async def _write(self) -> None:
+        """Makes labels durable, all that have come in the meantime at once, then gives them out."""
+        judge = self._config.model_name
+        while self._unwritten:
+            batch, self._unwritten = self._unwritten, []
+            now = time.time()
+            rows = [
+                (ask.key, int(category), judge, *ask.pair, self._keys.scope, now)
+                for ask, category in batch
+            ]
+            await self._aside.run(partial(self._cache.store, rows))
+            self._cache.remember((key, category, said_by) for key, category, said_by, *_ in rows)
+            for ask, category in batch:
+                self._finish(ask, Verdict(category, judge))
 
     def _retry_or_fail(self, job: _Job, error: AskError) -> None:
         """Decides whether a failed request is tried again."""

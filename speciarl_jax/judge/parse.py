@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from speciarl_jax.types import Category, JsonValue
 
@@ -40,6 +41,16 @@ def normalize(text: str) -> str:
     return " ".join(kept.lower().split())
 
 
+def fold(text: str) -> str:
+    """Text compared without regard to case: NFC, casefolded, white space collapsed.
+
+    Unlike `normalize` it keeps every mark: C++ is not C#, and a vowel sign is part of its word.
+    Control characters become spaces.
+    """
+    plain = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    return " ".join("".join(char if char.isprintable() else " " for char in plain).split())
+
+
 def extract_answer(completion: str) -> str | None:
     """The policy's answer: the first `<answer>…</answer>`, stripped.
 
@@ -65,13 +76,33 @@ def _lookup(text: JsonValue, is_binary: bool) -> Category | None:
     return names.get(" ".join(bare.lower().split()))
 
 
-def json_or_none(text: str) -> JsonValue:
-    """`text` parsed as JSON; None if it is `null`, no JSON or nested too deeply."""
+def strict_json(text: str | bytes) -> JsonValue:
+    """`text` parsed as JSON in which no object says a thing twice.
+
+    Raises:
+        ValueError: no JSON, a key given twice, or nested too deeply; one short line.
+    """
     try:
-        value: JsonValue = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+        value: JsonValue = json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     return value
+
+
+def _without_duplicates(items: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
+    """A JSON object; two values under one key contradict each other, and neither is believed."""
+    found = dict(items)
+    if len(found) < len(items):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def json_or_none(text: str) -> JsonValue:
+    """`text` parsed by `strict_json`; None if it is `null` or refused."""
+    try:
+        return strict_json(text)
+    except ValueError:
+        return None
 
 
 def parse_category(reply: str, is_binary: bool = False) -> Category | None:
@@ -110,3 +141,20 @@ def parse_batch(reply: str, count: int, is_binary: bool = False) -> list[Categor
     found = [_lookup(item, is_binary) for item in value]
     labels = [category for category in found if category is not None]
     return labels if len(labels) == count else None
+
+
+def parse_batch_by_id(
+    reply: str, ids: Sequence[str], is_binary: bool = False
+) -> list[Category] | None:
+    """Reads the reply to a batch prompt with ids: a JSON object from each id to a name.
+
+    Returns:
+        The categories in the order of `ids`, or None if an id is missing, unknown or given twice,
+        or a name is unknown.
+    """
+    value = json_or_none(_THINKING.sub("", reply).strip())
+    if not isinstance(value, dict) or set(value) != set(ids):
+        return None
+    found = [_lookup(value[name], is_binary) for name in ids]
+    labels = [category for category in found if category is not None]
+    return labels if len(labels) == len(ids) else None

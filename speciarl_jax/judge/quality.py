@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -147,6 +148,7 @@ async def evaluate_file(config: JudgeConfig, path: str = "", out: str = "") -> Q
     Raises:
         ValueError: the file is not of that form.
         JudgeError: the judge cannot be used.
+        OSError: `out` cannot be written; told before anything is asked.
     """
     source = path or str(SHIPPED_PAIRS)
     items = read_pairs(source)
@@ -154,13 +156,17 @@ async def evaluate_file(config: JudgeConfig, path: str = "", out: str = "") -> Q
         if "category" not in item:
             raise ValueError(f"{source} pair {number}: expected a category to compare with")
         Category.from_label(item["category"])
-    async with make_judge(config) as judge:
-        started = time.monotonic()
-        outcomes = await judge.label([Pair(i["ground_truth"], i["answer"]) for i in items])
-        seconds = time.monotonic() - started
-        stats = judge.stats()
-    if out:
-        with whole_file(out) as partial, partial.open("w", encoding="utf-8") as file:
+    with contextlib.ExitStack() as opened:
+        file = None
+        if out:  # opened before anything is asked: labels cost money
+            partial = opened.enter_context(whole_file(out))
+            file = opened.enter_context(partial.open("w", encoding="utf-8"))
+        async with make_judge(config) as judge:
+            started = time.monotonic()
+            outcomes = await judge.label([Pair(i["ground_truth"], i["answer"]) for i in items])
+            seconds = time.monotonic() - started
+            stats = judge.stats()
+        if file is not None:
             for item, outcome in zip(items, outcomes, strict=True):
                 file.write(json.dumps({**item, "judged": outcome_json(outcome)}) + "\n")
     return dataclasses.replace(

@@ -2,10 +2,11 @@
 
     python -m tests.drills.fault_server [--requests 20000] [--faults spread|each]
 
-`spread`: 10 % of the requests fail, in equal shares of all eight kinds. `each`: 10 % fail of each
-kind, 80 % in all. Answers take 20 ms in the median (log-normal, sigma .5). Prints one JSON object;
+`spread`: 10 % of the requests fail, in equal shares of all kinds. `each`: 80 % in all. Several
+kinds answer with a wrong label (see judge/offline/lies.py), so that one that is believed counts as
+invented. Answers take 20 ms in the median (log-normal, sigma .5). Prints one JSON object;
 exit code 1, and what was missed, if a label is lost or wrong, memory grows, or (`spread` only, for
-in `each` a pair costs five requests and half a time-out) labels come too slowly.
+in `each` a pair costs five requests and some of a time-out) labels come too slowly.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 import asyncio
 import collections
+import itertools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from speciarl_jax.judge.base import JudgeDownError, Pair
 from speciarl_jax.judge.client import JudgeClient
 from speciarl_jax.judge.offline.app import serve
 from speciarl_jax.judge.offline.faults import FaultPlan
+from speciarl_jax.judge.parse import fold, normalize
 from speciarl_jax.types import Category, Failure, FailureKind, Verdict
 from tests.support.raw_server import pair_of, raw_server, reply
 
@@ -76,8 +78,8 @@ def test_cascade_empty_and_long_answers_make_no_request(fast_config, tmp_path):
         async with JudgeClient(config) as judge:
             return await judge.label(
                 [
-                    Pair("Snowy Owl", "snowy owl!"),
-                    Pair("Snowy Owl", "BUBO scandiacus"),
+                    Pair("Snowy Owl", " snowy  OWL"),
+                    Pair("Snowy Owl", "BUBO_scandiacus"),
                     Pair("owl", "?!"),
                     Pair("owl", "x" * 21),
                     Pair("!", "owl"),
@@ -91,6 +93,69 @@ def test_cascade_empty_and_long_answers_make_no_request(fast_config, tmp_path):
     assert long.kind is FailureKind.TOO_LONG
     assert "21 characters" in long.message
     assert no_truth.kind is FailureKind.UNPARSABLE
+
+
+LOOKALIKES = [
+    ("C++", "C#"),
+    ("C", "C#"),
+    ("\u0915\u093f", "\u0915\u0940"),  # ki and kii: one letter, two vowel signs
+    ("\u0e01\u0e34\u0e19", "\u0e01\u0e31\u0e19"),  # Thai
+    ("A*", "A+"),
+    ("x", "x\u0336"),
+    ("5\u00b0", "5%"),
+    ("owl", "owl?"),
+]
+
+
+@pytest.mark.parametrize(("truth", "answer"), LOOKALIKES)
+@pytest.mark.parametrize("is_table", [False, True])
+def test_what_only_cleaning_makes_equal_is_asked_and_shown_whole(
+    truth, answer, is_table, fast_config, tmp_path
+):
+    """Both would reach the judge as one text: that is not `exact`, and the judge sees the marks."""
+    asked = []
+    table = tmp_path / "synonyms.json"
+    table.write_text(json.dumps([[truth, "first"], [answer, "second"]]))
+
+    async def handler(request):
+        asked.append(pair_of(await request.json()))
+        return reply("wrong")
+
+    async def run():
+        synonyms = str(table) if is_table else ""
+        async with (
+            raw_server(handler) as url,
+            JudgeClient(fast_config(url, synonyms=synonyms)) as judge,
+        ):
+            pairs = [Pair(truth, answer), Pair(truth, truth.lower()), Pair(answer, answer)]
+            return await judge.label([*pairs, Pair(truth, "second"), Pair(truth, "first")])
+
+    other, *same, crossed, listed = asyncio.run(run())
+    assert other.category is Category.WRONG
+    assert [verdict.judge for verdict in same] == ["exact", "exact"]
+    assert asked[0] == Pair(fold(truth), fold(answer))
+    assert crossed.category is Category.WRONG
+    assert listed.judge == ("synonym" if is_table else "scripted")
+
+
+def test_a_lookalike_can_say_nothing_but_the_truth(fast_config):
+    """It is shown with its marks, in JSON, and its letters are those of the ground truth."""
+    asked = []
+    bad = 'o"}\n\x00\u2028]{w\\"l'
+
+    async def handler(request):
+        asked.append((await request.json())["messages"])
+        return reply("wrong")
+
+    async def run():
+        async with raw_server(handler) as url, JudgeClient(fast_config(url)) as judge:
+            return await judge.label([Pair("o w l", bad)])
+
+    asyncio.run(run())
+    ((_, user),) = asked
+    last = user["content"].rsplit("\n", 1)[1]
+    assert json.loads(last)["answer"] == fold(bad)
+    assert normalize(fold(bad)) == "o w l"
 
 
 FAULTS = (
@@ -181,8 +246,8 @@ def test_one_poisonous_pair_fails_with_its_kind_while_others_pass(fault, kind, f
     assert stats[f"judge/failed_{kind.value}"] == 1
 
 
-def ask_with_poison(status, config, pairs):
-    """Labels `pairs` with a gateway that answers `poison` with `status`; counts its requests."""
+def ask_with_poison(status, config, pairs, headers=None):
+    """Labels `pairs` with a gateway that answers `poison` with `status()`; counts its requests."""
     counts = collections.Counter()
 
     async def handler(request):
@@ -192,7 +257,8 @@ def ask_with_poison(status, config, pairs):
         is_poisoned = any(item["answer"] == "poison" for item in items)
         counts["poisoned" if is_poisoned else "clean"] += 1
         if is_poisoned:
-            return web.json_response({"error": {"message": "blocked"}}, status=status)
+            error = {"error": {"message": "blocked"}}
+            return web.json_response(error, status=status(), headers=headers)
         return reply(json.dumps(["generic"] * len(items)) if is_batch else "generic")
 
     async def run():
@@ -203,11 +269,11 @@ def ask_with_poison(status, config, pairs):
     return asyncio.run(run()), counts
 
 
-def check_only_the_poisoned_pair_failed(pairs, outcomes):
+def check_only_the_poisoned_pair_failed(pairs, outcomes, kind=FailureKind.REFUSED):
     for pair, outcome in zip(pairs, outcomes, strict=True):
         if pair.answer == "poison":
             assert isinstance(outcome, Failure)
-            assert outcome.kind is FailureKind.REFUSED
+            assert outcome.kind is (kind or outcome.kind)
             assert "'poison'" in outcome.message
         else:
             assert outcome.category is Category.GENERIC
@@ -217,16 +283,46 @@ def check_only_the_poisoned_pair_failed(pairs, outcomes):
 def test_a_pair_that_a_gateway_refuses_for_ever_fails_alone(status, fast_config, pairs_of):
     """The probe gets through each time, so the endpoint is well and the pair is not."""
     pairs = [*pairs_of(40), Pair("owl", "poison"), *pairs_of(40, 40)]
-    outcomes, counts = ask_with_poison(status, lambda url: fast_config(url, max_retries=3), pairs)
+    outcomes, counts = ask_with_poison(
+        lambda: status, lambda url: fast_config(url, max_retries=3), pairs
+    )
     check_only_the_poisoned_pair_failed(pairs, outcomes)
     assert counts["poisoned"] == 4  # the first try and judge.max_retries
+
+
+@pytest.mark.parametrize(
+    "statuses", [[403, 404], [403, 500], [404, 429], [401, 403], [408, 403, 502], [307, 403], [409]]
+)
+def test_a_pair_that_gets_any_mixture_of_refusals_fails_alone(statuses, fast_config, pairs_of):
+    """The probe gets through each time; the job's own count and budget run on all the same."""
+    answers = itertools.cycle(statuses)
+    pairs = [*pairs_of(10), Pair("owl", "poison"), *pairs_of(10, 10)]
+    outcomes, counts = ask_with_poison(
+        lambda: next(answers),
+        lambda url: fast_config(url, max_retries=3, pause_budget_s=0.3),
+        pairs,
+    )
+    check_only_the_poisoned_pair_failed(pairs, outcomes, kind=None)
+    if 401 not in statuses:  # a soft refusal counts once a probe has followed three of them
+        assert counts["poisoned"] <= (1 + 3) * 3
+
+
+def test_a_pair_that_gets_a_retry_after_for_ever_fails_alone(fast_config, pairs_of):
+    """Ten minutes each time: the endpoint is set aside as it asks, the pause budget ends it."""
+    with pytest.raises(JudgeDownError, match="HTTP 429"):
+        ask_with_poison(
+            lambda: 429,
+            lambda url: fast_config(url, max_retries=3, pause_budget_s=0.3),
+            [Pair("owl", "poison")],
+            {"Retry-After": "600"},
+        )
 
 
 def test_a_pair_that_a_gateway_refuses_spoils_no_batch(fast_config, pairs_of):
     pairs = [*pairs_of(5), Pair("owl", "poison"), *pairs_of(6, 5)]
     settings = {"prompt": "six_way_batch_v1", "pairs_per_request": 4, "structured": "none"}
     outcomes, counts = ask_with_poison(
-        403, lambda url: fast_config(url, max_retries=2, **settings), pairs
+        lambda: 403, lambda url: fast_config(url, max_retries=2, **settings), pairs
     )
     check_only_the_poisoned_pair_failed(pairs, outcomes)
     assert counts["poisoned"] == 3 + 3  # as part of its batch, then on its own
@@ -236,7 +332,7 @@ def test_a_refused_key_costs_no_retry_but_not_more_than_the_pause_budget(fast_co
     """401 is the endpoint's affair; yet a pair that alone gets it is not asked for ever."""
     pairs = [*pairs_of(20), Pair("owl", "poison")]
     outcomes, counts = ask_with_poison(
-        401, lambda url: fast_config(url, max_retries=1, pause_budget_s=0.5), pairs
+        lambda: 401, lambda url: fast_config(url, max_retries=1, pause_budget_s=0.5), pairs
     )
     check_only_the_poisoned_pair_failed(pairs, outcomes)
     assert counts["poisoned"] > 2

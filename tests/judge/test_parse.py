@@ -10,6 +10,7 @@ from speciarl_jax.judge.parse import (
     extract_answer,
     normalize,
     parse_batch,
+    parse_batch_by_id,
     parse_category,
 )
 from speciarl_jax.types import Category
@@ -123,6 +124,42 @@ def test_parse_batch_is_all_or_nothing():
     assert parse_batch('["wrong", 3]', 2) is None
     assert parse_batch("wrong, wrong", 2) is None
     assert parse_batch("[" * 100_000, 2) is None
+
+
+def test_parse_batch_by_id_is_all_or_nothing():
+    ids = ["1", "2"]
+    both = [Category.WRONG, Category.MORE_SPECIFIC]
+    assert parse_batch_by_id('{"1": "wrong", "2": "more specific"}', ids) == both
+    assert parse_batch_by_id('{"2": "more specific", "1": "wrong"}', ids) == both  # reversed
+    assert parse_batch_by_id('<think>x</think>{"1": "correct", "2": "incorrect"}', ids, True) == [
+        Category.SPECIFIC,
+        Category.WRONG,
+    ]
+    for text in (
+        '{"1": "wrong"}',
+        '{"2": "wrong", "3": "wrong"}',  # shifted
+        '{"0": "wrong", "1": "wrong"}',
+        '{"1": "wrong", "2": "wrong", "3": "wrong"}',
+        '{"1": "wrong", "1": "generic", "2": "wrong"}',
+        '{"1": "wrong", "2": "no"}',
+        '{"1": "wrong", "2": ["wrong"]}',
+        '["wrong", "wrong"]',
+        '{"categories": ["wrong", "wrong"]}',
+        '{"1": "wrong", "02": "wrong"}',
+    ):
+        assert parse_batch_by_id(text, ids) is None, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"category": "specific", "category": "specific"}',
+        '{"categories": ["wrong", "wrong"], "categories": ["wrong", "wrong"]}',
+    ],
+)
+def test_a_key_given_twice_is_no_label(text):
+    assert parse_category(text) is None
+    assert parse_batch(text, 2) is None
 
 
 PIECES = st.lists(

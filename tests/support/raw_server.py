@@ -9,15 +9,15 @@ from speciarl_jax.judge.base import Pair
 
 
 @contextlib.asynccontextmanager
-async def raw_server(handler, port=0):
-    """A real HTTP server whose chat route is `handler`; yields its base URL."""
+async def raw_server(handler, port=0, ssl_context=None):
+    """A real HTTP (or HTTPS) server whose chat route is `handler`; yields its base URL."""
     app = web.Application()
     app.router.add_post("/v1/chat/completions", handler)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.2)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
+    await web.TCPSite(runner, "127.0.0.1", port, ssl_context=ssl_context).start()
     try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        yield f"http{'s' if ssl_context else ''}://127.0.0.1:{runner.addresses[0][1]}/v1"
     finally:
         await runner.cleanup()
 

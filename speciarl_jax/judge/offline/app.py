@@ -11,6 +11,7 @@ import contextlib
 import json
 import random
 import time
+import uuid
 from collections.abc import AsyncIterator
 from typing import Protocol, runtime_checkable
 
@@ -19,8 +20,9 @@ from aiohttp import web
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.judge.base import Pair
 from speciarl_jax.judge.offline.faults import FaultPlan
+from speciarl_jax.judge.offline.lies import LIE_ROUTE, LIES, lie, mislabel
 from speciarl_jax.judge.parse import BINARY_NAMES
-from speciarl_jax.judge.remote.prompt import read_payload
+from speciarl_jax.judge.remote.prompt import batch_ids, read_payload
 from speciarl_jax.types import Category, JsonObject, JsonValue
 
 MODEL_NAME = "taxonomy"
@@ -52,6 +54,7 @@ class JudgeApp:
         """The aiohttp application."""
         app = web.Application(client_max_size=4 * 2**20)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post(LIE_ROUTE, self._lie)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         app.router.add_get("/stats", self._stats)
@@ -77,7 +80,7 @@ class JudgeApp:
             fault = self._plan.fault(self._fault_rng)
             await asyncio.sleep(self._plan.latency_s(self._fault_rng))
         self._counts[f"fault_{fault}" if fault else "answered"] += 1
-        if fault and fault != "enum":
+        if fault and fault != "enum" and fault not in LIES:
             return await self._fail(fault, request)
         try:
             body = await request.json()
@@ -86,12 +89,23 @@ class JudgeApp:
         if not isinstance(body, dict):
             return _error(400, "the body is not a JSON object")
         try:
-            text = self._enum_rng.choice(_NO_CATEGORIES) if fault else self._reply(body)
+            text = (
+                self._enum_rng.choice(_NO_CATEGORIES)
+                if fault == "enum"
+                else self._reply(body, fault)
+            )
         except JudgeError as error:
             return _error(422, str(error))
-        return web.json_response(_completion(text, body))
+        if fault not in LIES:
+            return web.json_response(_completion(text, body))
+        return await lie(fault, request, _completion(text, body), self._fault_rng)
 
-    def _reply(self, body: JsonObject) -> str:
+    async def _lie(self, request: web.Request) -> web.Response:
+        """Where the fault `307` leads: wrong labels for whoever follows."""
+        body = await request.json()
+        return web.json_response(mislabel(_completion(self._reply(body, "307"), body)))
+
+    def _reply(self, body: JsonObject, fault: str) -> str:
         """The text a judge model would write, in the form the request constrains it to."""
         found = read_payload(body.get("messages"))
         choices = _choices(body)
@@ -99,10 +113,13 @@ class JudgeApp:
             return choices[0] if choices else "no pair found in the last line of the last message"
         pairs, is_batch = found
         categories = [self._judge.category(pair.ground_truth, pair.answer) for pair in pairs]
-        if self._plan is not None:  # equal texts are the client's probe
+        is_told = fault in ("", "twice")
+        if self._plan is not None and is_told:  # equal texts are the client's probe
             self._answered.update(pair for pair in pairs if pair.ground_truth != pair.answer)
         is_binary = bool(choices) and set(choices) == set(BINARY_NAMES)
         names = [_spell(category, is_binary or _asks_binary(body)) for category in categories]
+        if is_batch and _asks_ids(body):
+            return json.dumps(dict(zip(batch_ids(len(names)), names, strict=True)))
         match body:
             case {"response_format": {"type": "json_schema"}}:
                 return json.dumps({"categories": names} if is_batch else {"category": names[0]})
@@ -176,6 +193,14 @@ def _asks_binary(body: JsonObject) -> bool:
     return False
 
 
+def _asks_ids(body: JsonObject) -> bool:
+    """True if the reply to a batch is to be an object by id: as the instructions say it."""
+    match body:
+        case {"messages": [{"content": str(text)}, *_]}:
+            return "under the id of each pair" in " ".join(text.split())
+    return False
+
+
 def _completion(text: str, body: JsonObject) -> JsonObject:
     """A chat completion object with a rough token count."""
     messages = body.get("messages")
@@ -183,7 +208,7 @@ def _completion(text: str, body: JsonObject) -> JsonObject:
     reply_tokens = max(1, len(text) // 4)
     message = {"role": "assistant", "content": text}
     return {
-        "id": "judge",
+        "id": f"judge-{uuid.uuid4().hex}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": str(body.get("model", MODEL_NAME)),

@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import random
 
-FAULT_KINDS = ("403", "404", "429", "500", "503", "reset", "half", "garbage", "enum", "hang")
+# Statuses; connections that break; replies that are none; labels that must not be believed.
+FAULT_KINDS = (
+    "403", "404", "429", "500", "503", "reset", "half", "hang",
+    "garbage", "enum", "deep", "flood", "307", "bomb",
+    "disown", "choices", "twice",
+)  # fmt: skip
 _NUMBERS = ("retry_after", "latency", "latency_sigma", "seed")
 
 
@@ -16,7 +21,11 @@ class FaultPlan:
     Attributes:
         shares: kind -> share of requests in 0..1; the sum is at most 1. `429` and `503` carry
             Retry-After, `reset` closes the connection unanswered, `half` closes it in mid-body,
-            `garbage` is no JSON, `enum` is a reply outside the six names, `hang` never answers.
+            `hang` never answers, `garbage` is no JSON, `enum` is a reply outside the six names,
+            `deep` is nested 100,000 times, `flood` is 1 MB before the reply, `307` redirects to
+            where a wrong label is given, `bomb` is gzip of 10 MB. Wrong labels come with `disown`
+            (filtered, refused, an error beside them), `choices` (beside the right one) and
+            `twice` (a second response on the connection, after the right one).
         retry_after: seconds in the Retry-After header.
         latency: median seconds before any answer; 0 answers at once.
         latency_sigma: spread of the log-normal latency; 0 makes it constant.

@@ -10,6 +10,9 @@ from pathlib import Path
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.types import Taxon
 
+# Columns of our other tables: pairs, predictions, metrics.
+_NOT_LEVELS = {"ground_truth", "answer", "completion", "prediction", "step", "reward", "image"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Node:
@@ -57,7 +60,7 @@ def read_json(path: Path) -> list[Node]:
     """
     try:
         value = json.loads(_read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JudgeError(f"taxonomy {path}: not valid JSON ({error})") from error
     nodes: list[Node] = []
     stack: list[tuple[Taxon, tuple[int, ...]]] = [
@@ -69,10 +72,16 @@ def read_json(path: Path) -> list[Node]:
             raise JudgeError(
                 f"taxonomy {path}: expected objects with a name, got {str(item)[:60]!r}"
             )
-        synonyms = tuple(str(name) for name in item.get("synonyms") or ())
-        nodes.append(Node(item["name"], synonyms, str(item.get("level") or ""), parents))
-        children = item.get("children") or ()
-        stack.extend((child, (len(nodes) - 1,)) for child in reversed(list(children)))
+        synonyms, children = item.get("synonyms") or [], item.get("children") or []
+        for field, found in (("synonyms", synonyms), ("children", children)):
+            if not isinstance(found, list):
+                raise JudgeError(
+                    f"taxonomy {path}: expected a list of {field} of {item['name'][:60]!r}, got "
+                    f"{str(found)[:60]!r}"
+                )
+        names = tuple(str(name) for name in synonyms)
+        nodes.append(Node(item["name"], names, str(item.get("level") or ""), parents))
+        stack.extend((child, (len(nodes) - 1,)) for child in reversed(children))
     return nodes
 
 
@@ -83,12 +92,17 @@ def read_csv(path: Path) -> list[Node]:
     cell skips that level.
 
     Raises:
-        JudgeError: no header, or no column besides `synonyms`.
+        JudgeError: no header, no column besides `synonyms`, a table of something else.
     """
     rows = csv.DictReader(_read_text(path).splitlines())
     levels = [name for name in rows.fieldnames or () if name and name.strip().lower() != "synonyms"]
     if not levels:
         raise JudgeError(f"taxonomy {path}: expected a header such as domain,family,genus,species")
+    if strange := sorted({name.strip().lower() for name in levels} & _NOT_LEVELS):
+        raise JudgeError(
+            f"taxonomy {path}: expected names by level such as domain,family,genus,species, got a "
+            f"column {strange[0]!r}; set judge.taxonomy to a tree of names"
+        )
     synonym_column = next((n for n in rows.fieldnames or () if n.strip().lower() == "synonyms"), "")
     index: dict[tuple[str, ...], int] = {}
     nodes: list[Node] = []
@@ -108,6 +122,10 @@ def read_csv(path: Path) -> list[Node]:
             leaf = nodes[index[way]]
             merged = tuple(dict.fromkeys(leaf.synonyms + names))
             nodes[index[way]] = dataclasses.replace(leaf, synonyms=merged)
+    if nodes and not any(char.isalpha() for node in nodes for char in node.name):
+        raise JudgeError(
+            f"taxonomy {path}: expected names by level, got numbers such as {nodes[0].name[:60]!r}"
+        )
     return nodes
 
 

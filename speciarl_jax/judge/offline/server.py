@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import queue
 import signal
@@ -22,6 +23,7 @@ from speciarl_jax.judge.offline.app import serve
 from speciarl_jax.judge.offline.faults import FaultPlan
 from speciarl_jax.judge.offline.taxonomy import TaxonomyJudge
 
+_LOG = logging.getLogger(__name__)
 __all__ = ["LocalJudgeServer", "main", "serve"]
 
 
@@ -34,9 +36,10 @@ async def _run(args: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with serve(judge, args.port, faults, args.host) as url:
-        print(json.dumps({"url": url}), flush=True)
+        told = f"{args.taxonomy}: {judge.describe()}"
+        print(json.dumps({"url": url, "taxonomy": told}), flush=True)
         if not args.watch_parent:
-            print(f"judging by {args.taxonomy} ({len(judge)} names); stop with Ctrl-C", flush=True)
+            print(f"judging by {told}; stop with Ctrl-C", flush=True)
             await stop.wait()
             return
         parent = os.getppid()
@@ -85,6 +88,7 @@ class LocalJudgeServer:
         self._faults = faults
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
+        self.told = ""  # what the tree can tell, once it runs
 
     @property
     def pid(self) -> int:
@@ -133,6 +137,11 @@ class LocalJudgeServer:
             raise JudgeError(f"local judge: ended at once, saying {line[:200]!r}") from None
         if "url" not in value:
             raise JudgeError(f"local judge did not start: {value.get('error')}")
+        self.told = str(value.get("taxonomy", ""))
+        # A ladder without rungs changes what a reward means: nobody should find out from a curve.
+        _LOG.log(
+            logging.WARNING if ": no " in self.told else logging.INFO, "judge by %s", self.told
+        )
         return str(value["url"])
 
     def stop(self) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.judge.base import UnknownTruthError
 from speciarl_jax.judge.offline.name_trees import Node, read_any
-from speciarl_jax.judge.parse import normalize
+from speciarl_jax.judge.parse import fold, normalize
 from speciarl_jax.types import Category
 
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -76,9 +76,10 @@ class TaxonomyJudge:
         Raises:
             JudgeError: the tree holds no name.
         """
-        if not nodes:
+        if len(nodes) < 2:
+            found = repr(nodes[0].name)[:60] if nodes else "none"
             raise JudgeError(
-                f"taxonomy {source}: expected a tree of names, got none; check the file"
+                f"taxonomy {source}: expected a tree of names, got {found}; check the file"
             )
         self._nodes = nodes
         self._source = source
@@ -109,19 +110,57 @@ class TaxonomyJudge:
         if is_abstention(answer):
             return Category.ABSTAIN
         truth, said = canonical(ground_truth), canonical(answer)
-        if said and truth == said:
+        truths, saids = self._find(ground_truth, truth), self._find(answer, said)
+        is_other = truths and saids and not set(truths) & set(saids)
+        if said and truth == said and not is_other:
             return Category.SPECIFIC
-        if truth not in self._by_name:
+        if not truths:
             raise UnknownTruthError(
                 f"ground truth {ground_truth!r} is not in taxonomy {self._source}: "
                 "add it there, or judge by a model (judge.kind=endpoint)"
             )
         relations = [
-            self._relation(truth_node, said_node)
-            for truth_node in self._by_name[truth]
-            for said_node in self._by_name.get(said, ())
+            self._relation(truth_node, said_node) for truth_node in truths for said_node in saids
         ]
         return max(relations, default=Category.WRONG)
+
+    def _find(self, text: str, name: str) -> list[int]:
+        """Nodes of a text's canonical `name`; of homonyms that marks tell apart, the one meant."""
+        nodes = self._by_name.get(name, [])
+        spelled = [
+            index
+            for index in nodes
+            if len(nodes) > 1
+            and fold(text) in map(fold, (self._nodes[index].name, *self._nodes[index].synonyms))
+        ]
+        return spelled or nodes
+
+    def describe(self) -> str:
+        """What this tree can tell, for whoever starts the judge: one line.
+
+        Classes are the names with nothing below them; depth counts the names on the longest way
+        down to one of them. The parent of a class is less specific, what lies above is generic.
+        """
+        inner = {parent for node in self._nodes for parent in node.parents}
+        classes = [index for index in range(len(self._nodes)) if index not in inner]
+        parents = {index: self._nodes[index].parents for index in classes}
+        has_parent = any(parents.values())
+        has_more = any(self._nodes[up].parents for ups in parents.values() for up in ups)
+        depth = max((1 + self._height(index) for index in classes), default=1)
+        missing = [
+            name for name, has in (("generic", has_more), ("less specific", has_parent)) if not has
+        ]
+        told = f"no {' or '.join(missing)} rung" if missing else "generic and less specific rungs"
+        return f"{len(classes)} classes, depth {depth}: {told}"
+
+    def _height(self, index: int) -> int:
+        """Names on the longest way up; safe against loops in a user's tree."""
+        seen, level, height = {index}, set(self._nodes[index].parents), 0
+        while level := level - seen:
+            seen |= level
+            height += 1
+            level = {parent for node in level for parent in self._nodes[node].parents}
+        return height
 
     def _relation(self, truth: int, said: int) -> Category:
         """Category of naming node `said` where node `truth` is right."""

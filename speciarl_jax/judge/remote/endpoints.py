@@ -3,72 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
+import dataclasses
 import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-import openai
-
 from speciarl_jax.config.judge import JudgeConfig
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.judge.base import JudgeDownError, Pair
+from speciarl_jax.judge.remote.breaker import Breaker
+from speciarl_jax.judge.remote.http import Http
 from speciarl_jax.judge.remote.prompt import JudgePrompt
+from speciarl_jax.judge.remote.reply import NO_KEYS, RETRY_AFTER_MAX_S, AskError, Reply
 from speciarl_jax.judge.remote.request import (
     CONSTRAINTS,
-    RETRY_AFTER_MAX_S,
-    AskError,
-    Reply,
+    Door,
     build_body,
+    list_models,
     read_labels,
     send,
 )
-from speciarl_jax.types import FailureKind
-
-
-class Breaker:
-    """Opens after a run of failures with no success in between; a probe closes it again.
-
-    The run must be at least `threshold` long and at least as long as the number of requests in
-    flight: a bad minute of a busy judge is not an outage, a whole round of failures is. A refused
-    connection or a refused key opens it at once.
-    """
-
-    def __init__(self, threshold: int) -> None:
-        """Starts closed; `threshold` failures in a row open it."""
-        self._threshold = threshold
-        self._failures_in_a_row = 0
-        self.is_open = False
-        self.reason = ""
-        self.num_successes = 0
-
-    def record_success(self) -> None:
-        """An answer came back. While open, only `close` (after a probe) closes it."""
-        self._failures_in_a_row = 0
-        self.num_successes += 1
-
-    def record_failure(self, reason: str, num_in_flight: int, is_hard: bool = False) -> bool:
-        """A request failed; returns True if this failure opened it.
-
-        Args:
-            reason: one line, shown while the breaker is open.
-            num_in_flight: requests under way at this endpoint.
-            is_hard: certain evidence of an outage; opens at once.
-        """
-        self._failures_in_a_row += 1
-        is_run = self._failures_in_a_row >= max(self._threshold, num_in_flight)
-        if self.is_open or not (is_hard or is_run):
-            return False
-        self.is_open = True
-        self.reason = reason
-        return True
-
-    def close(self) -> None:
-        """A probe succeeded: requests may go out again."""
-        self.is_open = False
-        self.record_success()
-
+from speciarl_jax.types import FailureKind, JsonObject
 
 _LOG = logging.getLogger(__name__)
 _CANARY = Pair("canary pair", "canary pair")
@@ -76,7 +34,8 @@ _STRAY = "Write the single word banana."
 _PROBE_WAITS_S = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0)
 _PROBE_LIMIT_S = 10.0  # for a judge that accepts and never answers
 _NOTICE_S = 5.0
-_LOOPBACK = ("127.0.0.1", "localhost")
+_MODELS_LIMIT_S = 5.0
+_IDS_KEPT = 1024  # names of the latest replies, to know one that comes again
 
 
 def key_source(config: JudgeConfig) -> Callable[[], Awaitable[str]] | str:
@@ -86,15 +45,23 @@ def key_source(config: JudgeConfig) -> Callable[[], Awaitable[str]] | str:
         ValueError: the key's variable is not set, or google-auth is not installed.
     """
     if config.mode == "replay":
-        return "none"
+        return NO_KEYS[-1]
     if config.auth == "google":
         from speciarl_jax.judge.remote.google_auth import GoogleToken
 
         return GoogleToken()
-    key = os.environ.get(config.api_key_env, "") if config.api_key_env else "none"
+    if not config.api_key_env:
+        return NO_KEYS[-1]
+    # What was given is not shown, here and in `validate`: it may be the key itself.
+    key = os.environ.get(config.api_key_env, "").strip()
     if not key:
         raise ValueError(
-            f"judge.api_key_env={config.api_key_env!r}: this environment variable is not set"
+            "judge.api_key_env: the environment variable that it names is not set or empty"
+        )
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(
+            "judge.api_key_env: the variable that it names holds a key with spaces, line ends or "
+            "letters outside ASCII, which cannot be sent; set it again"
         )
     return key
 
@@ -102,27 +69,74 @@ def key_source(config: JudgeConfig) -> Callable[[], Awaitable[str]] | str:
 class Endpoint:
     """One server: its client, its load and its breaker."""
 
-    def __init__(
-        self, url: str, config: JudgeConfig, prompt: JudgePrompt, client: openai.AsyncOpenAI
-    ) -> None:
-        """Describes a server at `url`; nothing is sent yet."""
-        self.url = url
+    def __init__(self, door: Door, config: JudgeConfig, prompt: JudgePrompt) -> None:
+        """Describes a server; nothing is sent yet."""
+        self.url = door.url
         self.breaker = Breaker(config.breaker_failures)
         self.num_in_flight = 0
         self.hold_until = 0.0
+        self.probe_limit_s = _PROBE_LIMIT_S
         self._config = config
         self._prompt = prompt
-        self._client = client
+        self._door = door
         self._constraint = "" if config.structured == "auto" else config.structured
         self._thinking = config.thinking
-        self._lock = asyncio.Lock()
+        self._negotiation: asyncio.Task[AskError | None] | None = None
+        self._num_waiting = 0
+        self._num_same = 0
+        self._ids: collections.OrderedDict[str, None] = collections.OrderedDict()
 
     async def ask(self, pairs: list[Pair]) -> Reply | AskError:
         """Asks about normalised pairs; on an endpoint's first use finds out what it can do."""
-        if not self._constraint and (error := await self._negotiate()) is not None:
+        if not self._constraint and (error := await self._negotiated()) is not None:
             return error
         body = build_body(self._config, self._prompt, pairs, self._constraint, self._thinking)
-        return await send(self._client, body, self._config.timeout_s)
+        reply = await self._send(body, len(pairs))
+        # A gateway that caches may give a probe's old reply, which is a good one.
+        if isinstance(reply, Reply) and self._is_old(reply.id) and pairs != [_CANARY]:
+            if len(self._ids) > 1:
+                self._door.http.distrust(self.url)
+            self._door.http.retire()
+            message = "reply has the id of an earlier one: it answers another request"
+            return AskError(FailureKind.SERVER, message)
+        return reply
+
+    def _is_old(self, name: str) -> bool:
+        """True if a server that numbers its replies gives a number again.
+
+        One that gives all of them one name is asked once more, and then believed.
+        """
+        is_known = bool(name) and name in self._ids
+        self._ids[name] = None
+        if len(self._ids) > _IDS_KEPT:
+            self._ids.popitem(last=False)
+        if not is_known or len(self._ids) > 1:
+            return is_known
+        self._num_same += 1
+        return self._num_same == 1
+
+    async def _send(self, body: JsonObject, num_pairs: int) -> Reply | AskError:
+        """One request with the limits of the configuration."""
+        return await send(self._door, body, self._config.timeout_s, num_pairs)
+
+    async def models(self) -> list[str]:
+        """The names under which it serves models; empty if it does not say."""
+        return await list_models(self._door, min(self._config.timeout_s, _MODELS_LIMIT_S))
+
+    async def _negotiated(self) -> AskError | None:
+        """Waits for what is known about the server after one attempt, made for all who wait."""
+        if self._negotiation is None or self._negotiation.done():
+            self._negotiation = asyncio.create_task(self._negotiate())
+        task = self._negotiation
+        self._num_waiting += 1
+        try:
+            error = await asyncio.shield(task)
+            # No pair was asked about, so none is to blame.
+            return error and dataclasses.replace(error, is_of_endpoint=True)
+        finally:
+            self._num_waiting -= 1
+            if not self._num_waiting:
+                task.cancel()
 
     async def _negotiate(self) -> AskError | None:
         """Tries the ways to constrain a reply, best first, and keeps the first that works.
@@ -130,19 +144,16 @@ class Endpoint:
         A server may accept a field it does not know and ignore it, so the test is a request for
         a word that the constraint forbids.
         """
-        async with self._lock:
-            if self._constraint:
+        for constraint in CONSTRAINTS:
+            if constraint == "choice" and self._prompt.is_batch:
+                continue  # it constrains one label
+            result = await self._try_constraint(constraint)
+            if isinstance(result, AskError):
+                return result
+            if result:
+                self._constraint = constraint
+                _LOG.info("judge %s: constrained output by %s", self.url, constraint)
                 return None
-            for constraint in CONSTRAINTS:
-                if constraint == "choice" and self._prompt.is_batch:
-                    continue  # it constrains one label
-                result = await self._try_constraint(constraint)
-                if isinstance(result, AskError):
-                    return result
-                if result:
-                    self._constraint = constraint
-                    _LOG.info("judge %s: constrained output by %s", self.url, constraint)
-                    return None
         raise AssertionError("unreachable: an unconstrained request always counts as working")
 
     async def _try_constraint(self, constraint: str) -> bool | AskError:
@@ -155,7 +166,7 @@ class Endpoint:
             body = build_body(self._config, self._prompt, [_CANARY], constraint, thinking)
             if constraint != "none":
                 body["messages"] = [{"role": "user", "content": _STRAY}]
-            reply = await send(self._client, body, self._config.timeout_s)
+            reply = await self._send(body, 1)
             if isinstance(reply, Reply):
                 is_held = constraint == "none" or read_labels(self._prompt, reply, 1) is not None
                 self._thinking = thinking if is_held else self._thinking
@@ -166,7 +177,7 @@ class Endpoint:
 
     async def probe(self) -> AskError | None:
         """Asks a question with a known answer; None if the judge labels it in time."""
-        limit = min(self._config.timeout_s, _PROBE_LIMIT_S)
+        limit = min(self._config.timeout_s, self.probe_limit_s)
         try:
             reply = await asyncio.wait_for(self.ask([_CANARY]), timeout=limit)
         except TimeoutError:
@@ -174,8 +185,7 @@ class Endpoint:
         if isinstance(reply, AskError):
             return reply
         if read_labels(self._prompt, reply, 1) is None:
-            message = f"replies with no category: {reply.text[:60]!r}"
-            return AskError(FailureKind.UNPARSABLE, message)
+            return AskError(FailureKind.UNPARSABLE, f"judge {reply.trouble}")
         return None
 
 
@@ -192,7 +202,7 @@ class EndpointPool:
         self._config = config
         self._prompt = prompt
         self._api_key = key_source(config)
-        self._http: openai.DefaultAioHttpClient | None = None
+        self._http: Http | None = None
         self._changed = asyncio.Event()
         self._probes: dict[str, asyncio.Task[None]] = {}
         self._down_since: float | None = None
@@ -200,18 +210,11 @@ class EndpointPool:
         self.probe_waits_s = _PROBE_WAITS_S
 
     def open(self, urls: Sequence[str]) -> None:
-        """Makes the endpoints, all taken to be alive; they share one HTTP client."""
-        for name in ("httpx", "httpx2"):  # they log every request at INFO: thousands a step
-            if logging.getLogger(name).level == logging.NOTSET:
-                logging.getLogger(name).setLevel(logging.WARNING)
-        is_local = all(url.split("/")[2].split(":")[0] in _LOOPBACK for url in urls)
-        # openai's aiohttp transport; no proxy on the way to ourselves.
-        self._http = openai.DefaultAioHttpClient(trust_env=not is_local)
+        """Makes the endpoints, all taken to be alive; they share one pool of connections."""
+        self._http = Http(is_tls=any(url.startswith("https://") for url in urls))
         for url in urls:
-            client = openai.AsyncOpenAI(
-                base_url=url, api_key=self._api_key, max_retries=0, http_client=self._http
-            )
-            self.endpoints.append(Endpoint(url, self._config, self._prompt, client))
+            door = Door(self._http, url, self._api_key)
+            self.endpoints.append(Endpoint(door, self._config, self._prompt))
 
     @property
     def num_successes(self) -> int:
@@ -332,10 +335,9 @@ class EndpointPool:
         """
         until = time.monotonic() + deadline_s
         while True:
-            found = [await endpoint.probe() for endpoint in self.endpoints]
-            if any(error is None for error in found):
+            errors = await self._first_answer()
+            if not errors:
                 return
-            errors = [error for error in found if error is not None]
             is_final = all(
                 "HTTP" in e.message and (e.is_hard or not e.is_retryable) for e in errors
             )
@@ -343,10 +345,31 @@ class EndpointPool:
                 both = zip(self.endpoints, errors, strict=True)
                 reasons = "; ".join(f"{endpoint.url}: {error.message}" for endpoint, error in both)
                 raise JudgeError(
-                    f"judge does not answer ({reasons}); check judge.endpoints, judge.model and "
-                    "judge.api_key_env, and that the server runs"
+                    f"judge does not answer ({reasons}); check judge.endpoints, judge.model"
+                    f"{await self._offered()} and judge.api_key_env, and that the server runs"
                 )
             await asyncio.sleep(0.5)
+
+    async def _first_answer(self) -> list[AskError]:
+        """Probes all endpoints at once; empty as soon as one labels, else everybody's errors."""
+        probes = [asyncio.create_task(endpoint.probe()) for endpoint in self.endpoints]
+        try:
+            for probe in asyncio.as_completed(probes):
+                if await probe is None:
+                    return []
+        finally:
+            for task in probes:
+                task.cancel()
+            await asyncio.gather(*probes, return_exceptions=True)
+        return [error for task in probes if (error := task.result()) is not None]
+
+    async def _offered(self) -> str:
+        """The models that the endpoints say they serve, as half a sentence."""
+        lists = await asyncio.gather(*(endpoint.models() for endpoint in self.endpoints))
+        names = list(dict.fromkeys(name for names in lists for name in names))
+        if not names or self._config.model_name in names:
+            return ""
+        return f" (now {self._config.model_name!r}; served: {', '.join(names[:5])})"
 
     async def close(self) -> None:
         """Stops the probes and ends the connections."""
@@ -354,4 +377,4 @@ class EndpointPool:
             task.cancel()
         await asyncio.gather(*self._probes.values(), return_exceptions=True)
         if self._http is not None:
-            await self._http.aclose()
+            await self._http.close()

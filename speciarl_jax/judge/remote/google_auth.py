@@ -28,7 +28,7 @@ class _Credentials(Protocol):
 class GoogleToken:
     """Application default credentials; calling it gives a valid access token.
 
-    openai asks for the key before each request; a token is fetched only when the old one is
+    the key is asked for before each request; a token is fetched only when the old one is
     about to expire, in a thread, and once for all requests that wait for it.
     """
 

@@ -1,6 +1,7 @@
 """Judge prompts: versioned files, a registry, and the safe way to put untrusted text in one.
 
-A prompt file is TOML: `name`, `labels` (six_way | binary), `form` (single | batch), `system`,
+A prompt file is TOML: `name`, `labels` (six_way | binary), `form` (single | batch |
+batch_by_id), `system`,
 `user` and a list of `[[examples]]`. The user message ends with `{payload}`, which is replaced by
 one line of JSON. Untrusted text is normalised, cut to a length and JSON-encoded, so it holds no
 quote, brace or newline and cannot end the line it stands on.
@@ -23,7 +24,7 @@ from speciarl_jax.types import Category, JsonValue
 PROMPT_DIR = Path(__file__).parent / "prompts"
 _PAYLOAD = "{payload}"
 _FIELDS = {"name", "labels", "form", "system", "user", "examples"}
-_CHOICES = {"labels": ("six_way", "binary"), "form": ("single", "batch")}
+_CHOICES = {"labels": ("six_way", "binary"), "form": ("single", "batch", "batch_by_id")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,9 @@ class JudgePrompt:
     Attributes:
         name: file stem; versions are separate files (`six_way_v1`, `six_way_v2`).
         is_binary: the judge answers correct / incorrect instead of one of six categories.
-        is_batch: several pairs a request, a JSON list of names back.
+        is_batch: several pairs a request, a JSON list of names back; see `has_ids`.
+        has_ids: a batch whose reply is an object from the pairs' ids to names, so that a reply in
+            another order is read right and one that lacks a pair is not read at all.
         system: system message, few-shot examples included.
         user: user message, ends with the payload's place holder.
         fingerprint: hash of the whole wording; part of every cache key.
@@ -45,6 +48,7 @@ class JudgePrompt:
     system: str
     user: str
     fingerprint: str
+    has_ids: bool = False
 
     @property
     def labels(self) -> list[str]:
@@ -71,6 +75,11 @@ def encode_payload(pairs: Sequence[Pair], is_batch: bool) -> str:
     if not is_batch:
         return json.dumps(items[0])
     return json.dumps([{"id": number, **item} for number, item in enumerate(items, start=1)])
+
+
+def batch_ids(count: int) -> list[str]:
+    """The ids under which `encode_payload` numbers the pairs of a batch."""
+    return [str(number) for number in range(1, count + 1)]
 
 
 def read_payload(messages: JsonValue) -> tuple[list[Pair], bool] | None:
@@ -129,14 +138,16 @@ def load_prompt(name: str) -> JudgePrompt:
     user = raw["user"].strip()
     if not user.endswith("\n" + _PAYLOAD) or user.count(_PAYLOAD) != 1:
         raise ValueError(f"judge prompt {path}: user must end with a line holding only {_PAYLOAD}")
-    is_batch = raw["form"] == "batch"
+    is_batch = raw["form"] != "single"
     shots = "\n".join(
         encode_payload([Pair(item["ground_truth"], item["answer"])], is_batch=False)
         + f" -> {item['category']}"
         for item in raw["examples"]
     )
     system = raw["system"].strip() + (f"\n\nExamples:\n{shots}" if shots else "")
-    digest = hashlib.sha256(json.dumps([system, user, raw["labels"], is_batch]).encode())
+    has_ids = raw["form"] == "batch_by_id"
+    parts = [system, user, raw["labels"], is_batch, *([raw["form"]] if has_ids else [])]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return JudgePrompt(
-        raw["name"], raw["labels"] == "binary", is_batch, system, user, digest.hexdigest()[:16]
+        raw["name"], raw["labels"] == "binary", is_batch, system, user, digest, has_ids
     )

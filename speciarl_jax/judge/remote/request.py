@@ -1,62 +1,40 @@
-"""One request to an OpenAI-compatible server: how it is constrained, and what came of it."""
+"""One request to an OpenAI-compatible server: how it is constrained, and how it is sent."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
-import email.utils
+import functools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import aiohttp
-import openai
 
 from speciarl_jax.config.judge import JudgeConfig
 from speciarl_jax.judge.base import Pair, TokenError
-from speciarl_jax.judge.parse import parse_batch, parse_category
-from speciarl_jax.judge.remote.prompt import JudgePrompt
-from speciarl_jax.types import Category, FailureKind, JsonObject
+from speciarl_jax.judge.parse import parse_batch, parse_batch_by_id, parse_category, strict_json
+from speciarl_jax.judge.remote.http import Http, HttpReply
+from speciarl_jax.judge.remote.prompt import JudgePrompt, batch_ids
+from speciarl_jax.judge.remote.reply import (
+    AskError,
+    Reply,
+    classify,
+    classify_status,
+    hide,
+    read_reply,
+)
+from speciarl_jax.types import Category, FailureKind, JsonObject, JsonValue
 
 CONSTRAINTS = ("choice", "json_schema", "grammar", "none")
-RETRY_AFTER_MAX_S = 60.0  # a longer Retry-After sets the endpoint aside that long
+REPLY_MAX_BYTES = 64 * 2**10  # of a reply, for each pair asked
+MODELS_MAX_BYTES = 4 * 2**20
+_ARRAY: JsonObject = {"type": "array"}
 _NO_THINKING = {"chat_template_kwargs": {"enable_thinking": False}}
-_RETRYABLE_STATUS = frozenset({408, 409, 425, 429})
-_HARD_STATUS = frozenset({401, 403, 404})
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """What the judge's model wrote, and what it cost in tokens."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
-class AskError:
-    """A request that brought no reply.
-
-    Attributes:
-        kind: typed reason.
-        message: one line.
-        is_retryable: asking the same again may help.
-        is_hard: the endpoint as a whole seems out (refused connection, refused key, no such model);
-            a probe decides.
-        is_of_endpoint: certainly the endpoint and not the pair (refused connection, refused key):
-            costs the pair no retry. 403 and 404 may be a gateway's rule against one text.
-        retry_after_s: what the server asked us to wait; 0 if it did not say.
-    """
-
-    kind: FailureKind
-    message: str
-    is_retryable: bool = True
-    is_hard: bool = False
-    is_of_endpoint: bool = False
-    retry_after_s: float = 0.0
+class HungError(TimeoutError):
+    """A request was given up because another one found the endpoint silent."""
 
 
 def build_body(
@@ -64,7 +42,7 @@ def build_body(
 ) -> JsonObject:
     """The JSON body of a chat completion request that asks about `pairs`."""
     body: JsonObject = {
-        "model": config.model,
+        "model": config.model_name,
         "messages": prompt.messages(pairs),
         "temperature": config.temperature,
         "max_tokens": config.max_reply_tokens * len(pairs),
@@ -88,119 +66,144 @@ def _constrain(constraint: str, prompt: JudgePrompt, count: int) -> JsonObject:
 
 
 def _schema(prompt: JudgePrompt, count: int) -> JsonObject:
-    """JSON schema of the reply: one name, or a list of exactly `count` names."""
+    """JSON schema of the reply: one name, a list of exactly `count` names, or one for each id."""
     label: JsonObject = {"type": "string", "enum": prompt.labels}
-    field, value = "category", label
-    if prompt.is_batch:
-        field = "categories"
-        value = {"type": "array", "items": label, "minItems": count, "maxItems": count}
+    fields: dict[str, JsonValue] = {"category": label}
+    if prompt.has_ids:
+        fields = dict.fromkeys(batch_ids(count), label)
+    elif prompt.is_batch:
+        fields = {"categories": {**_ARRAY, "items": label, "minItems": count, "maxItems": count}}
     return {
         "type": "object",
-        "properties": {field: value},
-        "required": [field],
+        "properties": fields,
+        "required": list(fields),
         "additionalProperties": False,
     }
 
 
 def _grammar(prompt: JudgePrompt, count: int) -> str:
-    """GBNF (llama.cpp) for one bare name, or for a JSON list of `count` names."""
+    """GBNF (llama.cpp) for one bare name, a JSON list of `count` names, or an object by id."""
     if not prompt.is_batch:
         return "root ::= " + " | ".join(json.dumps(label) for label in prompt.labels)
     item = " | ".join(json.dumps(json.dumps(label)) for label in prompt.labels)
-    items = ' ", " '.join(["label"] * count)
-    return f'root ::= "[" {items} "]"\nlabel ::= {item}'
+    if prompt.has_ids:
+        parts = [f"{json.dumps(json.dumps(name) + ': ')} label" for name in batch_ids(count)]
+        opening, closing = "{", "}"
+    else:
+        parts = ["label"] * count
+        opening, closing = "[", "]"
+    items = ' ", " '.join(parts)
+    return f'root ::= "{opening}" {items} "{closing}"\nlabel ::= {item}'
 
 
 def read_labels(prompt: JudgePrompt, reply: Reply, count: int) -> list[Category] | None:
     """The labels in a reply, or None if it is not exactly what was asked for."""
+    if reply.flaw:
+        return None
+    if prompt.has_ids:
+        return parse_batch_by_id(reply.text, batch_ids(count), prompt.is_binary)
     if prompt.is_batch:
         return parse_batch(reply.text, count, prompt.is_binary)
     category = parse_category(reply.text, prompt.is_binary)
     return None if category is None else [category]
 
 
-async def send(client: openai.AsyncOpenAI, body: JsonObject, timeout_s: float) -> Reply | AskError:
-    """Sends one request and reads the reply; every failure comes back as a value.
+class Door:
+    """Where requests go in: the connections, an endpoint's address, and its key."""
 
-    `client.post` instead of `chat.completions.create`: the latter walks the messages through
-    typing tables, which took 40 % of the client's time.
+    def __init__(self, http: Http, url: str, key: Callable[[], Awaitable[str]] | str) -> None:
+        """Describes an endpoint.
+
+        Args:
+            url: base URL up to `/v1`.
+            key: the API key, or a function that gives a valid one.
+        """
+        self.http = http
+        self.url = url.rstrip("/")
+        self._key = key
+        self._heard_at = -math.inf  # when the last response came, whatever it said
+        self._waiting: set[asyncio.Timeout] = set()
+
+    async def ask(
+        self, route: str, timeout_s: float, max_bytes: int, body: bytes | None = None
+    ) -> tuple[HttpReply, Callable[[str], str]]:
+        """One exchange; with the reply comes the function that takes the key out of a text.
+
+        Raises:
+            TimeoutError: no whole reply in time.
+            HungError: somebody else has found out that this endpoint answers nobody.
+            aiohttp.ClientError: the connection cannot be made, or breaks.
+            JudgeError: there is no key to be had.
+        """
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                self._waiting.add(limit)
+                key = self._key if isinstance(self._key, str) else await self._key()
+                headers = {"Authorization": f"Bearer {key}"}
+                found = await self.http.exchange(f"{self.url}{route}", headers, max_bytes, body)
+        except TimeoutError:
+            if time.monotonic() - started < timeout_s:
+                raise HungError from None
+            raise
+        finally:
+            self._waiting.discard(limit)
+        self._heard_at = time.monotonic()
+        return found, functools.partial(hide, key)
+
+    def is_hung(self, timeout_s: float) -> bool:
+        """True if nothing at all was heard for as long as a request may take."""
+        return time.monotonic() - self._heard_at >= timeout_s
+
+    def give_up(self) -> None:
+        """Ends every request under way: one of them has waited for all."""
+        for limit in self._waiting:
+            if not limit.expired():
+                limit.reschedule(asyncio.get_running_loop().time())
+
+
+async def send(door: Door, body: JsonObject, timeout_s: float, num_pairs: int) -> Reply | AskError:
+    """Sends one chat completion request and reads the reply; every failure is a value.
+
+    Args:
+        num_pairs: pairs asked, which bound the size of the reply.
+
+    Raises:
+        JudgeError: there is no key to be had.
     """
+    data = json.dumps(body).encode()
+    max_bytes = num_pairs * REPLY_MAX_BYTES
     try:
-        async with asyncio.timeout(timeout_s):  # openai's own limit restarts with each read
-            content = await client.post(
-                "/chat/completions", cast_to=str, body=body, options={"timeout": timeout_s}
-            )
-    except openai.APIError as error:
-        return classify(error)
+        found, hidden = await door.ask("/chat/completions", timeout_s, max_bytes, data)
     except TokenError as error:
         return AskError(FailureKind.REFUSED, str(error), is_hard=True, is_of_endpoint=True)
+    except HungError:
+        message = f"the endpoint has answered nobody for {timeout_s:g} s"
+        return AskError(FailureKind.TIMEOUT, message, is_hard=True, is_of_endpoint=True)
     except TimeoutError:
-        return AskError(FailureKind.TIMEOUT, f"no reply within {timeout_s:g} s")
-    except (OSError, aiohttp.ClientError) as error:
-        return AskError(FailureKind.SERVER, f"connection broke: {type(error).__name__} {error}")
-    return _read_reply(content)
+        if is_hung := door.is_hung(timeout_s):
+            door.give_up()
+        return AskError(FailureKind.TIMEOUT, f"no reply within {timeout_s:g} s", is_hard=is_hung)
+    except (aiohttp.ClientError, OSError) as error:
+        return classify(error)
+    if found.status != 200:
+        return classify_status(found, hidden)
+    return read_reply(found.body, hidden)
 
 
-def _read_reply(content: str) -> Reply | AskError:
-    """Takes the text out of a chat completion."""
-    try:
-        value = json.loads(content)
-        text = value["choices"][0]["message"]["content"]
-        usage = value.get("usage") or {}
-        tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return AskError(FailureKind.SERVER, f"reply is no chat completion: {content[:80]!r}")
-    return Reply(text if isinstance(text, str) else "", *tokens)
+async def list_models(door: Door, timeout_s: float) -> list[str]:
+    """The names under which an endpoint serves models; empty if it does not say.
 
-
-def classify(error: openai.APIError) -> AskError:
-    """Types an openai error.
-
-    openai's aiohttp transport reports a refused and a reset connection as timeouts, so the chain
-    of causes decides, not the class.
+    Raises:
+        JudgeError: there is no key to be had.
     """
-    if isinstance(error, openai.APIStatusError):
-        return _classify_status(error)
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, aiohttp.ClientConnectorError | ConnectionRefusedError):
-            message = f"connection refused: {cause}"
-            return AskError(FailureKind.REFUSED, message, is_hard=True, is_of_endpoint=True)
-        if isinstance(cause, aiohttp.ServerTimeoutError | TimeoutError):
-            return AskError(FailureKind.TIMEOUT, f"timed out: {cause}")
-        if isinstance(cause, aiohttp.ClientError | ConnectionError):
-            return AskError(FailureKind.SERVER, f"connection broke: {type(cause).__name__} {cause}")
-        cause = cause.__cause__
-    if isinstance(error, openai.APITimeoutError):
-        return AskError(FailureKind.TIMEOUT, str(error))
-    return AskError(FailureKind.SERVER, str(error))
-
-
-def _classify_status(error: openai.APIStatusError) -> AskError:
-    """Types an HTTP status."""
-    status = error.status_code
-    message = f"HTTP {status}: {error.message}"
-    if status in _HARD_STATUS:
-        is_of_endpoint = status == 401  # a refused key
-        return AskError(FailureKind.REFUSED, message, is_hard=True, is_of_endpoint=is_of_endpoint)
-    kind = FailureKind.RATE_LIMITED if status == 429 else FailureKind.SERVER
-    is_retryable = status >= 500 or status in _RETRYABLE_STATUS
-    wait = parse_retry_after(error.response.headers)
-    return AskError(kind, message, is_retryable, retry_after_s=wait)
-
-
-def parse_retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds of a Retry-After header (a number or a date); 0 if absent or not readable.
-
-    Source: RFC 9110 section 10.2.3, and the `retry-after-ms` header of OpenAI and Azure.
-    """
-    for name, divisor in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        with contextlib.suppress(ValueError):
-            seconds = float(headers.get(name, "")) / divisor
-            if math.isfinite(seconds):
-                return max(0.0, seconds)
     try:
-        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
-    except ValueError:
-        return 0.0
-    return max(0.0, date.timestamp() - time.time())
+        found, hidden = await door.ask("/models", timeout_s, MODELS_MAX_BYTES)
+        value = strict_json(found.body)
+    except (aiohttp.ClientError, OSError, ValueError, TokenError):
+        return []
+    match value:
+        case {"data": [*items]}:
+            names = [item.get("id") for item in items if isinstance(item, dict)]
+            return [hidden(name)[:100] for name in names if isinstance(name, str)]
+    return []

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from speciarl_jax.judge.base import Outcome
-from speciarl_jax.judge.remote.request import AskError, Reply
+from speciarl_jax.judge.remote.reply import AskError, Reply
 from speciarl_jax.types import FailureKind, Verdict
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from speciarl_jax.errors import JudgeError
@@ -67,13 +67,34 @@ class VerdictCache(abc.ABC):
         Raises:
             JudgeError: the place cannot be read.
         """
-        memory = self._memory
-        found = {key: memory[key] for key in keys if key in memory}
+        found = self.recall(keys)
         missing = [key for key in keys if key not in found] if len(found) < len(keys) else []
-        if missing:
-            for key, category, judge in self._fetch(missing):
-                found[key] = self._remember(key, category, judge)
-        return found
+        return {**found, **self.remember(self.fetch(missing))} if missing else found
+
+    def recall(self, keys: Sequence[bytes]) -> dict[bytes, Verdict]:
+        """Verdicts of those keys that are in memory."""
+        memory = self._memory
+        return {key: memory[key] for key in keys if key in memory}
+
+    def fetch(self, keys: Sequence[bytes]) -> list[tuple[bytes, int, str]]:
+        """(key, category, judge) of those keys that the place holds; touches no memory.
+
+        Raises:
+            JudgeError: the place cannot be read.
+        """
+        return list(self._fetch(keys))
+
+    def remember(self, found: Iterable[tuple[bytes, int, str]]) -> dict[bytes, Verdict]:
+        """Takes what `fetch` gave, or what was stored, into memory."""
+        return {key: self._remember(key, category, judge) for key, category, judge in found}
+
+    def store(self, rows: Sequence[Row]) -> None:
+        """Stores labels, durably before it returns and all or none; touches no memory.
+
+        Raises:
+            JudgeError: the place cannot be written (disk full, read-only, server gone).
+        """
+        self._insert(rows)
 
     def put(self, key: bytes, pair: Pair, category: Category, judge: str, scope: str) -> None:
         """Stores a label, durably before it returns; a label already there stays.

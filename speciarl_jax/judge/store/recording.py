@@ -7,6 +7,8 @@ groups of a step could see different outcomes of one pair and no replay could te
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from speciarl_jax.judge.base import Outcome, Pair, ReplayMissError, failure
 from speciarl_jax.judge.store.sqlite_cache import open_database
 from speciarl_jax.types import Category, Failure, FailureKind, Verdict
@@ -18,6 +20,7 @@ CREATE TABLE IF NOT EXISTS recording (
 ) WITHOUT ROWID
 """
 _EVERY_STEP = -1
+Row = tuple[bytes, int, int | None, str, str, str, str, str]  # in the order of the columns
 
 
 class Recording:
@@ -60,18 +63,27 @@ class Recording:
             )
         return outcome
 
-    def add(self, key: bytes, step: int, pair: Pair, outcome: Outcome) -> None:
-        """Keeps an outcome; what is there already stays."""
+    def keep(self, key: bytes, step: int, pair: Pair, outcome: Outcome) -> Row | None:
+        """Keeps an outcome in memory; what is there already stays.
+
+        Returns:
+            The row to `write`, None if there is nothing new.
+        """
         columns: tuple[int | None, str, str, str]
         if isinstance(outcome, Failure):
             columns = (None, "", outcome.kind.value, outcome.message)
         else:
             step, columns = _EVERY_STEP, (int(outcome.category), outcome.judge, "", "")
         if (key, step) in self._known:
-            return
+            return None
         self._known[key, step] = outcome
-        row = (key, step, *columns, *pair)
-        self._db.execute("INSERT OR IGNORE INTO recording VALUES (?,?,?,?,?,?,?,?)", row)
+        return (key, step, *columns, *pair)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Writes rows that `keep` gave, in one transaction."""
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.executemany("INSERT OR IGNORE INTO recording VALUES (?,?,?,?,?,?,?,?)", rows)
+        self._db.execute("COMMIT")
 
     def close(self) -> None:
         """Closes the file."""

@@ -11,23 +11,26 @@ URL that holds one is refused.
 from __future__ import annotations
 
 import collections
-import contextlib
+import functools
 import importlib
 import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from speciarl_jax.config.judge import check_url
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.judge.store.base import Row, VerdictCache
 from speciarl_jax.types import Category, JsonObject
 
+T = TypeVar("T")
 _PREFIX = b"speciarl:verdict:"
 _CHUNK = 5_000  # keys in one round trip
-_SOCKET_TIMEOUT_S = 5.0
-_RETRIES = 5  # of a command while the server restarts; waits .1 to 2 s, about 5 s in all
+_SOCKET_TIMEOUT_S = 2.0  # to connect, and again to read
+_PATIENCE_S = 5.0  # with a server that restarts, from its first failure; 9 s with both time-outs
+_WAITS_S = (0.1, 0.2, 0.4, 0.8)  # between tries, the last one again and again
 
 
 class RedisCache(VerdictCache):
@@ -50,6 +53,9 @@ class RedisCache(VerdictCache):
                 "pip install 'speciarl-jax[redis]'"
             ) from error
         self._error = redis.RedisError
+        self._outage = (redis.ConnectionError, redis.TimeoutError)
+        self._out_since: float | None = None
+        self.patience_s = 0.0  # at once at the start: a wrong address does not mend itself
         self._redis = redis.Redis.from_url(
             url,
             password=os.environ.get("REDIS_PASSWORD") or None,
@@ -57,26 +63,40 @@ class RedisCache(VerdictCache):
             socket_connect_timeout=_SOCKET_TIMEOUT_S,
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
         )
-        with self._guarded():
-            self._redis.ping()  # at once: a wrong address or password does not mend itself
-        waits = redis.backoff.ExponentialBackoff(cap=2.0, base=0.1)
-        self._redis.set_retry(redis.retry.Retry(waits, _RETRIES))
+        self._ask(self._redis.ping)
+        self.patience_s = _PATIENCE_S
 
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        """Turns what the client library raises (server gone, full, read-only) into one line."""
-        try:
-            yield
-        except self._error as error:
-            raise JudgeError(
-                f"judge cache {self.place}: {error}; see that the server runs and takes writes, "
-                "or set judge.cache_path to a file"
-            ) from error
+    def _ask(self, command: Callable[[], T]) -> T:
+        """What `command` gives; tried again while the server is out, as long as patience lasts.
+
+        Patience counts from the first failure since the last answer, not from each command, so
+        that a server that is gone for good ends everything at once.
+
+        Raises:
+            JudgeError: what the client library raised (server gone, full, read-only), one line.
+        """
+        for wait in itertools.chain(_WAITS_S, itertools.repeat(_WAITS_S[-1])):
+            try:
+                result = command()
+            except self._error as error:
+                now = time.monotonic()
+                self._out_since = self._out_since or now
+                left = self._out_since + self.patience_s - now
+                if isinstance(error, self._outage) and wait < left:
+                    time.sleep(wait)
+                    continue
+                raise JudgeError(
+                    f"judge cache {self.place}: {error}; see that the server runs and takes "
+                    "writes, or set judge.cache_path to a file"
+                ) from error
+            self._out_since = None
+            return result
+        raise AssertionError("unreachable: the last wait comes again and again")
 
     def _fetch(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int, str]]:
         for chunk in _chunks(keys):
-            with self._guarded():
-                values = self._redis.mget([_PREFIX + key for key in chunk])
+            names = [_PREFIX + key for key in chunk]
+            values = self._ask(functools.partial(self._redis.mget, names))
             for key, value in zip(chunk, values, strict=True):
                 if value is not None:
                     category, judge, *_ = json.loads(value)
@@ -85,21 +105,23 @@ class RedisCache(VerdictCache):
     def _insert(self, rows: Sequence[Row]) -> int:
         if not rows:
             return 0
-        with self._guarded(), self._redis.pipeline(transaction=True) as pipeline:
+        return self._ask(functools.partial(self._set_new, rows))
+
+    def _set_new(self, rows: Sequence[Row]) -> int:
+        """One transaction; counts the keys that were new."""
+        with self._redis.pipeline(transaction=True) as pipeline:
             for key, *rest in rows:
                 pipeline.set(_PREFIX + key, json.dumps(rest), nx=True)
             return sum(reply is True for reply in pipeline.execute())
 
     def _names(self) -> set[bytes]:
         """Our names; one SCAN over the server."""
-        with self._guarded():
-            return set(self._redis.scan_iter(match=_PREFIX + b"*", count=_CHUNK))
+        return self._ask(lambda: set(self._redis.scan_iter(match=_PREFIX + b"*", count=_CHUNK)))
 
     def _values(self) -> Iterator[tuple[bytes, bytes]]:
         """Every (key, value) of ours, in no order."""
         for chunk in _chunks(self._names()):
-            with self._guarded():
-                values = self._redis.mget(chunk)
+            values = self._ask(functools.partial(self._redis.mget, chunk))
             for name, value in zip(chunk, values, strict=True):
                 if value is not None:  # deleted in between
                     yield name.removeprefix(_PREFIX), value
@@ -139,8 +161,7 @@ class RedisCache(VerdictCache):
         self._memory.clear()
         count = 0
         for chunk in _chunks(doomed):
-            with self._guarded():
-                count += self._redis.unlink(*chunk)
+            count += self._ask(functools.partial(self._redis.unlink, *chunk))
         return count
 
     def close(self) -> None:

@@ -112,6 +112,15 @@ def test_server_that_cannot_start_says_why(tmp_path, text, message):
     assert judge_threads() == []
 
 
+@pytest.mark.parametrize(("text", "is_warned"), [("a\nx\ny\n", True), ("a,b,c\nx,y,z\n", False)])
+def test_a_ladder_without_rungs_is_told_at_the_start(text, is_warned, tmp_path, caplog):
+    path = tmp_path / "tree.csv"
+    path.write_text(text)
+    with LocalJudgeServer(path) as server:
+        assert "classes, depth" in server.told
+    assert ("rung" in caplog.text) == is_warned  # at INFO otherwise
+
+
 def test_port_that_is_taken(tree_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

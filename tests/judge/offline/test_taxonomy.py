@@ -93,6 +93,41 @@ def test_csv_tree(tmp_path):
     assert len(read_csv(path)) == 5
 
 
+def test_names_that_only_marks_tell_apart(tmp_path):
+    path = tmp_path / "languages.csv"
+    path.write_text("kind,name\ncompiled,C++\ncompiled,C#\ncompiled,C\n")
+    judge = TaxonomyJudge.from_path(path)
+    for truth in ("C++", "c#", "C"):
+        for answer in ("c++", "C#", "c"):
+            is_same = truth.lower() == answer.lower()
+            assert judge.category(truth, answer) is (
+                Category.SPECIFIC if is_same else Category.WRONG
+            )
+    assert judge.category("C", "c!") is Category.SPECIFIC  # no name of its own
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a\nx\ny\nz\n", "3 classes, depth 1: no generic or less specific rung"),
+        ("a,b\nx,y\nx,z\n", "2 classes, depth 2: no generic rung"),
+        ("a,b,c\nx,y,z\nx,y,u\nx,v,\n", "3 classes, depth 3: generic and less specific rungs"),
+    ],
+)
+def test_a_tree_says_what_it_can_tell(text, told, tmp_path):
+    (tmp_path / "a.csv").write_text(text)
+    assert TaxonomyJudge.from_path(tmp_path / "a.csv").describe() == told
+
+
+def test_a_loop_in_a_tree_has_a_depth(tmp_path):
+    (tmp_path / "data.noun").write_text(
+        "00000010 05 n 01 a 0 001 @ 00000020 n 0000 | x\n"
+        "00000020 05 n 01 b 0 001 @ 00000010 n 0000 | x\n"
+        "00000030 05 n 01 c 0 001 @ 00000010 n 0000 | x\n"
+    )
+    assert TaxonomyJudge.from_path(tmp_path).describe().startswith("1 classes, depth 3:")
+
+
 WORDNET = """  1 licence text
 00000010 05 n 02 bird 0 avian 0 000 | feathered
 00000020 05 n 01 owl 0 001 @ 00000010 n 0000 | hoots

@@ -7,9 +7,9 @@ import pytest
 from speciarl_jax.judge.client import JudgeClient
 from speciarl_jax.judge.offline.app import serve
 from speciarl_jax.judge.offline.faults import FaultPlan
-from speciarl_jax.judge.remote.endpoints import Breaker
+from speciarl_jax.judge.remote.breaker import Breaker
 from speciarl_jax.judge.remote.limiter import RateLimiter
-from speciarl_jax.judge.remote.request import parse_retry_after
+from speciarl_jax.judge.remote.reply import parse_retry_after
 
 
 def waits(limiter, count, tokens=0.0):
@@ -90,7 +90,17 @@ def test_breaker_opens_at_once_on_hard_evidence():
         ({"retry-after": "nan"}, 0, 0),
         ({"retry-after": "soon"}, 0, 0),
         ({"retry-after-ms": "250", "retry-after": "9"}, 0.25, 0.25),
-        ({"retry-after": "Fri, 31 Dec 2100 23:59:59 GMT"}, 1e9, 1e10),
+        ({"retry-after": "Fri, 31 Dec 2100 23:59:59 GMT"}, 86_400, 86_400),
+        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 -0000"}, 0, 86_400),
+        ({"retry-after": "Fri, 31 Dec 9999 23:59:59 -2300"}, 0, 86_400),
+        ({"retry-after": "Mon, 01 Jan 0001 00:00:00 +2300"}, 0, 86_400),
+        ({"retry-after": "Fri, 99 Dec 99999 23:59:59 GMT"}, 0, 0),
+        ({"retry-after": f"Fri, 31 Dec {'9' * 20} 23:59:59 GMT"}, 0, 0),
+        ({"retry-after": f"Fri, 31 Dec 2100 23:59:59 +{'9' * 20}"}, 0, 0),
+        ({"retry-after": f"Fri, 31 Dec 2100 {'9' * 20}:59:59 GMT"}, 0, 0),
+        ({"retry-after": "1e400"}, 86_400, 86_400),
+        ({"retry-after": "9" * 5000}, 86_400, 86_400),
+        ({"retry-after-ms": "inf", "retry-after": "1"}, 86_400, 86_400),
         ({"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT"}, 0, 0),
     ],
 )

@@ -230,8 +230,8 @@ def test_synonyms_json(tmp_path):
     path = tmp_path / "s.json"
     path.write_text(json.dumps([["Snowy Owl", "Bubo scandiacus"], ["dog", "hound"]]))
     cascade = Cascade(str(path))
-    assert cascade.decide(Pair("bubo scandiacus", "snowy owl")) == (Category.SPECIFIC, "synonym")
-    assert cascade.decide(Pair("dog", "snowy owl")) is None
+    assert cascade.is_synonym(Pair("bubo scandiacus", "Snowy_owl"))
+    assert not cascade.is_synonym(Pair("dog", "snowy owl"))
 
 
 def test_cached_path_labels_50_000_a_second_in_one_call(fast_config, tmp_path):

@@ -165,7 +165,7 @@ def test_missing_package_says_what_to_install(monkeypatch):
 
 
 def test_a_restart_of_the_server_is_waited_for_and_its_end_is_told(monkeypatch, tmp_path):
-    redis = pytest.importorskip("redis")
+    pytest.importorskip("redis")
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed")
     monkeypatch.delenv("REDIS_PASSWORD", raising=False)
@@ -182,7 +182,7 @@ def test_a_restart_of_the_server_is_waited_for_and_its_end_is_told(monkeypatch, 
     assert cache.get_many([key])[key].category is Category.WRONG  # waited, and nothing was lost
     server.kill()
     server.wait()
-    cache._redis.set_retry(redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+    cache.patience_s = 0.3
     with pytest.raises(JudgeError, match="see that the server runs"):
         fill(cache, 2)
     cache.close()
