@@ -138,7 +138,7 @@ class AlgoConfig:
     bar_support: float = 1.0  # m: answers that must reach the bar; below 1 a share of the group
     label_noise: float = 0.0  # probability that a label moves one rung
     failed_quorum_frac: float = 0.2  # a group with more failed labels than this share is dropped
-    failed_budget_frac: float = 0.5  # a step with more failed labels than this share stops the run
+    failed_budget_frac: float = 0.5  # more failed labels, or dropped groups, in a step stop the run
     aggregation: str = "token-mean"
     normalization: str = "global"  # or "verl": means per micro-batch, as verl computes them
     verl_micro_batch: int = 0  # sequences in a verl micro-batch
