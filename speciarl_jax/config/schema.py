@@ -10,9 +10,9 @@ No postponed annotations here: ml_collections reads the field types to parse ove
 import dataclasses
 import itertools
 import operator
-from collections.abc import Callable
 
 from speciarl_jax.config.judge import JudgeConfig
+from speciarl_jax.config.ranges import check_fields, check_ranges, did_you_mean
 
 OBJECTIVES = ("grpo", "dr_grpo", "dapo", "gspo", "rloo", "sft")
 AGGREGATIONS = (
@@ -35,22 +35,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algo.old_logprobs": ("recompute", "rollout"),
     "rollout.kv_cache_dtype": ("compute", "int8"),
     "eval.format_failures": ("wrong", "separate", "drop"),
+    "optim.schedule": ("constant", "cosine", "linear"),
 }
 _OWN_CODE = ("algo.name", "algo.reward")  # may be the dotted path of a user's function instead
-_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("algo.bar_support", lambda x: x > 0, "set a number > 0"),
-    ("algo.label_noise", lambda x: 0 <= x <= 1, "set it between 0 and 1"),
-    ("algo.clip_dual", lambda x: x == 0 or x > 1, "set it above 1, or 0 for no dual clip"),
-    ("train.async_steps", lambda x: x in (0, 1), "set 0 or 1"),
-    ("train.num_steps", lambda x: x >= 0, "set it above 0, or to 0 to score the base only"),
-    ("train.prompts_per_step", lambda x: x >= 1, "set it to at least 1"),
-    ("train.prompts_per_update", lambda x: x >= 1, "set it to at least 1"),
-    ("train.prompts_per_micro_batch", lambda x: x >= 1, "set it to at least 1"),
-    ("rollout.max_completion_tokens", lambda x: x >= 1, "set it to at least 1"),
-    ("rollout.temperature", lambda x: x > 0, "training samples; set it above 0"),
-    ("rollout.chunk_tokens", lambda x: x > 0, "set it above 0"),
-    ("rollout.max_cache_mb", lambda x: x >= 0, "set MiB, or 0 for no limit"),
-)
 
 
 @dataclasses.dataclass
@@ -282,11 +269,17 @@ class Config:
     def validate(self) -> None:
         """Checks every field against its range and the fields against each other.
 
+        Pure and offline: what needs files, the network or a user's code is asked by
+        `run.preflight`.
+
         Raises:
             ValueError: one line naming the field, its value, and what to set.
         """
-        _check_fields(self)
+        check_fields(self)
+        _check_choices(self)
+        check_ranges(self)
         _check_algo(self)
+        _check_trainable(self)
         _check_definition(self.algo)
         _check_sampling(self)
         _check_train(self)
@@ -300,16 +293,14 @@ def _require(is_ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_fields(config: Config) -> None:
-    """Each field by itself, against `_CHOICES` and `_RANGES`."""
+def _check_choices(config: Config) -> None:
+    """Each field of `_CHOICES` by itself."""
     for path, choices in _CHOICES.items():
         value = operator.attrgetter(path)(config)
         is_users = path in _OWN_CODE and "." in value
         expected = f"{path}={value!r}: expected one of {', '.join(choices)}"
-        _require(value in choices or is_users, expected)
-    for path, is_within, remedy in _RANGES:
-        value = operator.attrgetter(path)(config)
-        _require(is_within(value), f"{path}={value}: {remedy}")
+        guess = "" if is_users else did_you_mean(value, choices)
+        _require(value in choices or is_users, expected + guess)
 
 
 def _check_algo(config: Config) -> None:
@@ -331,6 +322,40 @@ def _check_algo(config: Config) -> None:
     _require(
         size >= 2 or algo.name == "sft",
         f"rollout.group_size={size}: every advantage would be 0; set rollout.group_size >= 2",
+    )
+    support, limit = algo.bar_support, config.rollout.max_completion_tokens
+    _require(
+        support <= 1 or support % 1 == 0,
+        f"algo.bar_support={support}: set a whole number of answers, or a share between 0 and 1",
+    )
+    _require(
+        support <= size or algo.name == "sft",
+        f"algo.bar_support={support:g}: a group has rollout.group_size={size} answers, so the bar "
+        "would never rise; set at most that",
+    )
+    _require(
+        algo.overlong_buffer_tokens <= limit,
+        f"algo.overlong_buffer_tokens={algo.overlong_buffer_tokens}: the penalty would begin "
+        f"before the first token of rollout.max_completion_tokens={limit}; set at most that",
+    )
+
+
+def _check_trainable(config: Config) -> None:
+    """Refuses what would train wrongly, or fail once the rollouts are paid for."""
+    model, algo = config.model, config.algo
+    trained = " and ".join(
+        f"model.{name}=true" for name in ("train_base", "train_vision") if getattr(model, name)
+    )
+    _require(
+        not trained or algo.kl_coef == 0 or algo.name == "sft",
+        f"algo.kl_coef={algo.kl_coef:g} with {trained}: the reference of the KL is the base, which "
+        "is trained away and of which no second copy is kept; set algo.kl_coef=0",
+    )
+    _require(
+        not trained or model.param_dtype == "float32",
+        f"model.param_dtype={model.param_dtype} with {trained}: steps of a usual learning rate are "
+        "smaller than its roundings, so few weights would move; set model.param_dtype=float32 "
+        "(model.compute_dtype=bfloat16 may stay)",
     )
 
 
@@ -364,11 +389,6 @@ def _check_sampling(config: Config) -> None:
     _require(
         algo.dynamic_sampling or not algo.generation_prompts,
         f"algo.generation_prompts={algo.generation_prompts}: only with algo.dynamic_sampling=true",
-    )
-    _require(
-        algo.generation_prompts >= 0 and algo.max_generation_batches >= 1,
-        f"algo.generation_prompts={algo.generation_prompts}, algo.max_generation_batches="
-        f"{algo.max_generation_batches}: set them to at least 0 and 1",
     )
     most = (algo.generation_prompts or train.prompts_per_step) * algo.max_generation_batches
     _require(
