@@ -144,22 +144,24 @@ def _is_of(value: object, kind: object) -> bool:
     return isinstance(kind, type) and isinstance(value, kind)
 
 
-def check_name(config: type[DataclassLike], path: str) -> None:
+def check_name(config: DataclassLike, path: str) -> None:
     """Refuses a dotted field that a recipe does not have.
 
     Args:
-        config: the recipe's class.
+        config: a recipe, of which only the fields count.
         path: as on the command line, without ``--config.``: ``train.num_steps``.
 
     Raises:
         ValueError: names the part that is not there and what was perhaps meant.
     """
-    place, parts = config, path.split(".")
+    place: Any = config
+    parts = path.split(".")
     for number, part in enumerate(parts):
         fields = {field.name: field.type for field in dataclasses.fields(place)}
         if part not in fields:
             before = ".".join(parts[:number])
-            guess = did_you_mean(part, fields, f"{before}." if before else "")
+            rest = ".".join(["", *parts[number + 1 :]])
+            guess = did_you_mean(part, fields, f"{before}." if before else "", rest)
             raise ValueError(f"--config.{path}: no such field{guess}")
         kind = fields[part]
         is_last = number == len(parts) - 1
@@ -172,7 +174,8 @@ def check_name(config: type[DataclassLike], path: str) -> None:
             raise ValueError(f"--config.{path}: no such field; {'.'.join(parts[: number + 1])} is")
 
 
-def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "", suffix: str = "") -> str:
     """``; did you mean X?`` with the most similar known names, "" without any."""
     close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(prefix + word for word in close)}?" if close else ""
+    words = [f"{prefix}{word}{suffix}" for word in close]
+    return f"; did you mean {' or '.join(words)}?" if words else ""
