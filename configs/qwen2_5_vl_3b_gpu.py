@@ -22,6 +22,7 @@ def get_config(arg=None):
     config.data.num_train = 1024
     config.data.eval_sources = ("cub",)
     config.data.in_domain = ("cub",)
+    config.data.num_validation = 200  # held out of training: CUB has no third split
     config.data.max_pixels = 448 * 448
     config.data.max_prompt_tokens = 512  # at most 256 of them image
     config.data.prompt_buckets = (384, 512)
@@ -38,5 +39,6 @@ def get_config(arg=None):
     config.train.prompts_per_update = 32
     config.train.prompts_per_micro_batch = 1
     config.train.mismatch_gate = 0.05
+    config.train.eval_every = 10
     config.eval.max_completion_tokens = 512
     return config

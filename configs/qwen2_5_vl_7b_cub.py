@@ -36,6 +36,7 @@ def get_config(arg=None):
     config.data.num_train = 3000
     config.data.eval_sources = ("cub", "flowers", "food", "pets", "cars", "aircraft")
     config.data.in_domain = ("cub",)
+    config.data.num_validation = 100  # of each; held out of training where there is no third split
     config.data.prompt = "specific"
     config.judge.kind = "endpoint"
     config.judge.model = "Qwen/Qwen3-30B-A3B-Instruct-2507-FP8"
@@ -48,5 +49,4 @@ def get_config(arg=None):
     config.train.prompts_per_micro_batch = 1
     config.train.mismatch_gate = 0.05  # mean over tokens in bfloat16
     config.train.eval_every = 5
-    config.data.validation_split = "test"  # these sources have no third split
     return config

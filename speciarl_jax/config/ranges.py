@@ -6,11 +6,12 @@ Tables and two functions over any dataclass of dataclasses: nothing here knows `
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import operator
 import re
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 
@@ -72,6 +73,41 @@ _OTHERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("lora.alpha", lambda x: x != 0, "the adapter would be scaled by 0; set it above 0"),
     ("seed", lambda x: x < 2**31, "set it below 2^31"),
 )
+
+
+def check_choices(
+    config: DataclassLike, choices: Mapping[str, Sequence[str]], own_code: Sequence[str]
+) -> None:
+    """Each field of `choices` has one of its values; those of `own_code` may be a dotted path.
+
+    Raises:
+        ValueError: names the field, its value and the choices.
+    """
+    for path, allowed in choices.items():
+        value = operator.attrgetter(path)(config)
+        if value not in allowed and not (path in own_code and "." in value):
+            guess = did_you_mean(value, allowed)
+            raise ValueError(f"{path}={value!r}: expected one of {', '.join(allowed)}{guess}")
+
+
+def check_sources(source: str, eval_sources: Iterable[str]) -> None:
+    """Refuses a CoOp split beside another division of the same pictures: some would be in both.
+
+    Args:
+        source: what is trained on, perhaps a mixture.
+        eval_sources: what is scored.
+
+    Raises:
+        ValueError: names both.
+    """
+    parts = [part.rpartition("*")[2].strip() for part in re.split(r"\s\+\s", source)]
+    for part, name in itertools.product(parts, eval_sources):
+        is_same = part.partition(":")[0] == name.partition(":")[0]
+        if is_same and part != name and "coop=" in part + name:
+            raise ValueError(
+                f"data.source={part} and {name} in data.eval_sources divide the same pictures "
+                "differently, so some would be in both; name the source alike in both"
+            )
 
 
 def check_ranges(config: DataclassLike) -> None:

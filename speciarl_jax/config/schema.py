@@ -9,10 +9,9 @@ No postponed annotations here: ml_collections reads the field types to parse ove
 
 import dataclasses
 import itertools
-import operator
 
 from speciarl_jax.config.judge import JudgeConfig
-from speciarl_jax.config.ranges import check_fields, check_ranges, did_you_mean
+from speciarl_jax.config.ranges import check_choices, check_fields, check_ranges, check_sources
 
 OBJECTIVES = ("grpo", "dr_grpo", "dapo", "gspo", "rloo", "sft")
 AGGREGATIONS = (
@@ -74,11 +73,11 @@ class DataConfig:
     split: str = "train"
     eval_sources: tuple[str, ...] = ("field_guide_birds",)
     eval_split: str = "test"
-    validation_split: str = "validation"  # what validations read: never what is reported
+    validation_split: str = "validation"  # of validations; sources without it: num_validation held
     in_domain: tuple[str, ...] = ("field_guide_birds",)  # averaged as in_domain in reports
     num_train: int = 0  # images taken from the split, 0 for all
     num_eval: int = 0  # images per evaluation source, 0 for all
-    num_validation: int = 0  # the same for a validation
+    num_validation: int = 0  # per validation; or as many held out of split, 0 then none
     data_dir: str = ""  # root of prepared data sets; "" for ~/.cache/speciarl/data
     prompt: str = "specific"  # file name under configs/prompts/ (without .txt) or a path
     min_pixels: int = 0  # image area limits, px; 0 takes the model's preprocessor_config.json
@@ -276,13 +275,14 @@ class Config:
             ValueError: one line naming the field, its value, and what to set.
         """
         check_fields(self)
-        _check_choices(self)
+        check_choices(self, _CHOICES, _OWN_CODE)
         check_ranges(self)
         _check_algo(self)
         _check_trainable(self)
         _check_definition(self.algo)
         _check_sampling(self)
         _check_train(self)
+        _check_evaluation(self)
         self.judge.validate()
         if not self.eval.use_train_judge:
             self.eval.judge.validate()
@@ -291,16 +291,6 @@ class Config:
 def _require(is_ok: bool, message: str) -> None:
     if not is_ok:
         raise ValueError(message)
-
-
-def _check_choices(config: Config) -> None:
-    """Each field of `_CHOICES` by itself."""
-    for path, choices in _CHOICES.items():
-        value = operator.attrgetter(path)(config)
-        is_users = path in _OWN_CODE and "." in value
-        expected = f"{path}={value!r}: expected one of {', '.join(choices)}"
-        guess = "" if is_users else did_you_mean(value, choices)
-        _require(value in choices or is_users, expected + guess)
 
 
 def _check_algo(config: Config) -> None:
@@ -401,6 +391,20 @@ def _check_sampling(config: Config) -> None:
         "train.async_steps=1: rollouts are a step old and need a correction; set "
         "algo.importance_cap (2 is usual) or algo.old_logprobs=rollout",
     )
+
+
+def _check_evaluation(config: Config) -> None:
+    """Refuses validations on the pictures that are reported, or on those that are trained on."""
+    data = config.data
+    for split, what in ((data.eval_split, "reported"), (data.split, "trained on")):
+        _require(
+            not config.train.eval_every or data.validation_split != split,
+            f"data.validation_split={split!r} with train.eval_every={config.train.eval_every}: "
+            f"validations would look at what is {what}, and train.keep_best would choose by it; "
+            "leave data.validation_split=validation and, for sources without that split, set "
+            "data.num_validation to hold so many pictures out of training",
+        )
+    check_sources(data.source, data.eval_sources)
 
 
 def _check_train(config: Config) -> None:

@@ -182,3 +182,36 @@ def test_every_number_has_a_range():
 
     found = {path for path in numbers(Config) if ".judge." not in f".{path}"}
     assert found - ruled == unruled
+
+
+@pytest.mark.parametrize(
+    ("split", "message"), [("test", "look at what is reported"), ("train", "what is trained on")]
+)
+def test_validations_never_look_at_what_is_reported_or_trained_on(split, message):
+    config = recipe(data__validation_split=split)
+    config.validate()  # no validations
+    config.train.eval_every = 5
+    with pytest.raises(ValueError, match=message):
+        config.validate()
+    config.data.validation_split = "validation"
+    config.validate()
+
+
+@pytest.mark.parametrize(
+    ("source", "scored", "is_refused"),
+    [
+        ("flowers:coop=f.json", ("cub", "flowers"), True),
+        ("cub + 2*flowers", ("cub", "flowers:coop=f.json"), True),
+        ("flowers:coop=f.json", ("flowers:coop=f.json",), False),
+        ("cub + flowers", ("cub", "flowers", "food:coop=f.json"), False),
+        ("field_guide_birds:seed=7", ("field_guide_birds:seed=8",), False),
+    ],
+)
+def test_two_divisions_of_the_same_pictures_are_refused(source, scored, is_refused):
+    """The official test images of Flowers are training images of a CoOp split."""
+    config = recipe(data__source=source, data__eval_sources=scored)
+    if is_refused:
+        with pytest.raises(ValueError, match=r"divide the same pictures differently"):
+            config.validate()
+    else:
+        config.validate()

@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from speciarl_jax.data.sources.folder import SPLIT_NAMES, dataset_name, find_column
 from speciarl_jax.data.sources.layouts import clean_label
+from speciarl_jax.errors import NoSuchSplit
 from speciarl_jax.files import read_json, whole_file
 from speciarl_jax.types import Example
 
@@ -104,7 +105,7 @@ def open_hf_dir(path: str | pathlib.Path, split: str, data_dir: pathlib.Path) ->
             f"{root}: no Hugging Face dataset; expected save_to_disk output or *.parquet files"
         )
     if split not in found:
-        raise ValueError(f"{root}: split {split!r} does not exist; it has {', '.join(found)}")
+        raise NoSuchSplit(f"{root}: split {split!r} does not exist; it has {', '.join(found)}")
     files = found[split]
     readable = files if arrow else [_to_arrow(files, data_dir)]
     names = _class_names_of(root, None if arrow else files[0])
