@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from speciarl_jax.cli.flags import Verbs
+from speciarl_jax.cli.flags import Verbs, parse_port
 from speciarl_jax.config.judge import FIELD_GUIDE_TAXONOMY, JudgeConfig, apply_overrides
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.files import whole_file
@@ -51,7 +51,7 @@ def _add_serve(verbs: Verbs) -> None:
     """`serve`: the offline judge for other machines or for tests."""
     serve = verbs.add_parser("serve", help="serve the offline judge, OpenAI-compatible")
     serve.add_argument("--taxonomy", default=str(FIELD_GUIDE_TAXONOMY), help="name tree")
-    serve.add_argument("--port", type=int, default=8000, help="TCP port; 0 takes a free one")
+    serve.add_argument("--port", type=parse_port, default=8000, help="TCP port; 0 takes a free one")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
     serve.add_argument("--faults", default="", help="faults on purpose: 429=0.1,reset=0.05,...")
     serve.set_defaults(handler=run_serve)
@@ -156,6 +156,8 @@ def run_cache(args: argparse.Namespace) -> int:
     is_file = not args.path.startswith(REDIS_SCHEMES)
     if is_file and args.action != "import" and not Path(args.path).exists():
         raise JudgeError(f"judge cache {args.path}: no such file")
+    if is_file and Path(args.path).is_file() and not Path(args.path).stat().st_size:
+        raise JudgeError(f"judge cache {args.path}: an empty file; delete it, or name the cache")
     with contextlib.closing(open_cache(args.path)) as cache:
         if args.action == "stats":
             print(json.dumps(cache.stats(), indent=1))

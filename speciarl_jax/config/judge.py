@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import urllib.parse
 from pathlib import Path
 from typing import TypeAlias
@@ -78,8 +79,8 @@ class JudgeConfig:
                 if (value := getattr(self, name)) < least:
                     raise ValueError(f"judge.{name}={value}: set it to {least} or more")
         for name in _ABOVE_ZERO:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"judge.{name}={getattr(self, name)}: set it above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"judge.{name}={getattr(self, name)}: set seconds above 0")
         if "://" in self.cache_path:
             check_url(self.cache_path)
         if self.mode != "replay":

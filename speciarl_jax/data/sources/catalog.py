@@ -162,7 +162,13 @@ def parse_options(name: str, argument: str) -> dict[str, float]:
     for part in filter(None, argument.split(",")):
         key, _, value = part.partition("=")
         try:
-            options[key.strip()] = float(value)
+            number = float(value)
         except ValueError as error:
             raise ValueError(f"{name}:{argument}: {part!r} is not KEY=NUMBER") from error
+        is_share = key.strip() == "hard_frac"
+        if is_share and not 0 <= number <= 1:
+            raise ValueError(f"{name}:{argument}: {part!r}: expected a share between 0 and 1")
+        if not is_share and not (0 <= number < 2**31 and number == int(number)):
+            raise ValueError(f"{name}:{argument}: {part!r}: expected a whole number of 0 or more")
+        options[key.strip()] = number
     return options
