@@ -10,6 +10,7 @@ No postponed annotations here: ml_collections reads the field types to parse ove
 import dataclasses
 import itertools
 
+from speciarl_jax.config.definition import check_definition, require
 from speciarl_jax.config.judge import JudgeConfig
 from speciarl_jax.config.ranges import check_choices, check_fields, check_ranges, check_sources
 
@@ -279,7 +280,7 @@ class Config:
         check_ranges(self)
         _check_algo(self)
         _check_trainable(self)
-        _check_definition(self.algo)
+        check_definition(self.algo)
         _check_sampling(self)
         _check_train(self)
         _check_evaluation(self)
@@ -288,42 +289,37 @@ class Config:
             self.eval.judge.validate()
 
 
-def _require(is_ok: bool, message: str) -> None:
-    if not is_ok:
-        raise ValueError(message)
-
-
 def _check_algo(config: Config) -> None:
     algo, size = config.algo, config.rollout.group_size
-    _require(
+    require(
         config.lora.rank > 0 or config.model.train_base,
         f"lora.rank={config.lora.rank}: nothing would be trained; set lora.rank >= 1 or "
         "model.train_base=true",
     )
-    _require(
+    require(
         algo.normalization == "global" or algo.verl_micro_batch > 0,
         "algo.normalization='verl': set algo.verl_micro_batch to verl's sequences per micro-batch",
     )
-    _require(
+    require(
         not (algo.importance_cap and algo.old_logprobs == "rollout"),
         f"algo.importance_cap={algo.importance_cap} with algo.old_logprobs='rollout': the ratio to "
         "the sampler would be applied twice; set importance_cap=0 or old_logprobs=recompute",
     )
-    _require(
+    require(
         size >= 2 or algo.name == "sft",
         f"rollout.group_size={size}: every advantage would be 0; set rollout.group_size >= 2",
     )
     support, limit = algo.bar_support, config.rollout.max_completion_tokens
-    _require(
+    require(
         support <= 1 or support % 1 == 0,
         f"algo.bar_support={support}: set a whole number of answers, or a share between 0 and 1",
     )
-    _require(
+    require(
         support <= size or algo.name == "sft",
         f"algo.bar_support={support:g}: a group has rollout.group_size={size} answers, so the bar "
         "would never rise; set at most that",
     )
-    _require(
+    require(
         algo.overlong_buffer_tokens <= limit,
         f"algo.overlong_buffer_tokens={algo.overlong_buffer_tokens}: the penalty would begin "
         f"before the first token of rollout.max_completion_tokens={limit}; set at most that",
@@ -336,12 +332,12 @@ def _check_trainable(config: Config) -> None:
     trained = " and ".join(
         f"model.{name}=true" for name in ("train_base", "train_vision") if getattr(model, name)
     )
-    _require(
+    require(
         not trained or algo.kl_coef == 0 or algo.name == "sft",
         f"algo.kl_coef={algo.kl_coef:g} with {trained}: the reference of the KL is the base, which "
         "is trained away and of which no second copy is kept; set algo.kl_coef=0",
     )
-    _require(
+    require(
         not trained or model.param_dtype == "float32",
         f"model.param_dtype={model.param_dtype} with {trained}: steps of a usual learning rate are "
         "smaller than its roundings, so few weights would move; set model.param_dtype=float32 "
@@ -349,44 +345,26 @@ def _check_trainable(config: Config) -> None:
     )
 
 
-def _check_definition(algo: AlgoConfig) -> None:
-    """Refuses what contradicts the definition of the algorithm that `algo.name` promises."""
-    _require(
-        not (algo.norm_by_std and algo.name in ("dr_grpo", "rloo")),
-        f"algo.name={algo.name} never divides by the group's std: set algo.norm_by_std=false",
-    )
-    _require(
-        algo.name != "dr_grpo" or algo.aggregation.startswith("seq-mean-token-sum"),
-        f"algo.name=dr_grpo with algo.aggregation={algo.aggregation!r}: it divides by lengths, "
-        "which Dr.GRPO does not; set algo.aggregation=seq-mean-token-sum-norm",
-    )
-    _require(
-        algo.name != "gspo" or algo.aggregation == "seq-mean-token-mean",
-        f"algo.name=gspo with algo.aggregation={algo.aggregation!r}: its loss is one number a "
-        "sequence; set algo.aggregation=seq-mean-token-mean",
-    )
-
-
 def _check_sampling(config: Config) -> None:
     """Dynamic sampling, and rollouts that are a step old."""
     algo, train = config.algo, config.train
     is_sft = algo.name == "sft"
-    _require(
+    require(
         not (is_sft and (algo.dynamic_sampling or train.async_steps or algo.importance_cap)),
         "algo.name=sft samples nothing: leave algo.dynamic_sampling, train.async_steps and "
         "algo.importance_cap off",
     )
-    _require(
+    require(
         algo.dynamic_sampling or not algo.generation_prompts,
         f"algo.generation_prompts={algo.generation_prompts}: only with algo.dynamic_sampling=true",
     )
     most = (algo.generation_prompts or train.prompts_per_step) * algo.max_generation_batches
-    _require(
+    require(
         not algo.dynamic_sampling or most >= train.prompts_per_step,
         f"algo.max_generation_batches={algo.max_generation_batches} of {algo.generation_prompts} "
         f"prompts cannot fill train.prompts_per_step={train.prompts_per_step}; raise one of them",
     )
-    _require(
+    require(
         not train.async_steps or algo.importance_cap > 0 or algo.old_logprobs == "rollout",
         "train.async_steps=1: rollouts are a step old and need a correction; set "
         "algo.importance_cap (2 is usual) or algo.old_logprobs=rollout",
@@ -397,7 +375,7 @@ def _check_evaluation(config: Config) -> None:
     """Refuses validations on the pictures that are reported, or on those that are trained on."""
     data = config.data
     for split, what in ((data.eval_split, "reported"), (data.split, "trained on")):
-        _require(
+        require(
             not config.train.eval_every or data.validation_split != split,
             f"data.validation_split={split!r} with train.eval_every={config.train.eval_every}: "
             f"validations would look at what is {what}, and train.keep_best would choose by it; "
@@ -412,17 +390,17 @@ def _check_train(config: Config) -> None:
     sizes = ("prompts_per_step", "prompts_per_update", "prompts_per_micro_batch")
     for outer, inner in itertools.pairwise(sizes):
         whole, part = getattr(train, outer), getattr(train, inner)
-        _require(
+        require(
             whole % part == 0, f"train.{outer}={whole} is not a multiple of train.{inner}={part}"
         )
     largest = config.data.max_prompt_tokens + rollout.group_size * rollout.max_completion_tokens
-    _require(
+    require(
         train.micro_batch_tokens == 0 or train.micro_batch_tokens >= largest,
         f"train.micro_batch_tokens={train.micro_batch_tokens}: one group takes up to {largest} "
         "(data.max_prompt_tokens + rollout.group_size x rollout.max_completion_tokens); set at "
         "least that, or 0",
     )
-    _require(
+    require(
         not rollout.warm_up or bool(config.data.prompt_buckets and config.data.window_buckets),
         "rollout.warm_up=true: set data.prompt_buckets and data.window_buckets, the shapes that "
         "are compiled before step one",

@@ -67,7 +67,7 @@ def preflight(
         judges["eval.judge"] = config.eval.judge
     for name, judge in judges.items():
         check_judge(judge)
-        yield f"{name}: {judge.model} answers"
+        yield f"{name}: {judge.model or judge.kind} answers"
 
 
 def check_own_code(config: Config) -> Iterator[str]:

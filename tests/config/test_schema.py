@@ -215,3 +215,25 @@ def test_two_divisions_of_the_same_pictures_are_refused(source, scored, is_refus
             config.validate()
     else:
         config.validate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algo__name": "dapo"}, "algo.name=dapo with .* is GRPO by another name; recipes.set_alg"),
+        ({"algo__name": "dapo", "algo__kl_coef": 0.0}, None),
+        ({"algo__name": "dapo", "algo__clip_eps_high": 0.28}, None),
+        (
+            {"algo__name": "gspo", "algo__aggregation": "seq-mean-token-mean"},
+            "algo.clip_eps_high=0.2: its ratio is that of a whole sequence",
+        ),
+        ({"algo__name": "grpo"}, None),
+    ],
+)
+def test_a_name_without_its_algorithm_is_refused(changes, message):
+    """A recipe that sets the name alone: on the command line the name brings its preset."""
+    if message is None:
+        recipe(**changes).validate()
+        return
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes).validate()
