@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 
+import pyarrow as pa
 import pytest
 
 from speciarl_jax.cli.main import main
@@ -164,3 +165,68 @@ def test_an_empty_work_directory_is_not_the_current_one(
     code, line = told(capsys, verb, SMOKE, f"--workdir={workdir}")
     assert (code, "expected a folder or an address" in line) == (2, True)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- data sets ----------------------------------------------------------------------------------
+
+LISTED = '{"_data_files": [{"filename": "g.arrow"}], "_split": "train"}'
+
+
+def arrow_bytes() -> bytes:
+    """One picture (which it is not) with label 0."""
+    table = pa.table({"image": [{"bytes": b"x", "path": "a"}], "label": [0]})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *[("state.json", t) for t in ("", "[]", "null", "3", DEEP, "{}", "\0\xff")],
+        ("state.json", '{"_data_files": 3}'),
+        ("state.json", '{"_data_files": ["g.arrow"]}'),
+        ("state.json", '{"_data_files": [{}]}'),
+        ("state.json", '{"_data_files": [{"filename": 3}]}'),
+        ("state.json", '{"_data_files": [{"filename": ""}]}'),
+        ("state.json", '{"_data_files": [{"filename": "gone.arrow"}]}'),
+        ("state.json", '{"_data_files": [{"filename": "../hf/g.arrow"}]}'),
+        ("state.json", '{"_data_files": [{"filename": "/etc/passwd"}]}'),
+        *[("dataset_info.json", t) for t in ("", "[]", "null", "3", DEEP, "\0\xff")],
+        ("dataset_info.json", '{"features": {"label": {"names": 3}}}'),
+        ("dataset_info.json", '{"features": {"label": {"names": [1, 2]}}}'),
+        ("g.arrow", ""),
+        ("g.arrow", "junk"),
+    ],
+)
+def test_an_odd_dataset_directory_is_named(tmp_path, capsys, name, text):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "state.json").write_text(LISTED)
+    (folder / "g.arrow").write_bytes(arrow_bytes())
+    (folder / name).write_bytes(text.encode("latin-1"))
+    words = ["--split=train", f"--data_dir={tmp_path / 'd'}", f"--out={tmp_path / 'sheet.png'}"]
+    code, line = told(capsys, "data", "show", f"hf:{folder}", *words)
+    assert (code, str(folder) in line) in ((2, True), (1, True)), line
+
+
+@pytest.mark.parametrize("text", ['{"features": 3}', '{"features": {"label": 3}}', "{}"])
+def test_a_dataset_without_class_names_has_numbers(tmp_path, capsys, text):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for name, content in {"state.json": LISTED, "dataset_info.json": text}.items():
+        (folder / name).write_text(content)
+    (folder / "g.arrow").write_bytes(arrow_bytes())
+    words = ["--split=train", f"--data_dir={tmp_path / 'd'}", f"--out={tmp_path / 'sheet.png'}"]
+    assert told(capsys, "data", "show", f"hf:{folder}", *words)[0] == 0
+
+
+@pytest.mark.parametrize("text", ["", "[]\n", "null\n", DEEP + "\n", "{}\n", '{"image": 1}\n'])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_an_odd_manifest_is_named(tmp_path, capsys, suffix, text):
+    file = tmp_path / f"list.{suffix}"
+    file.write_text(text)
+    words = ["--split=train", f"--data_dir={tmp_path / 'd'}", f"--out={tmp_path / 'sheet.png'}"]
+    code, line = told(capsys, "data", "show", f"folder:{file}", *words)
+    assert (code, str(file) in line) == (2, True), line

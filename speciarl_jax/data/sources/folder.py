@@ -182,7 +182,11 @@ def _rows(file: pathlib.Path) -> list[dict[str, object]]:
 
             table: list[dict[str, object]] = pyarrow.parquet.read_table(file).to_pylist()
             return table
-    except (ValueError, csv.Error) as error:  # pyarrow's ArrowInvalid is a ValueError
+    except (
+        ValueError,
+        RecursionError,
+        csv.Error,
+    ) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ValueError(f"manifest {file}: cannot be read ({error})") from error
     raise ValueError(f"manifest {file}: expected one of {' '.join(MANIFEST_SUFFIXES)}")
 
