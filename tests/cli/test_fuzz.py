@@ -5,13 +5,19 @@ that `main` lets through.
 """
 
 import json
+import math
 import pathlib
 import re
+import shutil
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
+from speciarl_jax.arch import Arch
 from speciarl_jax.cli.main import main
+from speciarl_jax.convert.tiny import shipped_tiny_dir
+from speciarl_jax.data.images import ImageLimits
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMOKE = f"--config={ROOT / 'configs' / 'cpu_smoke.py'}"
@@ -230,3 +236,53 @@ def test_an_odd_manifest_is_named(tmp_path, capsys, suffix, text):
     words = ["--split=train", f"--data_dir={tmp_path / 'd'}", f"--out={tmp_path / 'sheet.png'}"]
     code, line = told(capsys, "data", "show", f"folder:{file}", *words)
     assert (code, str(file) in line) == (2, True), line
+
+
+# --- model directories --------------------------------------------------------------------------
+
+
+def model_with(tmp_path, name, text) -> pathlib.Path:
+    folder = tmp_path / "model"
+    shutil.copytree(shipped_tiny_dir(), folder)
+    (folder / name).write_text(text)
+    return folder
+
+
+FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
+          "rms_norm_eps", "rope_scaling", "vision_config", "image_token_id")  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["x", -1, [], {}, math.inf, [3], True])
+@pytest.mark.parametrize("field", FIELDS)
+def test_an_odd_architecture_is_named(field, value):
+    content = json.loads((shipped_tiny_dir() / "config.json").read_text())
+    place = content if field in content else content["text_config"]
+    place[field] = value
+    with pytest.raises(ValueError, match=r"config\.json: |architecture: ") as found:
+        Arch.from_hf(content)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("text", ["", "[]", "null", "3", DEEP])
+def test_a_damaged_model_directory_is_named(tmp_path, capsys, name, text):
+    folder = model_with(tmp_path, name, text)
+    image = tmp_path / "image.png"
+    Image.new("RGB", (64, 64)).save(image)
+    code, line = told(capsys, "sample", f"--model={folder}", f"--image={image}")
+    assert (code, str(folder / name) in line) == (2, True), line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"size": 3}, {"size": {"shortest_edge": "x"}}, {"min_pixels": [1]}, {"image_mean": 3},
+        {"image_mean": [1]}, {"image_std": [0, 0, 0]}, {"image_std": [1, "x", 1]},
+        {"max_pixels": 1e400}, {"min_pixels": -5},
+    ],
+)  # fmt: skip
+def test_odd_limits_of_images_are_named(tmp_path, content):
+    folder = model_with(tmp_path, "preprocessor_config.json", json.dumps(content))
+    arch = Arch.from_dir(folder)
+    with pytest.raises(ValueError, match=r"pixels|preprocessor_config"):
+        ImageLimits.from_dir(folder, arch.vision)
