@@ -35,17 +35,6 @@ def parse_natural(text: str) -> int:
     return int(text)
 
 
-def parse_port(text: str) -> int:
-    """A TCP port, 0 for any that is free.
-
-    Raises:
-        ArgumentTypeError: no such port.
-    """
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a port from 0 to 65535")
-    return int(text)
-
-
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Recipe and run directory."""
     add_recipe(parser)

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from speciarl_jax.cli.flags import Verbs, parse_port
+from speciarl_jax.cli.flags import Verbs
 from speciarl_jax.config.judge import FIELD_GUIDE_TAXONOMY, JudgeConfig, apply_overrides
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.files import whole_file
@@ -51,7 +51,7 @@ def _add_serve(verbs: Verbs) -> None:
     """`serve`: the offline judge for other machines or for tests."""
     serve = verbs.add_parser("serve", help="serve the offline judge, OpenAI-compatible")
     serve.add_argument("--taxonomy", default=str(FIELD_GUIDE_TAXONOMY), help="name tree")
-    serve.add_argument("--port", type=parse_port, default=8000, help="TCP port; 0 takes a free one")
+    serve.add_argument("--port", type=int, default=8000, help="TCP port; 0 takes a free one")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on")
     serve.add_argument("--faults", default="", help="faults on purpose: 429=0.1,reset=0.05,...")
     serve.set_defaults(handler=run_serve)
@@ -99,9 +99,15 @@ def config_from_args(args: argparse.Namespace) -> JudgeConfig:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """Serves until a signal arrives."""
+    """Serves until a signal arrives.
+
+    Raises:
+        ValueError: no such port.
+    """
     from speciarl_jax.judge.offline import server
 
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port={args.port}: expected a port from 0 to 65535")
     options = ["--taxonomy", args.taxonomy, "--port", str(args.port), "--host", args.host]
     return server.main([*options, "--faults", args.faults])
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 import urllib.parse
 from pathlib import Path
 from typing import TypeAlias
@@ -79,7 +78,7 @@ class JudgeConfig:
                 if (value := getattr(self, name)) < least:
                     raise ValueError(f"judge.{name}={value}: set it to {least} or more")
         for name in _ABOVE_ZERO:
-            if not 0 < getattr(self, name) < math.inf:
+            if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"judge.{name}={getattr(self, name)}: set seconds above 0")
         if "://" in self.cache_path:
             check_url(self.cache_path)
