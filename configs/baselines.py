@@ -20,8 +20,8 @@ hardware and hours apply. README.md lists the rows, what was measured, and what 
     train=   cub, aircraft, flowers, food, pets, or mixed (as many of each data set)
 
 Full size, epochs stay 15: fewer images mean fewer steps; 128 images are one batch. Flowers has
-1,020 official training images: with the CoOp split set --config.data.source=flowers:coop=FILE,
---config.data.num_train=3000 and --config.train.num_steps=165.
+1,020 official training images: with the CoOp split set --config.data.source=flowers:coop=FILE, the
+same in --config.data.eval_sources, --config.data.num_train=3000 and --config.train.num_steps=165.
 """
 
 from speciarl_jax import config as schema

@@ -4,7 +4,9 @@
     speciarl eval  --config=configs/folder.py:PATH --workdir=DIR
 
 The nested folder names become the offline judge's tree. A fifth of every class is set aside for
-evaluation, or the folder `test` if PATH has folders `train` and `test`.
+evaluation, or the folder `test` if PATH has folders `train` and `test`. For validations on the way
+add --config.train.eval_every=5 --config.data.num_validation=20: without a folder `validation`, so
+many pictures are held out of training.
 Hardware: as the model asks for; the default is the small policy on a CPU, which knows only the
 field guide. For real pictures: --config.model.path=Qwen/Qwen2.5-VL-3B-Instruct
 --config.data.prompt=specific --config.rollout.max_completion_tokens=512

@@ -4,7 +4,8 @@ r"""The paper's run with Qwen2.5-VL-32B on a Cloud TPU v5p slice of 64 chips (v5
         --config.judge.endpoints="('http://HOST:8000/v1',)"
 
 NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 55.1 of 93.1 usable GiB
-a chip (shrink), at least 23 s a step, 1.1 h and 69 chip-hours for 165 steps.
+a chip (shrink), at least 23 s a step, 1.1 h for 165 steps and 1.0 h for evaluations, together 134
+chip-hours.
 As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is the four chips
 of a host. Images above 504 x 504 px are scaled down (CUB's are smaller).
 """

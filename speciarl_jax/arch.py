@@ -8,6 +8,7 @@ nested under ``text_config`` (transformers 5), ``rope_scaling`` or ``rope_parame
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -135,21 +136,16 @@ class Arch:
             raise ValueError(
                 f"config.json: model_type {config.get('model_type')!r}, expected 'qwen2_5_vl'"
             )
-        text = {**config, **config.get("text_config", {})}
         try:
+            text = {**config, **_part(config, "text_config")}
+            ids = ("image_token_id", "video_token_id", "vision_start_token_id",
+                   "vision_end_token_id")  # fmt: skip
+            if "vision_config" not in config:
+                raise KeyError("vision_config")
             return cls(
-                vision=_vision_from_hf(config["vision_config"]),
+                vision=_vision_from_hf(_part(config, "vision_config")),
                 text=_text_from_hf(text, config),
-                **{
-                    name: config[name]
-                    for name in (
-                        "image_token_id",
-                        "video_token_id",
-                        "vision_start_token_id",
-                        "vision_end_token_id",
-                    )
-                    if name in config
-                },
+                **{name: _size(config, name, least=0) for name in ids if name in config},
             )
         except KeyError as error:
             raise ValueError(f"config.json: field {error} is missing") from error
@@ -167,23 +163,66 @@ class Arch:
         return cls.from_hf(read_json(file, FETCH_MODEL))
 
 
+def _size(config: HfConfig, *names: str, default: int | None = None, least: int = 1) -> int:
+    """A whole number under the first of `names` that is there.
+
+    Raises:
+        KeyError: none is, and there is no default.
+        ValueError: it is no whole number of `least` or more.
+    """
+    name = next((name for name in names if config.get(name) is not None), names[0])
+    value = config.get(name, default)
+    if value is None:
+        value = default
+    if value is None:
+        raise KeyError(name)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or not least <= value < 2**31:
+        raise ValueError(f"config.json: {name}={value!r}: expected a size; {FETCH_MODEL}")
+    return int(value)
+
+
+def _sizes(config: HfConfig, name: str) -> tuple[int, ...]:
+    """Whole numbers of 0 or more."""
+    values = config[name]
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"config.json: {name}={values!r}: expected a list; {FETCH_MODEL}")
+    return tuple(_size({name: value}, name, least=0) for value in values)
+
+
+def _number(config: HfConfig, name: str, default: float | None = None) -> float:
+    """A finite number above 0."""
+    value = config[name] if default is None else config.get(name, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {name}={value!r}: expected a number > 0; {FETCH_MODEL}")
+    return float(value)
+
+
+def _part(config: HfConfig, name: str) -> HfConfig:
+    """An object within the configuration, empty if it is not there."""
+    value = config.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"config.json: {name}={value!r}: expected an object; {FETCH_MODEL}")
+    return value
+
+
 def _vision_from_hf(config: HfConfig) -> VisionArch:
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"vision hidden_act {config['hidden_act']!r}: only 'silu' is implemented")
-    rope = config.get("rope_parameters") or {}
     return VisionArch(
-        depth=config["depth"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_heads=config["num_heads"],
-        out_hidden_size=config["out_hidden_size"],
-        full_attention_blocks=tuple(config["fullatt_block_indexes"]),
-        patch_size_px=config.get("patch_size", config.get("spatial_patch_size", 14)),
-        temporal_patch_size=config.get("temporal_patch_size", 2),
-        spatial_merge_size=config.get("spatial_merge_size", 2),
-        window_size_px=config.get("window_size", 112),
-        in_channels=config.get("in_channels", config.get("in_chans", 3)),
-        rope_theta=rope.get("rope_theta", 10_000.0),
+        depth=_size(config, "depth"),
+        hidden_size=_size(config, "hidden_size"),
+        intermediate_size=_size(config, "intermediate_size"),
+        num_heads=_size(config, "num_heads"),
+        out_hidden_size=_size(config, "out_hidden_size"),
+        full_attention_blocks=_sizes(config, "fullatt_block_indexes"),
+        patch_size_px=_size(config, "patch_size", "spatial_patch_size", default=14),
+        temporal_patch_size=_size(config, "temporal_patch_size", default=2),
+        spatial_merge_size=_size(config, "spatial_merge_size", default=2),
+        window_size_px=_size(config, "window_size", default=112),
+        in_channels=_size(config, "in_channels", "in_chans", default=3),
+        rope_theta=_number(_part(config, "rope_parameters"), "rope_theta", 10_000.0),
     )
 
 
@@ -192,22 +231,27 @@ def _text_from_hf(text: HfConfig, root: HfConfig) -> TextArch:
         raise ValueError(f"hidden_act {text['hidden_act']!r}: only 'silu' is implemented")
     if text.get("use_sliding_window"):
         raise ValueError("use_sliding_window=true is not implemented; Qwen2.5-VL ships with false")
-    rope: HfConfig = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = _part(text, "rope_parameters") or _part(text, "rope_scaling")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "mrope"):
         raise ValueError(f"rope type {rope_type!r}: only 'default' and 'mrope' are implemented")
     if "mrope_section" not in rope:
         raise KeyError("rope_scaling.mrope_section")
+    sections = _sizes(rope, "mrope_section")
+    if len(sections) != 3:
+        raise ValueError(f"config.json: mrope_section={list(sections)}: expected three numbers")
+    heads = _size(text, "num_attention_heads")
+    theta = _number(text, "rope_theta", 1_000_000.0)
     return TextArch(
-        vocab_size=text["vocab_size"],
-        hidden_size=text["hidden_size"],
-        intermediate_size=text["intermediate_size"],
-        num_layers=text["num_hidden_layers"],
-        num_heads=text["num_attention_heads"],
-        num_kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-        mrope_section=tuple(rope["mrope_section"]),
-        rope_theta=rope.get("rope_theta", text.get("rope_theta", 1_000_000.0)),
-        rms_norm_eps=text["rms_norm_eps"],
+        vocab_size=_size(text, "vocab_size"),
+        hidden_size=_size(text, "hidden_size"),
+        intermediate_size=_size(text, "intermediate_size"),
+        num_layers=_size(text, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=_size(text, "num_key_value_heads", default=heads),
+        mrope_section=(sections[0], sections[1], sections[2]),
+        rope_theta=_number(rope, "rope_theta", theta),
+        rms_norm_eps=_number(text, "rms_norm_eps"),
         tie_word_embeddings=bool(
             root.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
         ),

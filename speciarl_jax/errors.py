@@ -28,6 +28,10 @@ class Preempted(RuntimeError):
     exit_code: ClassVar[int] = EXIT_PREEMPTED
 
 
+class NoSuchSplit(ValueError):
+    """A source has no pictures under the name of a split; the message lists those it has."""
+
+
 # ValueError is what a user can repair: a recipe, a flag, a file.
 EXPECTED = (ValueError, OSError, JudgeError, TrainingStopped, Preempted)
 

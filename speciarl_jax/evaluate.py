@@ -17,7 +17,7 @@ from rich.console import Console
 from speciarl_jax.config.schema import Config
 from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.loader import PromptLoader
-from speciarl_jax.data.recipe import open_eval_source
+from speciarl_jax.data.recipe import open_eval_source, open_validation_source
 from speciarl_jax.devices import processes
 from speciarl_jax.devices.mesh import num_replicas
 from speciarl_jax.files import read_json, write_whole
@@ -58,12 +58,15 @@ class Exam:
         num_images: per source, 0 for all.
         samples: answers per image.
         sampling: how they are drawn; temperature 0 is greedy.
+        is_validation: sources without this split take its pictures from the training split, which
+            does without them.
     """
 
     split: str
     num_images: int
     samples: int
     sampling: Sampling
+    is_validation: bool = False
 
     @classmethod
     def test(cls, config: Config, samples: int = 0) -> Exam:
@@ -81,7 +84,7 @@ class Exam:
         data = config.data
         test = cls.test(config)
         return dataclasses.replace(
-            test, split=data.validation_split, num_images=data.num_validation
+            test, split=data.validation_split, num_images=data.num_validation, is_validation=True
         )
 
     def drawn_as_in_training(self, config: Config) -> Exam:
@@ -235,7 +238,10 @@ def _open_loader(session: Session, name: str, exam: Exam, console: Console) -> P
     Batches are padded to a multiple of the replicas.
     """
     config = session.config
-    source = open_eval_source(config.data, name, exam.split, exam.num_images)
+    if exam.is_validation:
+        source = open_validation_source(config.data, name)
+    else:
+        source = open_eval_source(config.data, name, exam.split, exam.num_images)
     size = min(config.eval.prompts_per_batch, len(source))
     loader = PromptLoader(
         config.data,

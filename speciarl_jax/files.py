@@ -74,13 +74,13 @@ def read_json(path: str | pathlib.Path, remedy: str, kind: type | tuple[type, ..
         kind: what the content must be: dict, list, or both.
 
     Raises:
-        ValueError: not JSON (cut short by a kill, for example), or of another kind; one line with
-            the path and the remedy.
+        ValueError: not JSON (cut short by a kill, for example), nested deeper than Python reads,
+            or of another kind; one line with the path and the remedy.
         OSError: the file is not there or cannot be read.
     """
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # Unicode errors are ValueErrors too
+    except (ValueError, RecursionError) as error:  # Unicode errors are ValueErrors too
         raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from error
     if not isinstance(content, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)

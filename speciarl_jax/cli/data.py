@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Mapping
 
-from speciarl_jax.cli.flags import Verbs
+from speciarl_jax.cli.flags import Verbs, parse_natural
 from speciarl_jax.data.sources.catalog import (
     FIELD_GUIDE_DOMAINS,
     list_sources,
@@ -54,13 +54,15 @@ def register(subparsers: Verbs) -> None:
     show = verbs.add_parser("show", help="write a contact sheet, print a few examples")
     show.add_argument("name", help="a source of `data list`, or a mixture; field_guide for all")
     show.add_argument("--out", default="", help="PNG to write; default: NAME-SPLIT.png here")
-    show.add_argument("--count", type=int, default=48, help="pictures on the sheet")
+    show.add_argument("--count", type=parse_natural, default=48, help="pictures on the sheet")
     stats = verbs.add_parser("stats", help="images, classes and sizes of each split")
     stats.add_argument("name", help="a source of `data list`, or a mixture")
-    stats.add_argument("--sizes", type=int, default=200, help="images whose size is measured")
+    stats.add_argument(
+        "--sizes", type=parse_natural, default=200, help="images whose size is measured"
+    )
     for verb in (show, stats):
         verb.add_argument("--split", default="", help="one split; default: test (stats: all)")
-        verb.add_argument("--seed", type=int, default=0, help="of the choice of examples")
+        verb.add_argument("--seed", type=parse_natural, default=0, help="of the choice of examples")
     show.set_defaults(handler=run_show)
     stats.set_defaults(handler=run_stats)
     for verb in (listing, build, show, stats):

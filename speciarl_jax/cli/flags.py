@@ -14,8 +14,25 @@ else:
 
 
 def parse_workdir(text: str) -> pathlib.Path | str:
-    """A folder; an address such as gs://bucket/run stays text, for pathlib would mangle it."""
+    """A folder; an address such as gs://bucket/run stays text, for pathlib would mangle it.
+
+    Raises:
+        ArgumentTypeError: nothing; `pathlib` would take the current folder.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a folder or an address; . is the current one")
     return text if "://" in text else pathlib.Path(text)
+
+
+def parse_natural(text: str) -> int:
+    """A whole number of 0 or more.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 0 or more")
+    return int(text)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -106,9 +106,15 @@ def config_from_args(args: argparse.Namespace) -> JudgeConfig:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """Serves until a signal arrives."""
+    """Serves until a signal arrives.
+
+    Raises:
+        ValueError: no such port.
+    """
     from speciarl_jax.judge.offline import server
 
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port={args.port}: expected a port from 0 to 65535")
     options = ["--taxonomy", args.taxonomy, "--port", str(args.port), "--host", args.host]
     return server.main([*options, "--faults", args.faults])
 
@@ -228,6 +234,8 @@ def run_cache(args: argparse.Namespace) -> int:
     is_file = not args.path.startswith(REDIS_SCHEMES)
     if is_file and args.action != "import" and not Path(args.path).exists():
         raise JudgeError(f"judge cache {args.path}: no such file")
+    if is_file and Path(args.path).is_file() and not Path(args.path).stat().st_size:
+        raise JudgeError(f"judge cache {args.path}: an empty file; delete it, or name the cache")
     with contextlib.closing(open_cache(args.path)) as cache:
         if args.action == "stats":
             print(json.dumps(cache.stats(), indent=1))

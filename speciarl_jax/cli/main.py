@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from speciarl_jax import errors
-from speciarl_jax.cli import convert, data, eval, judge, plan, report, sample, tiny, train
+from speciarl_jax.cli import check, convert, data, eval, judge, plan, report, sample, tiny, train
 
 # A page has `register(verbs)`: its verbs with a `handler` each, a function args -> exit code.
 # Handlers import what they call: jax, flax and orbax take seconds that other verbs do not pay.
-PAGES = (train, eval, sample, tiny, data, judge, report, convert, plan)
+PAGES = (train, check, eval, sample, tiny, data, judge, report, convert, plan)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -81,8 +81,8 @@ class JudgeConfig:
                 if (value := getattr(self, name)) < least:
                     raise ValueError(f"judge.{name}={value}: set it to {least} or more")
         for name in _ABOVE_ZERO:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"judge.{name}={getattr(self, name)}: set it above 0")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"judge.{name}={getattr(self, name)}: set seconds above 0")
         if "://" in self.cache_path:
             check_url(self.cache_path)
         self._validate_secrets()

@@ -2,11 +2,15 @@
 
 import pathlib
 import sys
+import traceback
 from collections.abc import Sequence
 
+from speciarl_jax.config.dotted import USER_CODE_ERRORS
+from speciarl_jax.config.ranges import check_fields, check_name
 from speciarl_jax.config.schema import AlgoConfig, Config
 
-_ALGORITHM = "--config.algo.name="
+_OVERRIDE = "--config."
+_ALGORITHM = f"{_OVERRIDE}algo.name="
 ALGORITHMS = ("grpo", "dr_grpo", "dapo", "dapo_dynamic", "gspo", "rloo")
 Setting = float | bool | str  # value of a field of `algo`
 
@@ -94,7 +98,8 @@ def load_recipe(path: str, overrides: Sequence[str]) -> tuple[Config, pathlib.Pa
         (config, folder of the recipe).
 
     Raises:
-        ValueError: no such file, no get_config in it, an unknown field or a value of another type.
+        ValueError: no such file, one that fails or has no get_config, an unknown field, or a value
+            of another type.
     """
     names = [word for word in overrides if word.startswith(_ALGORITHM)]
     name = names[-1].removeprefix(_ALGORITHM) if names else ""
@@ -116,20 +121,45 @@ def _load(path: str, overrides: Sequence[str]) -> Config:
     from absl import flags
     from ml_collections import config_flags
 
-    if not pathlib.Path(path.partition(":")[0]).is_file():
-        raise ValueError(f"--config={path}: no such recipe file")
+    file, given = path.partition(":")[0], f"--config={path}"
+    if not pathlib.Path(file).is_file():
+        raise ValueError(f"{given}: no such recipe file")
+    for word in overrides:
+        check_name(Config(), word.removeprefix(_OVERRIDE).partition("=")[0])
+    sys.modules.pop("config_config", None)  # else this recipe runs on the names of the last one
     values = flags.FlagValues()
-    words = ["speciarl", f"--config={path}", *overrides]
+    words = ["speciarl", given, *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False, sys_argv=words)
     try:
         values(words)
-        config: Config = values.config
-    except (KeyError, AttributeError) as error:
-        raise ValueError(f"{' '.join(overrides)}: no such field ({error})") from error
-    except (TypeError, flags.Error) as error:
+        config = values.config
+    except flags.Error as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"--config={path} {' '.join(overrides)}: {reason}") from error
+        raise ValueError(f"{' '.join([given, *overrides])}: {reason}") from error
+    except USER_CODE_ERRORS as error:
+        where = _line_of(error, file)
+        if not where and "get_config" in str(error):
+            raise ValueError(f"{file}: has no get_config(arg), which makes the recipe") from error
+        place = f"{file}, line {where}" if where else " ".join([given, *overrides])
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise ValueError(f"{file}: get_config returned {kind}; expected speciarl_jax.config.Config")
+    try:
+        check_fields(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return config
+
+
+def _line_of(error: BaseException, file: str) -> int:
+    """The line of a recipe that an error comes from; 0 if it comes from elsewhere."""
+    places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    recipe = pathlib.Path(file).resolve()
+    lines = [line or 0 for name, line in places if pathlib.Path(name).resolve() == recipe]
+    return lines[-1] if lines else 0
 
 
 def neighbour(recipe: str, name: str, arg: str | None = None) -> Config:

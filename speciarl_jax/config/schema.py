@@ -9,10 +9,10 @@ No postponed annotations here: ml_collections reads the field types to parse ove
 
 import dataclasses
 import itertools
-import operator
-from collections.abc import Callable
 
+from speciarl_jax.config.definition import check_definition, require
 from speciarl_jax.config.judge import JudgeConfig
+from speciarl_jax.config.ranges import check_choices, check_fields, check_ranges, check_sources
 
 OBJECTIVES = ("grpo", "dr_grpo", "dapo", "gspo", "rloo", "sft")
 AGGREGATIONS = (
@@ -35,22 +35,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algo.old_logprobs": ("recompute", "rollout"),
     "rollout.kv_cache_dtype": ("compute", "int8"),
     "eval.format_failures": ("wrong", "separate", "drop"),
+    "optim.schedule": ("constant", "cosine", "linear"),
 }
 _OWN_CODE = ("algo.name", "algo.reward")  # may be the dotted path of a user's function instead
-_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("algo.bar_support", lambda x: x > 0, "set a number > 0"),
-    ("algo.label_noise", lambda x: 0 <= x <= 1, "set it between 0 and 1"),
-    ("algo.clip_dual", lambda x: x == 0 or x > 1, "set it above 1, or 0 for no dual clip"),
-    ("train.async_steps", lambda x: x in (0, 1), "set 0 or 1"),
-    ("train.num_steps", lambda x: x >= 0, "set it above 0, or to 0 to score the base only"),
-    ("train.prompts_per_step", lambda x: x >= 1, "set it to at least 1"),
-    ("train.prompts_per_update", lambda x: x >= 1, "set it to at least 1"),
-    ("train.prompts_per_micro_batch", lambda x: x >= 1, "set it to at least 1"),
-    ("rollout.max_completion_tokens", lambda x: x >= 1, "set it to at least 1"),
-    ("rollout.temperature", lambda x: x > 0, "training samples; set it above 0"),
-    ("rollout.chunk_tokens", lambda x: x > 0, "set it above 0"),
-    ("rollout.max_cache_mb", lambda x: x >= 0, "set MiB, or 0 for no limit"),
-)
 
 
 @dataclasses.dataclass
@@ -87,11 +74,11 @@ class DataConfig:
     split: str = "train"
     eval_sources: tuple[str, ...] = ("field_guide_birds",)
     eval_split: str = "test"
-    validation_split: str = "validation"  # what validations read: never what is reported
+    validation_split: str = "validation"  # of validations; sources without it: num_validation held
     in_domain: tuple[str, ...] = ("field_guide_birds",)  # averaged as in_domain in reports
     num_train: int = 0  # images taken from the split, 0 for all
     num_eval: int = 0  # images per evaluation source, 0 for all
-    num_validation: int = 0  # the same for a validation
+    num_validation: int = 0  # per validation; or as many held out of split, 0 then none
     data_dir: str = ""  # root of prepared data sets; "" for ~/.cache/speciarl/data
     prompt: str = "specific"  # file name under configs/prompts/ (without .txt) or a path
     min_pixels: int = 0  # image area limits, px; 0 takes the model's preprocessor_config.json
@@ -138,7 +125,7 @@ class AlgoConfig:
     bar_support: float = 1.0  # m: answers that must reach the bar; below 1 a share of the group
     label_noise: float = 0.0  # probability that a label moves one rung
     failed_quorum_frac: float = 0.2  # a group with more failed labels than this share is dropped
-    failed_budget_frac: float = 0.5  # a step with more failed labels than this share stops the run
+    failed_budget_frac: float = 0.5  # more failed labels, or dropped groups, in a step stop the run
     aggregation: str = "token-mean"
     normalization: str = "global"  # or "verl": means per micro-batch, as verl computes them
     verl_micro_batch: int = 0  # sequences in a verl micro-batch
@@ -282,73 +269,79 @@ class Config:
     def validate(self) -> None:
         """Checks every field against its range and the fields against each other.
 
+        Pure and offline: what needs files, the network or a user's code is asked by
+        `run.preflight`.
+
         Raises:
             ValueError: one line naming the field, its value, and what to set.
         """
-        _check_fields(self)
+        check_fields(self)
+        check_choices(self, _CHOICES, _OWN_CODE)
+        check_ranges(self)
         _check_algo(self)
-        _check_definition(self.algo)
+        _check_trainable(self)
+        check_definition(self.algo)
         _check_sampling(self)
         _check_train(self)
+        _check_evaluation(self)
         self.judge.validate()
         if not self.eval.use_train_judge:
             self.eval.judge.validate()
 
 
-def _require(is_ok: bool, message: str) -> None:
-    if not is_ok:
-        raise ValueError(message)
-
-
-def _check_fields(config: Config) -> None:
-    """Each field by itself, against `_CHOICES` and `_RANGES`."""
-    for path, choices in _CHOICES.items():
-        value = operator.attrgetter(path)(config)
-        is_users = path in _OWN_CODE and "." in value
-        expected = f"{path}={value!r}: expected one of {', '.join(choices)}"
-        _require(value in choices or is_users, expected)
-    for path, is_within, remedy in _RANGES:
-        value = operator.attrgetter(path)(config)
-        _require(is_within(value), f"{path}={value}: {remedy}")
-
-
 def _check_algo(config: Config) -> None:
     algo, size = config.algo, config.rollout.group_size
-    _require(
+    require(
         config.lora.rank > 0 or config.model.train_base,
         f"lora.rank={config.lora.rank}: nothing would be trained; set lora.rank >= 1 or "
         "model.train_base=true",
     )
-    _require(
+    require(
         algo.normalization == "global" or algo.verl_micro_batch > 0,
         "algo.normalization='verl': set algo.verl_micro_batch to verl's sequences per micro-batch",
     )
-    _require(
+    require(
         not (algo.importance_cap and algo.old_logprobs == "rollout"),
         f"algo.importance_cap={algo.importance_cap} with algo.old_logprobs='rollout': the ratio to "
         "the sampler would be applied twice; set importance_cap=0 or old_logprobs=recompute",
     )
-    _require(
+    require(
         size >= 2 or algo.name == "sft",
         f"rollout.group_size={size}: every advantage would be 0; set rollout.group_size >= 2",
     )
+    support, limit = algo.bar_support, config.rollout.max_completion_tokens
+    require(
+        support <= 1 or support % 1 == 0,
+        f"algo.bar_support={support}: set a whole number of answers, or a share between 0 and 1",
+    )
+    require(
+        support <= size or algo.name == "sft",
+        f"algo.bar_support={support:g}: a group has rollout.group_size={size} answers, so the bar "
+        "would never rise; set at most that",
+    )
+    require(
+        algo.overlong_buffer_tokens <= limit,
+        f"algo.overlong_buffer_tokens={algo.overlong_buffer_tokens}: the penalty would begin "
+        f"before the first token of rollout.max_completion_tokens={limit}; set at most that",
+    )
 
 
-def _check_definition(algo: AlgoConfig) -> None:
-    """Refuses what contradicts the definition of the algorithm that `algo.name` promises."""
-    _require(
-        not (algo.norm_by_std and algo.name in ("dr_grpo", "rloo")),
-        f"algo.name={algo.name} never divides by the group's std: set algo.norm_by_std=false",
+def _check_trainable(config: Config) -> None:
+    """Refuses what would train wrongly, or fail once the rollouts are paid for."""
+    model, algo = config.model, config.algo
+    trained = " and ".join(
+        f"model.{name}=true" for name in ("train_base", "train_vision") if getattr(model, name)
     )
-    _require(
-        algo.name != "dr_grpo" or algo.aggregation.startswith("seq-mean-token-sum"),
-        f"algo.name=dr_grpo with algo.aggregation={algo.aggregation!r}: it divides by lengths, "
-        "which Dr.GRPO does not; set algo.aggregation=seq-mean-token-sum-norm",
+    require(
+        not trained or algo.kl_coef == 0 or algo.name == "sft",
+        f"algo.kl_coef={algo.kl_coef:g} with {trained}: the reference of the KL is the base, which "
+        "is trained away and of which no second copy is kept; set algo.kl_coef=0",
     )
-    _require(
-        algo.name != "gspo" or algo.aggregation == "seq-mean-token-mean",
-        f"algo.name=gspo with algo.aggregation={algo.aggregation!r}: its loss is one number a "
-        "sequence; set algo.aggregation=seq-mean-token-mean",
+    require(
+        not trained or model.param_dtype == "float32",
+        f"model.param_dtype={model.param_dtype} with {trained}: steps of a usual learning rate are "
+        "smaller than its roundings, so few weights would move; set model.param_dtype=float32 "
+        "(model.compute_dtype=bfloat16 may stay)",
     )
 
 
@@ -356,31 +349,40 @@ def _check_sampling(config: Config) -> None:
     """Dynamic sampling, and rollouts that are a step old."""
     algo, train = config.algo, config.train
     is_sft = algo.name == "sft"
-    _require(
+    require(
         not (is_sft and (algo.dynamic_sampling or train.async_steps or algo.importance_cap)),
         "algo.name=sft samples nothing: leave algo.dynamic_sampling, train.async_steps and "
         "algo.importance_cap off",
     )
-    _require(
+    require(
         algo.dynamic_sampling or not algo.generation_prompts,
         f"algo.generation_prompts={algo.generation_prompts}: only with algo.dynamic_sampling=true",
     )
-    _require(
-        algo.generation_prompts >= 0 and algo.max_generation_batches >= 1,
-        f"algo.generation_prompts={algo.generation_prompts}, algo.max_generation_batches="
-        f"{algo.max_generation_batches}: set them to at least 0 and 1",
-    )
     most = (algo.generation_prompts or train.prompts_per_step) * algo.max_generation_batches
-    _require(
+    require(
         not algo.dynamic_sampling or most >= train.prompts_per_step,
         f"algo.max_generation_batches={algo.max_generation_batches} of {algo.generation_prompts} "
         f"prompts cannot fill train.prompts_per_step={train.prompts_per_step}; raise one of them",
     )
-    _require(
+    require(
         not train.async_steps or algo.importance_cap > 0 or algo.old_logprobs == "rollout",
         "train.async_steps=1: rollouts are a step old and need a correction; set "
         "algo.importance_cap (2 is usual) or algo.old_logprobs=rollout",
     )
+
+
+def _check_evaluation(config: Config) -> None:
+    """Refuses validations on the pictures that are reported, or on those that are trained on."""
+    data = config.data
+    for split, what in ((data.eval_split, "reported"), (data.split, "trained on")):
+        require(
+            not config.train.eval_every or data.validation_split != split,
+            f"data.validation_split={split!r} with train.eval_every={config.train.eval_every}: "
+            f"validations would look at what is {what}, and train.keep_best would choose by it; "
+            "leave data.validation_split=validation and, for sources without that split, set "
+            "data.num_validation to hold so many pictures out of training",
+        )
+    check_sources(data.source, data.eval_sources)
 
 
 def _check_train(config: Config) -> None:
@@ -388,17 +390,17 @@ def _check_train(config: Config) -> None:
     sizes = ("prompts_per_step", "prompts_per_update", "prompts_per_micro_batch")
     for outer, inner in itertools.pairwise(sizes):
         whole, part = getattr(train, outer), getattr(train, inner)
-        _require(
+        require(
             whole % part == 0, f"train.{outer}={whole} is not a multiple of train.{inner}={part}"
         )
     largest = config.data.max_prompt_tokens + rollout.group_size * rollout.max_completion_tokens
-    _require(
+    require(
         train.micro_batch_tokens == 0 or train.micro_batch_tokens >= largest,
         f"train.micro_batch_tokens={train.micro_batch_tokens}: one group takes up to {largest} "
         "(data.max_prompt_tokens + rollout.group_size x rollout.max_completion_tokens); set at "
         "least that, or 0",
     )
-    _require(
+    require(
         not rollout.warm_up or bool(config.data.prompt_buckets and config.data.window_buckets),
         "rollout.warm_up=true: set data.prompt_buckets and data.window_buckets, the shapes that "
         "are compiled before step one",

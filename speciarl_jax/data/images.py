@@ -19,7 +19,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from speciarl_jax.arch import VisionArch
+from speciarl_jax.arch import HfConfig, VisionArch
 from speciarl_jax.data.decode import BadImageError
 from speciarl_jax.files import FETCH_MODEL, read_json
 from speciarl_jax.types import JsonObject
@@ -72,15 +72,26 @@ class ImageLimits:
             raise ValueError(f"{file}: not found; expected a Hugging Face model directory")
         config = read_json(file, FETCH_MODEL)
         _check_preprocessor(config, arch, file)
+        try:
+            return cls._of(config)
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
+            reason = "sizes, image_mean or image_std are not numbers of the usual form"
+            raise ValueError(f"{file}: {reason} ({error}); {FETCH_MODEL}") from error
+
+    @classmethod
+    def _of(cls, config: HfConfig) -> ImageLimits:
         size = config.get("size") or {}
         least = config.get("min_pixels") or size.get("min_pixels") or size.get("shortest_edge")
         most = config.get("max_pixels") or size.get("max_pixels") or size.get("longest_edge")
         default = cls()
+        mean, std = config.get("image_mean", default.mean), config.get("image_std", default.std)
+        if len(mean) != 3 or len(std) != 3 or not all(0 < float(x) < math.inf for x in std):
+            raise ValueError(f"image_mean={mean}, image_std={std}")
         return cls(
             min_pixels=int(least or default.min_pixels),
             max_pixels=int(most or default.max_pixels),
-            mean=tuple(config.get("image_mean", default.mean)),
-            std=tuple(config.get("image_std", default.std)),
+            mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+            std=(float(std[0]), float(std[1]), float(std[2])),
         )
 
 

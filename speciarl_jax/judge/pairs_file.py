@@ -13,11 +13,11 @@ def read_pairs(path: str) -> list[dict[str, str]]:
     """Objects with `ground_truth` and `answer` (and `category`, if they are labelled).
 
     Raises:
-        ValueError: the file is missing or a line is not of that form.
+        ValueError: the file is missing or holds no pair, or a line is not of that form.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
     items = []
     for number, line in enumerate(lines, start=1):
@@ -26,11 +26,13 @@ def read_pairs(path: str) -> list[dict[str, str]]:
         try:
             item = json.loads(line)
             texts = item["ground_truth"], item["answer"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             texts = (None, None)
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{path} line {number}: expected an object with ground_truth, answer")
         items.append(item)
+    if not items:
+        raise ValueError(f"{path}: holds no pair; expected objects with ground_truth, answer")
     return items
 
 

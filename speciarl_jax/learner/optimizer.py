@@ -1,4 +1,8 @@
-"""The optimiser: clipped AdamW over the trainable state; non-finite updates skipped and counted."""
+"""The optimiser: clipped AdamW over the trainable state.
+
+An update that is not finite is skipped and counted; one without a trained token is skipped, as
+momentum and weight decay would move the parameters without any lesson.
+"""
 
 from __future__ import annotations
 
@@ -77,23 +81,33 @@ def apply_gradients(
     grads: Params,
     state: OptimState,
     trainable: Params,
+    num_tokens: Array | float,
 ) -> tuple[Params, OptimState, Array]:
-    """One update, or none if the gradient is not finite.
+    """One update, or none if the gradient is not finite or comes from no token.
+
+    Args:
+        optimizer: of `state`.
+        grads: float32, summed over the mini-batch.
+        state: before.
+        trainable: before.
+        num_tokens: [] trained tokens of the mini-batch, those of weight above 0.
 
     Returns:
         (new trainable, new state, global gradient norm before clipping).
     """
     norm = optax.global_norm(grads)
     is_finite = jnp.isfinite(norm)
+    is_applied = is_finite & (jnp.asarray(num_tokens) > 0)
     updates, inner = optimizer.update(grads, state.inner, trainable)
     updated = optax.apply_updates(trainable, updates)
 
     def choose(new: Array, old: Array) -> Array:
-        return jnp.where(is_finite, new, old)
+        return jnp.where(is_applied, new, old)
 
     new_state = OptimState(
         inner=jax.tree.map(choose, inner, state.inner),
-        num_updates=state.num_updates + is_finite,
-        num_skipped_in_row=jnp.where(is_finite, 0, state.num_skipped_in_row + 1),
+        num_updates=state.num_updates + is_applied,
+        # An update without tokens has no gradient to judge: it neither adds to the row nor ends it.
+        num_skipped_in_row=jnp.where(is_applied, 0, state.num_skipped_in_row + ~is_finite),
     )
     return jax.tree.map(choose, updated, trainable), new_state, norm

@@ -218,7 +218,9 @@ def packed_update(
         grads, stats = _accumulate(graphdef, trainable, frozen, grads, micro, banned, config)
         logprobs.append(stats.pop("logprobs"))
         totals = {k: v + totals.get(k, 0.0) for k, v in stats.items()}
-    trainable, optim_state, norm = _apply(optimizer, grads, optim_state, trainable, config)
+    trainable, optim_state, norm = _apply(
+        optimizer, grads, optim_state, trainable, totals["tokens"], config
+    )
     joined = unpack([own_prompts(x) for x in logprobs], packs, batch.tree.completion_tokens)
     return trainable, optim_state, {**totals, "grad_norm": norm, "logprobs": joined}
 
@@ -250,9 +252,12 @@ def _apply(
     grads: Params,
     optim_state: OptimState,
     trainable: Params,
+    num_tokens: Array,
     config: LossConfig,
 ) -> tuple[Params, OptimState, Array]:
-    trainable, optim_state, norm = apply_gradients(optimizer, grads, optim_state, trainable)
+    trainable, optim_state, norm = apply_gradients(
+        optimizer, grads, optim_state, trainable, num_tokens
+    )
     if config.mesh is not None:
         trainable, optim_state = update.lay_out(trainable, optim_state, optimizer, config.mesh)
     return trainable, optim_state, norm

@@ -206,7 +206,9 @@ def update_step(
     grads, stats = jax.lax.scan(accumulate, zeros, batch)
     logprobs = pin_to_prompts(stats.pop("logprobs"), config)
     stats = {"logprobs": logprobs, **{k: jnp.sum(v, axis=0) for k, v in stats.items()}}
-    trainable, optim_state, norm = apply_gradients(optimizer, grads, optim_state, trainable)
+    trainable, optim_state, norm = apply_gradients(
+        optimizer, grads, optim_state, trainable, stats["tokens"]
+    )
     if config.mesh is not None:
         trainable, optim_state = lay_out(trainable, optim_state, optimizer, config.mesh)
     return trainable, optim_state, {**stats, "grad_norm": norm}

@@ -13,6 +13,7 @@ from speciarl_jax.arch import Arch
 from speciarl_jax.config.schema import Config, MeshConfig
 from speciarl_jax.devices.mesh import check_mesh, choose_mesh, make_mesh
 from speciarl_jax.plan.chips import GIB, HOST_CAVEAT, Topology
+from speciarl_jax.plan.exams import exam_rounds, exam_seconds
 from speciarl_jax.plan.measure import Measured, measure
 from speciarl_jax.plan.models import planned_arch
 from speciarl_jax.plan.programs import (
@@ -191,22 +192,30 @@ def _row(planned: Planned, measured: Measured, work: Work | None) -> ProgramRow:
 
 
 def _totals(planned: Planned, work: dict[str, Work], price: float) -> Totals:
-    """Judge calls, seconds, hours and money of the training; evaluations come on top."""
+    """Judge calls, seconds, hours and money of the training and of its evaluations."""
     train, shapes = planned.config.train, planned.shapes
+    rounds = exam_rounds(planned.config)
+    parts = (planned.session.arch, shapes, planned.layout, planned.topology.chip)
+    eval_hours = exam_seconds(planned.config, rounds, *parts) / 3600
+    eval_calls = sum(one.answers for one in rounds)
     seconds = sum(one.seconds for one in work.values())
     calls = shapes.sampled_prompts * shapes.group_size
-    hours, num_chips = seconds * train.num_steps / 3600, planned.layout.num_devices
+    train_hours, num_chips = seconds * train.num_steps / 3600, planned.layout.num_devices
+    hours = train_hours + eval_hours
     model_flops = sum(one.model_flops for one in work.values())
     peak = planned.topology.chip.peak * num_chips
     return {
         "step_s": seconds,
         "mfu_bound": model_flops / (seconds * peak),
         "num_steps": train.num_steps,
+        "train_hours": train_hours,
+        "eval_hours": eval_hours,
         "hours": hours,
         "chip_hours": hours * num_chips,
         "cost": hours * num_chips * price,
         "price_per_chip_hour": price,
         "judge_calls_per_step": calls,
-        "judge_calls_per_run": calls * train.num_steps,
+        "judge_calls_by_evaluations": eval_calls,
+        "judge_calls_per_run": calls * train.num_steps + eval_calls,
         "judge_calls_per_s": calls / seconds,
     }

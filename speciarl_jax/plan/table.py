@@ -47,16 +47,19 @@ class ProgramRow(TypedDict):
 
 
 class Totals(TypedDict):
-    """The whole training; docs/scale.md says what the figures mean."""
+    """The whole run: hours, chip-hours, cost and judge calls are of training and evaluations."""
 
     step_s: float
     mfu_bound: float
     num_steps: int
+    train_hours: float
+    eval_hours: float
     hours: float
     chip_hours: float
     cost: float
     price_per_chip_hour: float
     judge_calls_per_step: int
+    judge_calls_by_evaluations: int
     judge_calls_per_run: int
     judge_calls_per_s: float
 
@@ -150,10 +153,13 @@ def _verdict(plan: Plan) -> str:
 def _total_lines(totals: Totals) -> list[str]:
     lines = [
         f"at least {totals['step_s']:.1f} s a step (MFU at most {totals['mfu_bound']:.0%}), "
-        f"{totals['hours']:.1f} h and {totals['chip_hours']:.0f} chip-hours for "
-        f"{totals['num_steps']} steps; evaluations and checkpoints come on top",
-        f"judge: {totals['judge_calls_per_step']} calls a step, {totals['judge_calls_per_run']} in "
-        f"all, up to {totals['judge_calls_per_s']:.0f} a second; its cache saves repeats",
+        f"{totals['train_hours']:.1f} h for {totals['num_steps']} steps and "
+        f"{totals['eval_hours']:.1f} h for evaluations: {totals['hours']:.1f} h, "
+        f"{totals['chip_hours']:.0f} chip-hours; checkpoints come on top",
+        f"judge: {totals['judge_calls_per_step']} calls a step, "
+        f"{totals['judge_calls_by_evaluations']} for evaluations, "
+        f"{totals['judge_calls_per_run']} in all, up to {totals['judge_calls_per_s']:.0f} a second "
+        "of training; its cache saves repeats",
     ]
     if totals["price_per_chip_hour"]:
         lines.append(

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from pathlib import Path
 from typing import cast
 
 from speciarl_jax.files import read_json
 from speciarl_jax.scoring.metrics import metrics_json
 from speciarl_jax.scoring.predictions import Prediction, read_predictions
-from speciarl_jax.scoring.results import CurvePoint, Evaluation
+from speciarl_jax.scoring.results import CurvePoint, Evaluation, check_scores
 from speciarl_jax.types import JsonObject
 
 Series = dict[str, list[tuple[int, float]]]
@@ -107,7 +107,7 @@ def read_series(path: str | Path) -> Series:
             continue
         try:
             step, values = _parse_row(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 continue
             raise ValueError(f"{path}:{number}: {error}") from None
@@ -121,17 +121,18 @@ def read_series(path: str | Path) -> Series:
 
 def _parse_row(line: bytes) -> tuple[int, dict[str, float]]:
     row = json.loads(line)
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise ValueError("expected a JSON object with an integer 'step'")
+    step = row.get("step") if isinstance(row, dict) else None
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 2**53:
+        raise ValueError("expected a JSON object with an integer 'step' of 0 or more")
     values = {
         name: float(value)
         for name, value in row.items()
         if name != "step"
         and isinstance(value, int | float)
         and not isinstance(value, bool)
-        and math.isfinite(value)
+        and abs(value) <= sys.float_info.max  # False for nan; an int may be beyond any float
     }
-    return row["step"], values
+    return step, values
 
 
 def load_run(path: str | Path, name: str = "") -> Run:
@@ -153,10 +154,11 @@ def load_run(path: str | Path, name: str = "") -> Run:
     stages = [_read_stage(p, p.name, in_domain) for p in _stage_dirs(path)]
     if (path / "predictions.jsonl").is_file():
         stages.append(_read_stage(path, "eval", in_domain))
+    stages = [stage for stage in stages if stage.predictions]  # one may have just begun
     if not series and not stages:
         raise ValueError(
-            f"{path}: neither metrics.jsonl nor predictions.jsonl nor eval/*/predictions.jsonl; "
-            "is this a run directory?"
+            f"{path}: no rows in metrics.jsonl, predictions.jsonl or eval/*/predictions.jsonl; is "
+            "this a run directory?"
         )
     rollouts = [p for file in sorted((path / "rollouts").glob("step_*.jsonl"))
                 for p in _with_step(read_predictions(file), file)]  # fmt: skip
@@ -196,10 +198,14 @@ def _stage_dirs(path: Path) -> list[Path]:
 def _read_stage(path: Path, name: str, in_domain: list[str]) -> Stage:
     predictions = read_predictions(path / "predictions.jsonl")
     remedy = "delete the file and score again: `speciarl eval`"
-    metrics = cast(Evaluation, _read_object(path / "metrics.json", remedy))
-    if "datasets" not in metrics or "averages" not in metrics:
-        metrics = metrics_json(predictions, in_domain=in_domain)
-    return Stage(name, predictions, metrics)
+    content = _read_object(path / "metrics.json", remedy)
+    if "datasets" not in content or "averages" not in content:
+        return Stage(name, predictions, metrics_json(predictions, in_domain=in_domain))
+    try:
+        check_scores(content)
+    except ValueError as error:
+        raise ValueError(f"{path / 'metrics.json'}: {error}; {remedy}") from error
+    return Stage(name, predictions, cast(Evaluation, content))
 
 
 def _with_step(rows: list[Prediction], file: Path) -> list[Prediction]:

@@ -24,7 +24,7 @@ from speciarl_jax.policy.model import Policy
 from speciarl_jax.policy.vocabulary import Vocabulary
 from speciarl_jax.rollout import decode, layout, memory
 from speciarl_jax.rollout.decode import DecodeState, PromptCache, RowMap, merge_text
-from speciarl_jax.rollout.finished import FinishedRow, stop_string_length
+from speciarl_jax.rollout.finished import FinishedRow, check_numbers, stop_string_length
 from speciarl_jax.rollout.placement import Placement
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.timing import num_compiled
@@ -114,6 +114,7 @@ class RolloutEngine:
         Raises:
             ValueError: the prompts do not divide over the shards, or one alone does not fit
                 ``rollout.max_cache_mb``.
+            TrainingStopped: the policy's logits are not numbers.
         """
         self.stats = RolloutStats()
         compiled = num_compiled()
@@ -271,6 +272,8 @@ class RolloutEngine:
                         is_truncated=cut is None and not is_stopped[row],
                     )
                 )
+        for answer in finished:
+            check_numbers(answer)
         wave.rows = wave.rows.without(is_done)
         self.stats.live_steps += sum(len(row.completion_tokens) for row in finished)
         return finished

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from speciarl_jax.errors import TrainingStopped
+
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRow:
@@ -18,6 +20,22 @@ class FinishedRow:
     completion_tokens: np.ndarray
     logprobs: np.ndarray
     is_truncated: bool
+
+
+def check_numbers(row: FinishedRow) -> None:
+    """Refuses an answer whose log-probs are not finite: its tokens were drawn from nothing.
+
+    Raises:
+        TrainingStopped: names the first such token.
+    """
+    bad = np.flatnonzero(~np.isfinite(row.logprobs))
+    if len(bad):
+        raise TrainingStopped(
+            f"prompt {row.prompt} of the batch, sample {row.sample}: the policy's logits are not "
+            f"finite numbers at token {bad[0]}, so its weights or activations are not; go back to "
+            "an earlier checkpoint with a lower optim.learning_rate, or, before any training, load "
+            "the model again with model.compute_dtype=float32"
+        )
 
 
 def stop_string_length(

@@ -121,19 +121,29 @@ def _truncated(scores: Float[Array, "R V"], sampling: Sampling) -> Float[Array, 
     if sampling.min_p > 0:
         floor = ranked[:, :1] + np.float32(np.log(sampling.min_p))
         ranked = jnp.where(ranked >= floor, ranked, NEG_INF)
-    num_kept = jnp.sum(ranked > NEG_INF / 2, axis=-1, keepdims=True)
+    # What is kept ends at the first rank that is cut: running sums fall by a rounding now and then,
+    # so that top-p may seem to want a later rank again.
+    places = jnp.arange(ranked.shape[-1])
+    num_kept = jnp.min(jnp.where(ranked > NEG_INF / 2, len(places), places), axis=-1, keepdims=True)
     threshold = jnp.take_along_axis(ranked, jnp.maximum(num_kept - 1, 0), axis=-1)
     return jnp.where(scores >= threshold, scores, NEG_INF)
 
 
 def _invert_cdf(scores: Float[Array, "R V"], uniforms: Float[Array, " R"]) -> Int[Array, " R"]:
+    """The first token with weight whose cumulative weight is above the target, else the last one.
+
+    The weight has to be asked for: a running sum in float32 over a large vocabulary is a tree of
+    sums and not monotone, so the number of entries below the target can be that of a cut token.
+    """
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     cdf = jnp.cumsum(weights, axis=-1)
     target = uniforms[:, None] * cdf[:, -1:]
-    index = jnp.sum(cdf <= target, axis=-1).astype(jnp.int32)
+    tokens = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    has_weight = weights > 0
+    first = jnp.min(jnp.where(has_weight & (cdf > target), tokens, len(tokens)), axis=-1)
     # Rounding can put the target on the total: the last token with any weight takes it.
-    last = scores.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1).astype(jnp.int32)
-    return jnp.minimum(index, last)
+    last = jnp.max(jnp.where(has_weight, tokens, 0), axis=-1)
+    return jnp.minimum(first, last)
 
 
 def training_sampling(config: Config) -> Sampling:

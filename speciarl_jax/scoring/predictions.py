@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -165,7 +165,9 @@ def _number(row: JsonObject, name: str) -> float | None:
     value = row.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"field {name!r} is {value!r}: expected a finite number or null")
+    if not abs(value) <= sys.float_info.max:  # nan; an int may be beyond any float
         raise ValueError(f"field {name!r} is {value!r}: expected a finite number or null")
     return float(value)
 
@@ -211,7 +213,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Prediction]]:
                 continue
             try:
                 row = parse_prediction(json.loads(line))
-            except ValueError as error:  # JSON and Unicode errors are ValueErrors too
+            except (ValueError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
                 hint = ""
                 if not line.endswith(b"\n"):
                     hint = "; the line was cut short by a kill: --resume removes it"
@@ -271,7 +273,7 @@ def cut_half_line(path: str | Path) -> int:
         return 0
     try:
         parse_prediction(json.loads(tail))
-    except ValueError:
+    except (ValueError, RecursionError):
         with path.open("r+b") as file:
             file.truncate(start)
         return len(tail)

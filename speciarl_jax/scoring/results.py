@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NotRequired, TypeAlias, TypedDict
+
+from speciarl_jax.types import JsonValue
 
 MainMetric: TypeAlias = Literal["correctness", "specificity", "hm"]
 Metric: TypeAlias = Literal[
@@ -91,6 +94,39 @@ class Evaluation(TypedDict):
     settings: MetricsSettings
     best_of: NotRequired[BestOfs]
     text: NotRequired[TextMetrics]
+
+
+_MAIN = ("correctness", "specificity", "hm")
+_RATES = ("format_failure_rate", "judge_failure_rate", "hm_of_means")
+
+
+def check_scores(content: Mapping[str, JsonValue]) -> None:
+    """Refuses a ``metrics.json`` whose scores are not of the form of `Scores`.
+
+    Raises:
+        ValueError: names the entry and what it should be.
+    """
+    for part in ("datasets", "averages"):
+        entries = content.get(part)
+        if not isinstance(entries, dict):
+            raise ValueError(f"{part}: expected an object, got {type(entries).__name__}")
+        for name, scores in entries.items():
+            where = f"{part}/{name}"
+            if not isinstance(scores, dict):
+                raise ValueError(f"{where}: expected an object, got {type(scores).__name__}")
+            if not isinstance(scores.get("n"), int):
+                raise ValueError(f"{where}/n: expected a number of answers")
+            for metric in (*_MAIN, *(rate for rate in _RATES if rate in scores)):
+                _check_estimate(f"{where}/{metric}", scores.get(metric))
+
+
+def _check_estimate(where: str, estimate: JsonValue) -> None:
+    if not isinstance(estimate, dict) or "value" not in estimate:
+        raise ValueError(f"{where}: expected an object with value, low and high")
+    for name in ("value", "low", "high"):
+        number = estimate.get(name)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise ValueError(f"{where}/{name}={number!r}: expected a number or null")
 
 
 class Difference(MainEstimates):

@@ -6,6 +6,7 @@ one algorithm has and another has not, by hand.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,13 @@ import pytest
 from flax import nnx
 
 from speciarl_jax.algorithm import learn
-from speciarl_jax.algorithm.credit import give_credit
+from speciarl_jax.algorithm.credit import check_failed_budget, give_credit
 from speciarl_jax.config.recipes import set_algorithm
+from speciarl_jax.errors import TrainingStopped
 from speciarl_jax.learner.batches import Completions
 from speciarl_jax.learner.logprobs import LossConfig
 from speciarl_jax.learner.update import batch_loss
-from speciarl_jax.objective.reward import FORMAT_FAILURE
+from speciarl_jax.objective.reward import FORMAT_FAILURE, UNLABELLED
 from speciarl_jax.rollout.sampling import training_sampling
 from speciarl_jax.types import Category, Rollout, Verdict
 from tests.support.groups import make_batch
@@ -144,3 +146,25 @@ def test_gspo_has_one_ratio_a_sequence():
     ratio, advantage = np.exp(mean.astype(np.float64)), train.advantages.astype(np.float64)
     per_answer = np.maximum(-advantage * ratio, -advantage * np.clip(ratio, 0.8, 1.3))
     np.testing.assert_allclose(loss, per_answer.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        # labels missing of each of six groups of ten; two may be, by the quorum of .2
+        ([2, 2, 2, 2, 2, 2], None),
+        ([3, 3, 3, 2, 2, 2], None),  # half of the groups is as much as the budget allows
+        ([3, 3, 3, 3, 2, 2], "67% of the groups are dropped, as more than .*=0.2 .* missing .27% "),
+        ([4, 4, 4, 4, 4, 4], "100% of the groups are dropped"),
+        ([9, 9, 9, 9, 0, 0], "60% of the labels are missing; .* allows 50%"),
+    ],
+)
+def test_a_step_with_too_few_labels_to_learn_from_is_refused(missing, message):
+    """At 40 % failures five of six groups are gone while most labels are there."""
+    codes = np.array([[UNLABELLED] * m + [4] * (10 - m) for m in missing])
+    check = functools.partial(check_failed_budget, small_config(), [codes[:2], codes[2:]], 7)
+    if message is None:
+        check()
+        return
+    with pytest.raises(TrainingStopped, match=f"step 7: {message}"):
+        check()

@@ -62,7 +62,10 @@ def settings(**changes):
     ("changes", "message"),
     [
         ({"algo__generation_prompts": 8}, "only with algo.dynamic_sampling=true"),
-        ({"algo__dynamic_sampling": True, "algo__max_generation_batches": 0}, "at least 0 and 1"),
+        (
+            {"algo__dynamic_sampling": True, "algo__max_generation_batches": 0},
+            "=0: set it to at least 1",
+        ),
         (
             {
                 "algo__dynamic_sampling": True,

@@ -132,7 +132,8 @@ def test_momentum_and_clipping_by_hand():
     for beta1, norm in ((0.9, 1.0), (0.5, 5.0)):
         config = OptimConfig(beta1=beta1, max_grad_norm=norm)
         optimizer = make_optimizer(config, 1)
-        _, state, _ = apply_gradients(optimizer, grads, init_optimizer(optimizer, weights), weights)
+        fresh = init_optimizer(optimizer, weights)
+        _, state, _ = apply_gradients(optimizer, grads, fresh, weights, 1.0)
         (mu,) = [leaf.mu["w"] for leaf in state.inner[1] if hasattr(leaf, "mu")]
         np.testing.assert_allclose(mu, (1 - beta1) * norm * np.array([0.6, 0.8]), rtol=1e-5)
 

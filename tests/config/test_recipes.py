@@ -159,3 +159,76 @@ def test_what_a_recipe_sets_by_itself_survives_another_algorithm(tmp_path):
 def test_what_contradicts_an_algorithm_is_refused(words, message):
     with pytest.raises(ValueError, match=message):
         overridden(SMOKE, *words)
+
+
+# --- recipes and overrides with a fault ----------------------------------------------------------
+
+HEAD = "from speciarl_jax import config as schema\n\n\n"
+BODY = HEAD + "def get_config(arg=None):\n    c = schema.Config()\n    {}\n    return c\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(arg=None)\n    return 1\n", "line 1: SyntaxError: expected ':'"),
+        ("x = undefined\n", "line 1: NameError: name 'undefined' is not defined"),
+        ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named"),
+        ("import sys\nsys.exit(0)\n", "line 2: SystemExit: 0"),  # else: exit 0, and nothing done
+        ("", "has no get_config"),
+        ("get_config = 3\n", "TypeError: 'int' object is not callable"),
+        ("def get_config(arg=None):\n    return {}['a']\n", "line 2: KeyError: 'a'"),
+        ("def get_config(arg=None):\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+        ("def get_config(arg=None):\n    return {'a': 1}\n", "get_config returned dict; expected"),
+        (BODY.format("c.trian.num_steps = 3"), "line 6: AttributeError: .* no attribute 'trian'"),
+        (BODY.format("c.train.num_step = 3"), "train.num_step: no such field; did you mean train."),
+        (BODY.format("c.judge.endpoints = 'http://a/v1'"), "judge.endpoints='http://a/v1': expec"),
+        (BODY.format("c.optim = None"), "optim=None: expected a OptimConfig"),
+        (
+            BODY.format("c.optim.learning_rate = '1e-4'"),
+            "optim.learning_rate=.*: expected float, got str",
+        ),
+        (BODY.format("raise RuntimeError('two\\nlines')"), "line 6: RuntimeError: two"),
+    ],
+)
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_a_recipe_with_a_fault_is_named_with_its_line(
+    tmp_path, monkeypatch, text, message, is_relative
+):
+    recipe = tmp_path / "own.py"
+    recipe.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    path = "own.py" if is_relative else str(recipe)
+    with pytest.raises(ValueError, match=rf"^(--config=)?{re.escape(path)}[:,] {message}"):
+        load_recipe(path, [])
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path):
+    recipe = tmp_path / "own.py"
+    recipe.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"own.py, line 1: SyntaxError"):
+        load_recipe(str(recipe), [])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.num_step=5", "train.num_step: no such field; did you mean train.num_steps"),
+        ("trian.num_steps=5", "trian.num_steps: no such field; did you mean train.num_steps?"),
+        ("eval.judge.modle=x", "no such field; did you mean eval.judge.mode or eval.judge.model?"),
+        ("zzz=5", "zzz: no such field$"),
+        ("train=5", "train: is a section; set one of its fields: num_steps, "),
+        ("train.num_steps.x=5", "train.num_steps.x: no such field; train.num_steps is"),
+        ("data.eval_sources[0]=cub", r"did you mean data.eval_sources\?"),
+        ("=5", "no such field"),
+        ("", "no such field"),
+        ("__class__=3", "no such field"),
+        ("train.num_steps", "Missing value"),
+        ("train.num_steps=5.5", "invalid literal for int"),
+        ("data.prompt_buckets=(1,", "Error while parsing string"),
+        ("judge.has_cascade=maybe", "Non-boolean argument"),
+        ("optim.learning_rate=nan", "optim.learning_rate=nan: expected a finite number"),
+    ],
+)
+def test_an_override_with_a_fault_is_named(word, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(SMOKE, [f"--config.{word}"])

@@ -10,7 +10,7 @@ from flax import nnx
 
 from speciarl_jax.algorithm import learn
 from speciarl_jax.config.schema import AGGREGATIONS
-from speciarl_jax.learner import batches, update
+from speciarl_jax.learner import batches, packing, update
 from speciarl_jax.learner.logprobs import token_logprobs, tree_hidden
 from speciarl_jax.learner.optimizer import init_optimizer, make_optimizer
 from speciarl_jax.objective.token_weights import token_weights
@@ -196,6 +196,47 @@ def test_non_finite_gradient_skips_the_update(session):
         jax.tree.leaves(trainable), jax.tree.leaves(session.parts.trainable), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+def moved_once(session, packed):
+    """(parameters, optimiser with momentum, a batch, its update as a function of all three)."""
+    _, completions, train = make_batch(session)
+    optimizer = make_optimizer(session.config.optim, 10)
+    rest = (session.vocabulary.banned, optimizer, settings())
+
+    def step(trainable, optim, batch):
+        where = (session.parts.graphdef, jax.tree.map(jnp.copy, trainable), session.parts.frozen)
+        optim = jax.tree.map(jnp.copy, optim)
+        if not packed:
+            cut = batches.micro_batches(batch, slice(None), 2)
+            return update.update_step(*where, optim, cut, *rest)
+        groups = completions.lengths[None]
+        packs = packing.pack_groups(groups, batch.tree.prompt_tokens.shape[1], 16, 1000, 1)[0]
+        return packing.packed_update(*where, optim, batch, packs, *rest)
+
+    fresh = init_optimizer(optimizer, session.parts.trainable)
+    trainable, optim, _ = step(session.parts.trainable, fresh, train)
+    return trainable, optim, train, step
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_update_without_a_trained_token_moves_nothing(session, packed):
+    """Momentum and weight decay of the update before would: every bit stays, counters too."""
+    trainable, optim, train, step = moved_once(session, packed)
+    silent = dataclasses.replace(train, weights=np.zeros_like(train.weights))
+    after, optim_after, stats = step(trainable, optim, silent)
+    assert float(stats["tokens"]) == 0
+    before = jax.tree.leaves((trainable, optim))
+    for old, new in zip(before, jax.tree.leaves((after, optim_after)), strict=True):
+        np.testing.assert_array_equal(old, new)
+    one = np.zeros_like(train.weights)
+    one[0, 0, 0] = 1e-6
+    after, optim_after, _ = step(trainable, optim, dataclasses.replace(train, weights=one))
+    assert int(optim_after.num_updates) == int(optim.num_updates) + 1 == 2
+    assert any(
+        (old != new).any()
+        for old, new in zip(jax.tree.leaves(trainable), jax.tree.leaves(after), strict=True)
+    )
 
 
 def test_loss_value_against_numpy(session):

@@ -142,7 +142,13 @@ def test_the_verb_plans_in_a_process_of_its_own(capfd):
     assert plan["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
     assert "upper bound" in plan["caveat"]
     totals = plan["totals"]
-    assert totals["judge_calls_per_run"] == 16 * 10 * 60
+    # 240 test pictures of four domains: greedy and 2 samples, twice, and 10 of the best-of-10; 40
+    # of each validate before step one and after every fifth.
+    scored = 4 * 240 * (2 * 3 + 10) + 4 * 40 * 31 * 3
+    assert totals["judge_calls_by_evaluations"] == scored
+    assert totals["judge_calls_per_run"] == 16 * 10 * 150 + scored
+    assert totals["eval_hours"] > 0
+    assert totals["hours"] == pytest.approx(totals["train_hours"] + totals["eval_hours"])
     assert totals["cost"] == pytest.approx(totals["hours"] * 2 * 1.5)
     assert "plan: update:" in err
 

@@ -1,5 +1,6 @@
 """Chips, shapes and the arithmetic of a plan; nothing is compiled."""
 
+import dataclasses
 import pathlib
 import re
 
@@ -10,6 +11,7 @@ from speciarl_jax.arch import Arch
 from speciarl_jax.config.recipes import load_recipe
 from speciarl_jax.config.schema import Config, micro_batch_prompts
 from speciarl_jax.plan.chips import CHIPS, parse_topology
+from speciarl_jax.plan.exams import ExamRound, exam_rounds, exam_seconds
 from speciarl_jax.plan.measure import count_collectives
 from speciarl_jax.plan.models import planned_arch
 from speciarl_jax.plan.shapes import all_shapes, expected_lengths, plan_shapes
@@ -207,12 +209,15 @@ def test_table_says_what_does_not_fit():
         "step_s": 10.0,
         "mfu_bound": 0.25,
         "num_steps": 165,
+        "train_hours": 0.4,
+        "eval_hours": 0.1,
         "hours": 0.5,
         "chip_hours": 32.0,
         "cost": 64.0,
         "price_per_chip_hour": 2.0,
         "judge_calls_per_step": 2560,
-        "judge_calls_per_run": 422_400,
+        "judge_calls_by_evaluations": 1_000,
+        "judge_calls_per_run": 423_400,
         "judge_calls_per_s": 256.0,
     }
     plan = {
@@ -233,7 +238,8 @@ def test_table_says_what_does_not_fit():
     text = plan_text(plan)
     assert "does NOT fit: update needs 17.00 of 15.70 usable GiB" in text
     assert "17.00 TOO LARGE" in text
-    assert "2560 calls a step, 422400 in all" in text
+    assert "0.4 h for 165 steps and 0.1 h for evaluations: 0.5 h, 32 chip-hours" in text
+    assert "2560 calls a step, 1000 for evaluations, 423400 in all" in text
     assert "cost: at least 64 at 2 per chip-hour" in text
 
 
@@ -256,3 +262,56 @@ def test_recipes_lie_on_the_slices_their_headers_name(name, mesh, hosts):
     assert arch.text.num_kv_heads % mesh[2] == 0
     shapes = plan_shapes(config, arch, dict(zip(ONE, mesh, strict=True)), hosts)
     assert shapes.num_waves >= 1
+
+
+# --- evaluations --------------------------------------------------------------------------------
+
+
+def test_the_evaluations_of_the_papers_run_by_hand():
+    """Before and after on six official test sets; 100 pictures of each every 20 of 165 steps."""
+    config, _ = load_recipe(str(CONFIGS / "qwen2_5_vl_7b_cub.py"), [])
+    config.validate()
+    tests, validations = exam_rounds(config)
+    assert tests == ExamRound(2, (5794, 6149, 25_250, 3669, 8041, 3333), 1)
+    assert validations == ExamRound(10, (100,) * 6, 1)  # before step one, 8 on the way, the last
+    training = config.train.num_steps * config.generation_prompts * config.rollout.group_size
+    assert tests.answers + validations.answers == 110_472 < training / 3
+
+
+def test_every_kind_of_scoring_is_counted():
+    spec = "field_guide_birds:train=50,validation=30,test=20"
+    config = recipe(
+        data__eval_sources=(spec,), data__num_eval=12, data__num_validation=7, eval__best_of=5,
+        eval__policy_samples=2, eval__score_trained=False, train__num_steps=7, train__eval_every=3,
+    )  # fmt: skip
+    found = exam_rounds(config)
+    assert found == [
+        ExamRound(1, (12,), 1), ExamRound(1, (12,), 2), ExamRound(1, (12,), 5),
+        ExamRound(4, (7,), 1), ExamRound(4, (7,), 2),
+    ]  # fmt: skip
+    config.train.eval_every = config.eval.best_of = 0
+    config.eval.score_base = False
+    assert exam_rounds(config) == []
+    config.eval.score_base, config.data.num_eval = True, 0
+    assert exam_rounds(config)[0].pictures == (20,)
+    config.data.eval_sources = ("moon",)
+    with pytest.raises(ValueError, match="'moon' is unknown"):
+        exam_rounds(config)
+
+
+def test_seconds_of_evaluations_are_those_of_their_batches():
+    """Two batches take twice as long as one; a second scoring as long as the first."""
+    layout = Layout(1, 1, 1, 15_000_000_000, 1_000_000_000, 0, 0)
+    config, arch = recipe(), planned_arch(SEVEN_B)
+    shapes = plan_shapes(config, arch, ONE, 1)
+
+    def seconds(*rounds):
+        return exam_seconds(config, list(rounds), arch, shapes, layout, CHIPS["v5e"])
+
+    once = seconds(ExamRound(1, (64,), 1))
+    weights_s = 15e9 / 819e9
+    longest = int(expected_lengths(dataclasses.replace(shapes, num_prompts=64, group_size=1)).max())
+    assert longest * weights_s < once < 1.3 * longest * weights_s  # decoding reads the weights
+    assert seconds(ExamRound(1, (65,), 1)) == pytest.approx(2 * once)
+    assert seconds(ExamRound(3, (64, 64), 1)) == pytest.approx(6 * once)
+    assert seconds() == 0

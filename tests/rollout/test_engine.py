@@ -1,9 +1,12 @@
 """The decoder against the plain forward; independence of batch split, chunks and compaction."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from speciarl_jax.errors import TrainingStopped
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.sampling import Sampling
 from tests.support.tiny_policy import full_logits, jolt, open_small_session, small_batch, states
@@ -56,6 +59,17 @@ def test_logprobs_equal_the_plain_forward(session):
         ]
         np.testing.assert_allclose(row.logprobs, expected, atol=1e-4)
         assert not session.vocabulary.banned[row.completion_tokens].any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_a_policy_that_is_not_finite_is_refused(session, temperature):
+    """One NaN in the adapter; without the check every token is 0 and the answers look like text."""
+    leaves, treedef = jax.tree.flatten(session.parts.trainable)
+    broken = jax.tree.unflatten(treedef, [leaves[0] * np.nan, *leaves[1:]])
+    parts = dataclasses.replace(session.parts, trainable=broken)
+    sick = dataclasses.replace(session, parts=parts)
+    with pytest.raises(TrainingStopped, match=r"sample \d: the policy's logits are not finite"):
+        generate(sick, small_batch(session, 2), sampling=Sampling(temperature=temperature))
 
 
 def test_greedy_equals_argmax_of_the_plain_forward(session):

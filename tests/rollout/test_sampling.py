@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from speciarl_jax.policy.vocabulary import NEG_INF, allowed_logits
-from speciarl_jax.rollout.sampling import Sampling, sample_tokens
+from speciarl_jax.rollout.sampling import Sampling, _truncated, sample_tokens
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0, 4.0, 0.2], np.float32)
 BANNED = np.array([0, 0, 0, 0, 0, 0, 1, 0], bool)
@@ -106,3 +106,76 @@ def test_extreme_uniforms_never_give_an_impossible_token(uniform):
 def test_options_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         Sampling(**{field: value})
+
+
+# --- a real vocabulary: 152,064 rows, of which the tokenizer has 151,643 -------------------------
+
+VOCABULARY, TOKENS = 152_064, 151_643
+
+
+def real_logits(seed: int, spread: float) -> np.ndarray:
+    """[1, V] float32; rows beyond the tokenizer are banned."""
+    logits = np.random.default_rng(seed).normal(size=(1, VOCABULARY)) * spread
+    return np.where(np.arange(VOCABULARY) < TOKENS, logits, NEG_INF).astype(np.float32)
+
+
+def running_sum(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """(weights, their cumulative sum) [V] as the sampler has them on this machine."""
+    scores = _truncated(jax.nn.log_softmax(jnp.asarray(logits), axis=-1), sampling)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    return np.asarray(weights)[0], np.asarray(jnp.cumsum(weights, axis=-1))[0]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), pytest.param(Sampling(top_p=0.95), marks=pytest.mark.slow)], ids=str
+)
+def test_no_uniform_gives_a_banned_or_cut_token(sampling):
+    """All 2^23 float32 uniforms of `jax.random.uniform`, over a sum that is not monotone.
+
+    The rule in numpy for every uniform; the sampler itself where counting the entries below the
+    target would name another token, and at both ends.
+    """
+    logits = real_logits(seed=0, spread=3.0)
+    weights, cdf = running_sum(logits, sampling)
+    assert (np.diff(cdf) < 0).any(), "the sum is monotone here: choose other logits"
+    uniforms = np.arange(2**23, dtype=np.float32) / np.float32(2**23)
+    targets = uniforms * cdf[-1]
+    reached = np.maximum.accumulate(np.where(weights > 0, cdf, 0))
+    wanted = np.searchsorted(reached, targets, side="right")
+    last = np.flatnonzero(weights > 0)[-1]
+    wanted = np.minimum(wanted, last)
+    assert (weights[wanted] > 0).all()
+    counted = np.minimum(np.searchsorted(np.sort(cdf), targets, side="right"), last)
+    differs = np.flatnonzero(counted != wanted)
+    assert 0 < len(differs) < 1e-3 * len(uniforms)  # where the sum rises, both are the same
+    to_try = np.unique(np.concatenate([differs[:60], [0, 1, 2**22, 2**23 - 2, 2**23 - 1]]))
+    rows = np.repeat(logits, len(to_try), axis=0)
+    tokens, logprobs = sample_tokens(jnp.asarray(rows), jnp.asarray(uniforms[to_try]), sampling)
+    np.testing.assert_array_equal(tokens, wanted[to_try])
+    assert np.isfinite(logprobs).all()
+
+
+def test_a_sum_that_falls_at_top_p_keeps_no_token_beyond_it():
+    """top_p between a running sum and the smaller one after it: the first decides."""
+    logits = real_logits(seed=1, spread=3.0)
+    logprobs = jax.nn.log_softmax(jnp.asarray(logits), axis=-1)
+    ranked = jax.nn.softmax(-jnp.sort(-logprobs, axis=-1), axis=-1)
+    before = np.asarray(jnp.cumsum(ranked, axis=-1) - ranked)[0]
+    fall = np.flatnonzero(before[1:] < before[:-1])[0]
+    top_p = float(before[fall])
+    assert before[fall + 1] < top_p
+    kept = np.asarray(_truncated(logprobs, Sampling(top_p=top_p)))[0] > NEG_INF / 2
+    assert kept.sum() == np.argmax(before >= top_p)
+    assert not kept[TOKENS:].any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.0)], ids=str)
+def test_logits_that_are_no_numbers_show_in_the_logprob(bad, sampling):
+    """One row of two: its neighbour is as it would be alone."""
+    logits = np.stack([LOGITS, LOGITS])
+    logits[1, 3] = bad
+    tokens, logprobs = sample_tokens(jnp.asarray(logits), jnp.array([0.5, 0.5]), sampling)
+    assert np.isfinite(logprobs[0])
+    assert np.isnan(logprobs[1])
+    assert 0 <= int(tokens[1]) < len(LOGITS)

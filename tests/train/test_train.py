@@ -17,12 +17,13 @@ from flax import nnx
 
 from speciarl_jax import train
 from speciarl_jax.cli import main
+from speciarl_jax.data.field_guide.specimens import draw_specimens, encode_png
 from speciarl_jax.errors import JudgeError
 from speciarl_jax.judge import runner
 from speciarl_jax.learner.optimizer import OptimState
 from speciarl_jax.run import checkpoint
 from speciarl_jax.run.state import TrainState
-from tests.support.training import rows, run_cli, small_config
+from tests.support.training import QUIET, rows, run_cli, small_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -238,3 +239,35 @@ def test_sigterm_saves_and_exits_75(tmp_path):
 
 def test_jax_runs_on_eight_fake_devices():
     assert jax.device_count() == 8
+
+
+def test_validation_pictures_are_held_out_in_a_run(tmp_path):
+    """Eight pictures of a folder without a validation split: two validate, six are trained on."""
+    pictures = tmp_path / "pictures"
+    for number, specimen in enumerate(draw_specimens("bird", "test", 10)):
+        folder = pictures / "train" / specimen.species.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(encode_png(specimen))
+    (pictures / "test").mkdir()
+    shutil.copytree(folder, pictures / "test" / folder.name)
+    spec = f"folder:{pictures}"
+    config = small_config(
+        data__source=spec,
+        data__eval_sources=(spec,),
+        data__num_validation=2,
+        train__num_steps=2,
+        train__eval_every=2,
+        **QUIET,
+    )
+    train.main(config, tmp_path / "run")
+
+    def ids(place):
+        files = (tmp_path / "run").glob(place)
+        return {json.loads(line)["prompt_id"] for file in files for line in lines(file)}
+
+    trained = ids("rollouts/*.jsonl")
+    validated = ids("eval/validation_000002/predictions.jsonl")
+    assert len(validated) == 2
+    assert len(trained) >= 6
+    assert not trained & validated
+    assert all("/train/" in name for name in validated)

@@ -22,6 +22,7 @@ from speciarl_jax.data.sources.coop import CoopSource
 from speciarl_jax.data.sources.folder import open_folder
 from speciarl_jax.data.sources.records import RecordSource
 from speciarl_jax.data.sources.releases import BENCHMARKS
+from speciarl_jax.errors import NoSuchSplit
 
 FIELD_GUIDE_DOMAINS = ("birds", "flowers", "aircraft", "dogs")
 
@@ -94,6 +95,31 @@ def open_source(spec: str, split: str, data_dir: str | pathlib.Path | None = Non
     raise ValueError(f"data source {spec!r} is unknown: expected one of {known}")
 
 
+def count_examples(spec: str, split: str, data_dir: str | pathlib.Path | None = None) -> int:
+    """Examples of a split; those of benchmarks and field guides are known before they are built.
+
+    Raises:
+        NoSuchSplit: it does not have that split.
+        ValueError: unknown name or argument; a folder or dataset directory that cannot be opened.
+    """
+    name, _, argument = spec.partition(":")
+    domain = name.removeprefix("field_guide_")
+    if name in BENCHMARKS:
+        benchmark = BENCHMARKS[name]
+        counts = dict(benchmark.coop_counts if argument.startswith("coop=") else benchmark.counts)
+    elif name.startswith("field_guide_") and domain in FIELD_GUIDE_DOMAINS:
+        from speciarl_jax.data.field_guide.builder import FieldGuideConfig
+
+        guide = FieldGuideConfig.make(domain, **parse_options(name, argument))
+        counts = {"train": guide.num_train, "validation": guide.num_validation}
+        counts |= {"test": guide.num_test}
+    else:
+        return len(open_source(spec, split, data_dir))
+    if not counts.get(split):
+        raise NoSuchSplit(f"{spec}: split {split!r} does not exist; it has {', '.join(counts)}")
+    return counts[split]
+
+
 def _open_field_guide(
     name: str, domain: str, argument: str, split: str, root: pathlib.Path
 ) -> RecordSource:
@@ -136,7 +162,13 @@ def parse_options(name: str, argument: str) -> dict[str, float]:
     for part in filter(None, argument.split(",")):
         key, _, value = part.partition("=")
         try:
-            options[key.strip()] = float(value)
+            number = float(value)
         except ValueError as error:
             raise ValueError(f"{name}:{argument}: {part!r} is not KEY=NUMBER") from error
+        is_share = key.strip() == "hard_frac"
+        if is_share and not 0 <= number <= 1:
+            raise ValueError(f"{name}:{argument}: {part!r}: expected a share between 0 and 1")
+        if not is_share and not (0 <= number < 2**31 and number == int(number)):
+            raise ValueError(f"{name}:{argument}: {part!r}: expected a whole number of 0 or more")
+        options[key.strip()] = number
     return options

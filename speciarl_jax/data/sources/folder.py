@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable
 
 from speciarl_jax.data.sources.layouts import clean_label
+from speciarl_jax.errors import NoSuchSplit
 from speciarl_jax.types import IMAGE_SUFFIXES, Example, Taxon
 
 SPLIT_NAMES = {
@@ -115,7 +116,7 @@ def open_folder(path: str | pathlib.Path, split: str) -> FileSource:
     chosen = [file for file in files if file.split == split]
     if not chosen:
         known = ", ".join(sorted({file.split for file in files}))
-        raise ValueError(f"folder source {root}: no images in split {split!r}; it has {known}")
+        raise NoSuchSplit(f"folder source {root}: no images in split {split!r}; it has {known}")
     return FileSource(dataset_name(root), split, chosen)
 
 
@@ -181,7 +182,11 @@ def _rows(file: pathlib.Path) -> list[dict[str, object]]:
 
             table: list[dict[str, object]] = pyarrow.parquet.read_table(file).to_pylist()
             return table
-    except (ValueError, csv.Error) as error:  # pyarrow's ArrowInvalid is a ValueError
+    except (
+        ValueError,
+        RecursionError,
+        csv.Error,
+    ) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ValueError(f"manifest {file}: cannot be read ({error})") from error
     raise ValueError(f"manifest {file}: expected one of {' '.join(MANIFEST_SUFFIXES)}")
 

@@ -19,8 +19,9 @@ import pyarrow.parquet
 
 from speciarl_jax.data.sources.folder import SPLIT_NAMES, dataset_name, find_column
 from speciarl_jax.data.sources.layouts import clean_label
+from speciarl_jax.errors import NoSuchSplit
 from speciarl_jax.files import read_json, whole_file
-from speciarl_jax.types import Example
+from speciarl_jax.types import Example, JsonValue
 
 _SAVE_AGAIN = "save the data set again"
 _LABEL_COLUMNS = (
@@ -104,7 +105,7 @@ def open_hf_dir(path: str | pathlib.Path, split: str, data_dir: pathlib.Path) ->
             f"{root}: no Hugging Face dataset; expected save_to_disk output or *.parquet files"
         )
     if split not in found:
-        raise ValueError(f"{root}: split {split!r} does not exist; it has {', '.join(found)}")
+        raise NoSuchSplit(f"{root}: split {split!r} does not exist; it has {', '.join(found)}")
     files = found[split]
     readable = files if arrow else [_to_arrow(files, data_dir)]
     names = _class_names_of(root, None if arrow else files[0])
@@ -116,9 +117,28 @@ def _arrow_files(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     for state in sorted([*root.glob("state.json"), *root.glob("*/state.json")]):
         folder = state.parent
         name = "train" if folder == root else SPLIT_NAMES.get(folder.name.lower(), folder.name)
-        listed = read_json(state, _SAVE_AGAIN).get("_data_files", [])
-        found[name] = [folder / item["filename"] for item in listed]
+        found[name] = [folder / file for file in _listed_files(state)]
     return found
+
+
+def _listed_files(state: pathlib.Path) -> list[str]:
+    """Names of the Arrow files of a split, which lie beside its ``state.json``.
+
+    Raises:
+        ValueError: it lists something else, or a file of another folder.
+    """
+    match read_json(state, _SAVE_AGAIN):
+        case {"_data_files": [*items]}:
+            names = [item.get("filename") if isinstance(item, dict) else None for item in items]
+        case _:
+            names = [None]
+    for name in names:
+        if not isinstance(name, str) or pathlib.PurePath(name).name != name or not name:
+            raise ValueError(
+                f"{state}: expected _data_files with the filename of each, a file of that folder; "
+                f"{_SAVE_AGAIN}"
+            )
+    return [name for name in names if isinstance(name, str)]
 
 
 def _parquet_files(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
@@ -172,15 +192,23 @@ def _image_column(schema: pyarrow.Schema, file: pathlib.Path) -> str:
 
 def _class_names_of(root: pathlib.Path, parquet: pathlib.Path | None) -> list[str] | None:
     """Class names from ``dataset_info.json`` or from the metadata of a Parquet file."""
-    features: dict[str, dict[str, list[str]] | None] = {}
+    features: JsonValue = {}
     if parquet is not None:
         raw = (pyarrow.parquet.read_schema(parquet).metadata or {}).get(b"huggingface", b"{}")
-        features = json.loads(raw).get("info", {}).get("features") or {}
+        about = json.loads(raw)
+        info = about.get("info") if isinstance(about, dict) else None
+        features = info.get("features") if isinstance(info, dict) else None
     else:
         for file in sorted([*root.glob("dataset_info.json"), *root.glob("*/dataset_info.json")]):
             features = read_json(file, _SAVE_AGAIN).get("features") or features
+    columns = features if isinstance(features, dict) else {}
     for column in _LABEL_COLUMNS:
-        names = (features.get(column) or {}).get("names")
+        entry = columns.get(column)
+        names = entry.get("names") if isinstance(entry, dict) else None
+        if isinstance(names, list) and all(isinstance(name, str) for name in names) and names:
+            return [str(name) for name in names]
         if names:
-            return names
+            raise ValueError(
+                f"{root}: names of {column!r}: expected a list of texts; {_SAVE_AGAIN}"
+            )
     return None

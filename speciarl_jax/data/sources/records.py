@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 from collections.abc import Sequence
 
+from speciarl_jax.errors import NoSuchSplit
 from speciarl_jax.files import read_json
 from speciarl_jax.types import Example
 
@@ -26,7 +27,7 @@ class RecordSource:
         builder = tfds.builder_from_directory(str(directory))
         if split not in builder.info.splits:
             known = ", ".join(sorted(builder.info.splits)) or "none"
-            raise ValueError(f"{dataset}: split {split!r} does not exist; it has {known}")
+            raise NoSuchSplit(f"{dataset}: split {split!r} does not exist; it has {known}")
         self.dataset, self.split = dataset, split
         self._directory = directory
         try:

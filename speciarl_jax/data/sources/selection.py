@@ -11,7 +11,7 @@ import hashlib
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -31,12 +31,17 @@ class Selection:
         include_classes: only these ground truths (case and white space aside); empty for all.
         exclude_classes: not these.
         seed: of the subset.
+        held_out: number of examples, of all classes, that are set aside: the last in the order in
+            which subsets grow, so that a subset stays what it is without them.
+        takes_held_out: those instead of the rest.
     """
 
     count: int = 0
     include_classes: tuple[str, ...] = ()
     exclude_classes: tuple[str, ...] = ()
     seed: int = 42
+    held_out: int = 0
+    takes_held_out: bool = False
 
     def __post_init__(self) -> None:
         """Refuses a number out of range."""
@@ -119,17 +124,26 @@ def select(source: Source, selection: Selection) -> Source:
     if selection == Selection(seed=selection.seed):
         return source
     places = list(range(len(source)))
+    if selection.held_out:
+        if selection.held_out >= len(places):
+            raise ValueError(
+                f"holding {selection.held_out} validation examples out of {len(places)} leaves "
+                "nothing to train on; lower data.num_validation"
+            )
+        held_out = set(_ranked(selection.seed, places)[-selection.held_out :])
+        places = [place for place in places if (place in held_out) == selection.takes_held_out]
     if selection.include_classes or selection.exclude_classes:
-        places = _filter_classes([_key(label) for label in labels_of(source)], selection)
+        wanted_places = _filter_classes([_key(label) for label in labels_of(source)], selection)
+        places = [place for place in places if place in wanted_places]
     wanted = selection.count or len(places)
     if wanted > len(places):
         raise ValueError(
-            f"selection of {wanted} examples: only {len(places)} are available; lower "
+            f"selection of {wanted} examples: only {len(places)} are available"
+            f"{' beside those held out for validation' if selection.held_out else ''}; lower "
             "data.num_train"
         )
     if wanted < len(places):
-        ranks = np.argsort([_draw(selection.seed, place) for place in places], kind="stable")
-        places = sorted(places[rank] for rank in ranks[:wanted])
+        places = sorted(_ranked(selection.seed, places)[:wanted])
     if not places:
         raise ValueError("selection leaves no examples; widen data.include_classes or the like")
     return Subset(source, places)
@@ -139,14 +153,20 @@ def _key(label: str) -> str:
     return " ".join(label.casefold().split())
 
 
-def _filter_classes(labels: list[str], selection: Selection) -> list[int]:
+def _ranked(seed: int, places: list[int]) -> list[int]:
+    """The order in which a subset grows."""
+    ranks = np.argsort([_draw(seed, place) for place in places], kind="stable")
+    return [places[rank] for rank in ranks]
+
+
+def _filter_classes(labels: list[str], selection: Selection) -> set[int]:
     include = {_key(label) for label in selection.include_classes}
     exclude = {_key(label) for label in selection.exclude_classes}
-    return [
+    return {
         place
         for place, label in enumerate(labels)
         if (not include or label in include) and label not in exclude
-    ]
+    }
 
 
 def _check_classes(sources: Sequence[Source], selection: Selection) -> None:
@@ -186,12 +206,23 @@ def parse_mixture(spec: str) -> list[tuple[float, str]]:
 
 
 def open_selected(
-    spec: str, split: str, data_dir: str | pathlib.Path | None, selection: Selection
+    spec: str,
+    split: str,
+    data_dir: str | pathlib.Path | None,
+    selection: Selection,
+    held_out: Mapping[str, int] | None = None,
 ) -> Source:
     """Opens a source or a mixture (see `catalog` and `parse_mixture`) and selects from it.
 
     In a mixture, classes are chosen within each source; the total (`count`, or all of the largest
     mixture that the weights allow without repeating an example) is divided by weight.
+
+    Args:
+        spec: the source, or the mixture.
+        split: of each.
+        data_dir: root of prepared data sets.
+        selection: what to take.
+        held_out: examples of a part, by its own spec, that are set aside (`Selection.held_out`).
 
     Raises:
         ValueError: see `open_source`, `select`, `parse_mixture`.
@@ -199,10 +230,18 @@ def open_selected(
     parts = parse_mixture(spec)
     sources = [open_source(name, split, data_dir) for _, name in parts]
     _check_classes(sources, selection)
+    wishes = [
+        dataclasses.replace(selection, held_out=held_out[name])
+        if held_out and name in held_out
+        else selection
+        for _, name in parts
+    ]
     if len(sources) == 1:
-        return select(sources[0], selection)
-    per_class = dataclasses.replace(selection, count=0)
-    sources = [select(source, per_class) for source in sources]
+        return select(sources[0], wishes[0])
+    sources = [
+        select(source, dataclasses.replace(wish, count=0))
+        for source, wish in zip(sources, wishes, strict=True)
+    ]
     weights, sizes = [weight for weight, _ in parts], [len(source) for source in sources]
     quotas = divide(weights, sizes, selection.count)
     chosen = [
