@@ -32,6 +32,7 @@ from speciarl_jax.monitor.console import (
     is_table_due,
     keep_rollouts,
     report_end,
+    report_save,
     report_start,
     report_step,
 )
@@ -288,10 +289,12 @@ def make_poll(run: Run, step: int, stop: StopFlag) -> Callable[[], None]:
 
 
 def save(run: Run, state: TrainState, ahead: RolloutBatch | None, hm: float | None = None) -> None:
-    """Starts saving the state with the rollouts of the next step, if there are any."""
-    start = time.perf_counter()
+    """Starts saving the state with the rollouts of the next step; the first says what it costs."""
+    start, is_first = time.perf_counter(), run.checkpoints.cost is None
     pending = save_rollouts(run.session, ahead) if ahead else None
     run.checkpoints.save(dataclasses.replace(state, rollouts=pending), hm)
+    if is_first and run.checkpoints.cost is not None:
+        report_save(run.console, run.config.train, run.checkpoints.cost)
     share(run)
     run.goodput.add_checkpoint(time.perf_counter() - start)
 
