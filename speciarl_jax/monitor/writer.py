@@ -51,6 +51,9 @@ class MetricsWriter:
     """Appends rows to ``metrics.jsonl``, TensorBoard and, if asked for, Weights & Biases.
 
     On resume, rows after a step are cut from the first two; W&B keeps what it was sent.
+
+    Attributes:
+        last_row: in the file when it was opened.
     """
 
     def __init__(
@@ -64,7 +67,8 @@ class MetricsWriter:
 
         self._wandb = wandb_run
         self._path = workdir / "metrics.jsonl"
-        _cut_rows(self._path, resume_step)
+        kept = _cut_rows(self._path, resume_step)
+        self.last_row: dict[str, float] = json.loads(kept[-1]) if kept else {}
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
@@ -80,6 +84,14 @@ class MetricsWriter:
             self._board.add_scalar(name, number, step)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
+
+    def amend(self, more: Mapping[str, float]) -> None:
+        """Adds numbers to the last row of a run that is resumed, before any other is written."""
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        self._file.close()
+        write_whole(self._path, "".join(line + "\n" for line in lines[:-1]))
+        self._file = self._path.open("a", encoding="utf-8")
+        self.write({**self.last_row, **more})
 
     def write_rollouts(
         self, step: int, groups: Sequence[Sequence[Rollout]], images: Mapping[str, bytes]
@@ -189,10 +201,10 @@ def _plain(value: float | None) -> float | int | None:
     return number if np.isfinite(number) else None
 
 
-def _cut_rows(path: pathlib.Path, last_step: int) -> None:
-    """Keeps whole rows up to a step; a half-written last line goes too."""
+def _cut_rows(path: pathlib.Path, last_step: int) -> list[str]:
+    """Keeps whole rows up to a step, and returns them; a half-written last line goes too."""
     if not path.is_file():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -202,6 +214,7 @@ def _cut_rows(path: pathlib.Path, last_step: int) -> None:
         if row["step"] <= last_step:
             kept.append(line)
     write_whole(path, "".join(line + "\n" for line in kept))
+    return kept
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, float]]:

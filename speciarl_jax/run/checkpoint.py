@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import sys
 import time
 from collections.abc import Iterator
 
@@ -29,6 +31,25 @@ from speciarl_jax.run.hashes import hash_array, hash_json, hash_tree
 from speciarl_jax.run.state import SavedRollouts, TrainState
 
 _REASON_CHARS = 200
+
+
+def _hm(metrics: PyTree) -> float:
+    return float(metrics["hm"])
+
+
+def _drop_damaged_scores(directory: epath.Path) -> None:
+    """Deletes scores that cannot be read, on which Orbax would fail: the checkpoints are whole."""
+    for file in directory.glob("*/metrics/metrics"):
+        try:
+            content = file.read_text()  # perhaps of object storage
+            _hm(json.loads(content))
+        except (ValueError, TypeError, KeyError):
+            step = file.parent.parent
+            line = (
+                f"warning: {step}: its score cannot be read, so it is not kept as one of the best"
+            )
+            print(line, file=sys.stderr)
+            file.parent.rmtree()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +86,19 @@ class Checkpoints:
         if keep_best:
             policies.append(
                 ocp_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics["hm"],
+                    get_metric_fn=_hm,
                     n=keep_best,
                     keep_checkpoints_without_metrics=False,
                 )
             )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp_managers.AnyPreservationPolicy(policies), create=True
+            preservation_policy=ocp_managers.AnyPreservationPolicy(policies),
+            best_fn=_hm if keep_best else None,  # without it scores are not written to disk
+            create=True,
         )
         self.directory = epath.Path(directory)
+        if keep_best and jax.process_index() == 0:
+            _drop_damaged_scores(self.directory)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._last_saved = -1
         self.cost: SaveCost | None = None

@@ -42,6 +42,16 @@ def test_newest_and_best_are_kept(tmp_path):
     store.close()
 
 
+def test_the_best_is_kept_by_a_resumed_run_too(tmp_path):
+    """Its score is on disk, not only in the process that saved it."""
+    for step, hm in enumerate([0.9, 0.5, 0.6, 0.7], start=1):
+        store = Checkpoints(tmp_path, 1, keep_best=1)
+        store.save(make_state(step), hm)
+        store.wait()
+        assert store.steps() == sorted({1, step})
+        store.close()
+
+
 @pytest.mark.slow
 def test_full_disk_leaves_the_earlier_checkpoints(tmp_path):
     mount = subprocess.run(
@@ -134,13 +144,16 @@ def test_whatever_file_is_cut_or_flipped_only_what_was_saved_is_restored(two_sav
     for file in files_of(folder):
         content = file.read_bytes()
         for damage in damages(content, rng):
+            file.parent.mkdir(exist_ok=True)  # a damaged score is deleted
             file.write_bytes(damage)
             step, skipped = assert_whole(folder)
             assert (step, len(skipped)) in ((2, 0), (1, 1))
             assert all(f"{folder}/2: cannot be read (" in line for line in skipped)
             assert not any("\n" in line or len(line) > 500 for line in skipped)
             steps.append(step)
+        file.parent.mkdir(exist_ok=True)
         file.write_bytes(content)
+        shutil.copytree(two_saves / "2" / "metrics", folder / "2" / "metrics", dirs_exist_ok=True)
     assert len(steps) > 200
     assert steps.count(1) > 100
 
