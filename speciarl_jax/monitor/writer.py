@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import html
 import importlib.util
-import io
 import json
 import os
 import pathlib
@@ -15,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
 from speciarl_jax.config.schema import Config
+from speciarl_jax.data.decode import decode_image
 from speciarl_jax.files import write_whole
 from speciarl_jax.monitor.tables import outcome_name
 from speciarl_jax.types import Rollout
@@ -73,11 +72,21 @@ class MetricsWriter:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Writes one row; it must hold ``step``. The row is on disk when this returns."""
+        """Writes one row; it must hold ``step``. The row is on disk when this returns.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         plain = {name: _plain(value) for name, value in row.items()}
-        self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(json.dumps(plain) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:  # of an open file: it does not say which
+            raise OSError(
+                f"{self._path}: cannot be written ({error.strerror}); free space there, then "
+                "--resume"
+            ) from error
         step = int(row["step"])
         finite = {n: float(v) for n, v in plain.items() if n != "step" and v is not None}
         for name, number in finite.items():
@@ -145,9 +154,8 @@ def open_wandb(config: Config, workdir: pathlib.Path) -> WandbRun | None:
 
 
 def _pixels(image: bytes) -> np.ndarray:
-    """[H, W, 3] uint8, at most 256 px a side."""
-    with Image.open(io.BytesIO(image)) as opened:
-        small = opened.convert("RGB")
+    """What the model saw, [H, W, 3] uint8, at most 256 px a side."""
+    small = decode_image(image, _IMAGE_PX)
     small.thumbnail((_IMAGE_PX, _IMAGE_PX))
     return np.asarray(small)
 
