@@ -11,6 +11,8 @@ import shutil
 import sys
 from collections.abc import Iterator
 
+import jax
+
 from speciarl_jax.config.old_runs import without_dropped
 from speciarl_jax.config.schema import Config
 from speciarl_jax.devices import processes
@@ -186,7 +188,9 @@ def claimed_workdir(
                 before = set() if overwrite else _entries(run_dir)
                 flags = {"resume": resume, "overwrite": overwrite, "new_judge": new_judge}
                 prepare_workdir(run_dir, config, **flags)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
+                if jax.process_count() == 1:
+                    raise
                 problem = str(error)
         problem = processes.from_first(problem)
         if problem is not None:
