@@ -1,6 +1,6 @@
 """Errors that end a run on purpose: each message is one line with the remedy.
 
-exit code   0 done   1 failed   2 bad usage   75 stopped by pre-emption and saved
+exit code   0 done   1 failed   2 bad usage   75 stopped by pre-emption   130 stopped by Ctrl-C
 """
 
 from __future__ import annotations
@@ -22,10 +22,31 @@ class TrainingStopped(RuntimeError):
     exit_code: ClassVar[int] = EXIT_FAILED
 
 
-class Preempted(RuntimeError):
-    """SIGTERM came; the run is saved and goes on with --resume."""
+class Stopped(RuntimeError):
+    """Somebody stopped the command; what there is is saved and the same command goes on.
 
-    exit_code: ClassVar[int] = EXIT_PREEMPTED
+    Attributes:
+        is_resumed: `speciarl train` needs ``--resume`` for that.
+    """
+
+    exit_code: ClassVar[int]
+
+    def __init__(self, message: str, *, is_resumed: bool = False) -> None:
+        """Args: one line; whether there is a run to resume."""
+        super().__init__(message)
+        self.is_resumed = is_resumed
+
+
+class Preempted(Stopped):
+    """SIGTERM came."""
+
+    exit_code = EXIT_PREEMPTED
+
+
+class Interrupted(Stopped):
+    """Ctrl-C came."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 class NoSuchSplit(ValueError):
@@ -33,7 +54,7 @@ class NoSuchSplit(ValueError):
 
 
 # ValueError is what a user can repair: a recipe, a flag, a file.
-EXPECTED = (ValueError, OSError, JudgeError, TrainingStopped, Preempted)
+EXPECTED = (ValueError, OSError, JudgeError, TrainingStopped, Stopped)
 
 
 def exit_code(error: BaseException) -> int:

@@ -27,7 +27,7 @@ from speciarl_jax.monitor.live import progress
 from speciarl_jax.objective import reward
 from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.rollout.engine import RolloutEngine
-from speciarl_jax.rollout.groups import await_verdicts, collect_groups
+from speciarl_jax.rollout.groups import Poll, await_verdicts, collect_groups, no_poll, polling
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.run.restore import STEP_PREFIX, open_checkpoint
 from speciarl_jax.run.session import Session
@@ -97,6 +97,12 @@ class Exam:
         )
 
 
+def is_validated(config: Config, step: int) -> bool:
+    """Whether a step ends with a validation."""
+    every = config.train.eval_every
+    return bool(every) and (step == config.train.num_steps or step % every == 0)
+
+
 def evaluate(
     session: Session,
     states: tuple[nnx.State[str, object], ...],
@@ -108,6 +114,7 @@ def evaluate(
     console: Console,
     prompt_step: int = 0,
     weights: str = "",
+    poll: Poll = no_poll,
 ) -> Evaluation:
     """Samples answers on every evaluation source, has them judged, scores them.
 
@@ -125,6 +132,7 @@ def evaluate(
         console: where progress and skipped images are shown.
         prompt_step: training step, for the judge's log.
         weights: names the weights that are scored; "" for the run's own at `prompt_step`.
+        poll: called between chunks of work; may raise, what was scored stays.
 
     Returns:
         The contents of ``metrics.json``.
@@ -154,7 +162,7 @@ def evaluate(
                 keys = _image_keys(batch)
                 rows: list[Prediction] = []
                 if any(key not in done for key in keys):
-                    groups = _sample(session, engine, states, judge, batch, exam, prompt_step)
+                    groups = _sample(session, engine, states, judge, batch, exam, prompt_step, poll)
                     rows = _rows(batch, groups, image_root, done)
                 _append(path, rows)
                 seen += sum(processes.gather_json(len(keys)))
@@ -272,6 +280,7 @@ def _sample(
     batch: PromptBatch,
     exam: Exam,
     prompt_step: int,
+    poll: Poll,
 ) -> list[list[Rollout]]:
     embeds = session.encode(states, batch)
     finished = engine.generate(
@@ -284,7 +293,7 @@ def _sample(
         step=_EVAL_STEP,
     )
     groups, pending = collect_groups(
-        finished,
+        polling(finished, poll),
         batch,
         exam.samples,
         session.vocabulary,
@@ -292,7 +301,7 @@ def _sample(
         step=prompt_step,
         policy_version=prompt_step,
     )
-    await_verdicts(pending)
+    await_verdicts(pending, poll)
     codes = reward.category_codes(groups)
     algo = session.config.algo
     values = reward.rewards(algo.reward, codes, algo.bar_support)

@@ -43,6 +43,10 @@ def whole_file(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None:  # of an open file: a full disk does not say where
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

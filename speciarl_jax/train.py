@@ -24,14 +24,15 @@ from speciarl_jax.config.schema import Config
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.targets import resolve_target
 from speciarl_jax.devices import processes
-from speciarl_jax.errors import JudgeError, Preempted
-from speciarl_jax.evaluate import Exam, eval_row, evaluate
+from speciarl_jax.errors import JudgeError, Stopped, TrainingStopped
+from speciarl_jax.evaluate import Exam, eval_row, evaluate, is_validated
 from speciarl_jax.judge.runner import JudgeThread, open_judge
 from speciarl_jax.learner.optimizer import make_optimizer
 from speciarl_jax.monitor.console import (
     is_table_due,
     keep_rollouts,
     report_end,
+    report_save,
     report_start,
     report_step,
 )
@@ -40,6 +41,7 @@ from speciarl_jax.monitor.tables import make_console
 from speciarl_jax.monitor.watch import Heartbeat, Profile
 from speciarl_jax.monitor.writer import MetricsWriter, open_wandb
 from speciarl_jax.rollout.groups import RolloutBatch
+from speciarl_jax.run import out_of_memory
 from speciarl_jax.run.checkpoint import Checkpoints
 from speciarl_jax.run.opening import (
     check_processes,
@@ -48,11 +50,11 @@ from speciarl_jax.run.opening import (
     open_train_loader,
     warm_up_rollouts,
 )
-from speciarl_jax.run.preemption import StepAbandoned, StopFlag, stop_signal
+from speciarl_jax.run.preemption import StepAbandoned, StopFlag, stop_signal, told_stop
 from speciarl_jax.run.session import Session, enable_compile_cache, initial_state, open_session
 from speciarl_jax.run.state import TrainState
 from speciarl_jax.run.storage import RunDir, open_run_dir
-from speciarl_jax.run.workdir import claim_workdir
+from speciarl_jax.run.workdir import claimed_workdir
 from speciarl_jax.scoring.results import Evaluation
 from speciarl_jax.timing import Goodput
 
@@ -77,11 +79,17 @@ class Run:
     heartbeat: Heartbeat
     profile: Profile
     goodput: Goodput
+    stop: StopFlag
 
     @property
     def workdir(self) -> pathlib.Path:
         """The folder to work in."""
         return self.run_dir.local
+
+    def stop_after(self, step: int) -> Stopped:
+        """What ends the run when a stop was asked for and `step` is saved."""
+        where = self.checkpoints.directory.parent
+        return self.stop.error(f" after step {step}, saved in {where}", is_resumed=True)
 
 
 def main(
@@ -90,6 +98,7 @@ def main(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    new_judge: bool = False,
     recipe_dir: pathlib.Path | None = None,
     profile: tuple[int, int] | None = None,
 ) -> TrainState:
@@ -101,6 +110,7 @@ def main(
             eval/, plots/.
         resume: go on from the newest checkpoint there.
         overwrite: delete what an earlier run left there.
+        new_judge: a resumed run may have another judge than before.
         recipe_dir: folder of the recipe file, for its prompts.
         profile: (first, last) step to trace, or None.
 
@@ -110,16 +120,26 @@ def main(
     Raises:
         ValueError: bad recipe, work directory in use, nothing to resume, missing model or data.
         JudgeError: the judge cannot be reached or gave up.
-        TrainingStopped: see `algorithm.step.run_step`.
-        Preempted: SIGTERM; saved.
+        TrainingStopped: see `algorithm.step.run_step`; or a device is out of memory.
+        Stopped: by SIGTERM or Ctrl-C; saved.
     """
     config.validate()
     enable_compile_cache(config.compile_cache_dir)
     check_processes(config)
     run_dir = open_run_dir(workdir, jax.process_index())
-    claim_workdir(run_dir, config, resume=resume, overwrite=overwrite)
-    session = open_session(config, recipe_dir)
-    with open_run(session, run_dir, profile, resume=resume) as (run, state):
+    flags = {"resume": resume, "overwrite": overwrite, "new_judge": new_judge}
+    with (
+        stop_signal() as stop,
+        claimed_workdir(run_dir, config, **flags),
+        told_stop(run_dir, stop),
+        out_of_memory.told_memory(config),
+        contextlib.ExitStack() as stack,
+    ):
+        with stop.at_once():
+            session = open_session(config, recipe_dir)
+            run, state = stack.enter_context(
+                open_run(session, run_dir, profile, stop, resume=resume)
+            )
         initial, exam = initial_like(state, session), Exam.test(config)
         if config.eval.score_base:
             score(run, initial, "base", exam)
@@ -130,13 +150,18 @@ def main(
             score(run, state, "trained", exam)
         if processes.is_first():
             report_end(run.console, run.workdir, config)
-    run_dir.push()
+        run_dir.push()
     return state
 
 
 @contextlib.contextmanager
 def open_run(
-    session: Session, run_dir: RunDir, profile: tuple[int, int] | None, *, resume: bool
+    session: Session,
+    run_dir: RunDir,
+    profile: tuple[int, int] | None,
+    stop: StopFlag,
+    *,
+    resume: bool,
 ) -> Iterator[tuple[Run, TrainState]]:
     """Opens what a run needs and restores where it stood; closes it all in the end.
 
@@ -191,64 +216,118 @@ def open_run(
             Heartbeat(workdir, jax.process_index()),
             stack.enter_context(contextlib.closing(Profile(workdir, profile))),
             Goodput(),
+            stop,
         )
         yield run, state
 
 
 def train_loop(run: Run, state: TrainState) -> TrainState:
     """Steps until ``train.num_steps``, saving, logging and validating on the way."""
-    train = run.config.train
+    train, stop = run.config.train, run.stop
     step_seconds: list[float] = []
     ahead = None
     if state.rollouts is not None:
         ahead = restore_rollouts(run.session, state, run.loader, state.rollouts)
         state = dataclasses.replace(state, rollouts=None)
-    with stop_signal() as stop:
-        if train.eval_every and state.step == 0:
-            row = validation_metrics(run, state)
-            if run.writer is not None:
-                run.writer.write({"step": 0} | row)
-        while state.step < train.num_steps:
-            run.profile.before(state.step + 1)
-            waited = run.loader.wait_s
-            try:
-                result = take_step(run, state, ahead, make_poll(run, state.step + 1, stop))
-            except StepAbandoned:
-                save(run, state, ahead)
-                run.checkpoints.wait()
-                raise Preempted(_stopped(run, state)) from None
-            except JudgeError:
-                if jax.process_count() == 1:  # several save together or not at all
-                    if ahead is not None:  # without labels: its prompts are sampled again
-                        state = dataclasses.replace(state, data=ahead.origin.data)
-                    save(run, state, None)
-                    run.checkpoints.wait()
-                raise
-            waited = run.loader.wait_s - waited
-            # The state is that of the next step from here on; what follows looks back on this one.
-            state, ahead, row = result.state, result.ahead, result.metrics
-            row |= {"time/data_s": waited, "time/data_frac": waited / (waited + row["time/step_s"])}
-            state.data = run.loader.get_state()
-            step_seconds.append(row["time/step_s"])
-            is_last = state.step == train.num_steps
-            if train.eval_every and (is_last or state.step % train.eval_every == 0):
+    validate_what_is_owed(run, state, ahead)
+    while state.step < train.num_steps:
+        run.profile.before(state.step + 1)
+        waited = run.loader.wait_s
+        with saved_if_left(run, state, ahead):
+            result = take_step(run, state, ahead, make_poll(run, state.step + 1))
+        waited = run.loader.wait_s - waited
+        # The state is that of the next step from here on; what follows looks back on this one.
+        state, ahead, row = result.state, result.ahead, result.metrics
+        row |= {"time/data_s": waited, "time/data_frac": waited / (waited + row["time/step_s"])}
+        state.data = run.loader.get_state()
+        step_seconds.append(row["time/step_s"])
+        is_last = state.step == train.num_steps
+        if is_validated(run.config, state.step):
+            with saved_if_left(run, state, ahead, row):
                 row |= validation_metrics(run, state)
-            row |= run.goodput.metrics(row)
-            if run.writer is not None:
-                run.writer.write(row)
-            show_step(run, row, result.rollouts, step_seconds)
-            traced = run.profile.after(state.step)
-            if traced:
-                run.console.print(f"trace of the steps in {traced}", markup=False)
-            # Saved when it is time to, and before all processes leave together.
-            is_stopped = processes.any_process(stop.is_set)
-            if is_last or is_stopped or state.step % train.save_every == 0:
-                save(run, state, ahead, row.get("eval/all/hm"))
-            if is_stopped and not is_last:
-                run.checkpoints.wait()
-                raise Preempted(_stopped(run, state))
+        row |= run.goodput.metrics(row)
+        if run.writer is not None:
+            run.writer.write(row)
+        show_step(run, row, result.rollouts, step_seconds)
+        traced = run.profile.after(state.step)
+        if traced:
+            run.console.print(f"trace of the steps in {traced}", markup=False)
+        # Saved when it is time to, and before all processes leave together.
+        is_stopped = processes.any_process(stop.is_set)
+        if is_last or is_stopped or state.step % train.save_every == 0:
+            save(run, state, ahead, row.get("eval/all/hm"))
+        if is_stopped and not is_last:
+            run.checkpoints.wait()
+            raise run.stop_after(state.step)
     run.checkpoints.wait()
     return state
+
+
+def validate_what_is_owed(run: Run, state: TrainState, ahead: RolloutBatch | None) -> None:
+    """The validation before step one, or that of the last step if a stop cut it short."""
+    if not run.config.train.eval_every:
+        return
+    if state.step == 0:
+        row = validation_metrics(run, state)
+        if run.writer is not None:
+            run.writer.write({"step": 0} | row)
+        return
+    last = run.writer.last_row if run.writer is not None else {}
+    is_new = last.get("step") == state.step and not any(name.startswith("eval/") for name in last)
+    if processes.from_first(is_new and is_validated(run.config, state.step)):
+        row = validation_metrics(run, state)
+        if run.writer is not None:
+            run.writer.amend(row)
+        if run.config.train.keep_best:
+            save(run, state, ahead, row.get("eval/all/hm"))
+
+
+@contextlib.contextmanager
+def saved_if_left(
+    run: Run, state: TrainState, ahead: RolloutBatch | None, row: dict[str, float] | None = None
+) -> Iterator[None]:
+    """Saves a state that an error or a stop would else lose.
+
+    Args:
+        run: its open parts.
+        state: what is saved, unless the step that failed has written over it already.
+        ahead: rollouts of the next step; without labels their prompts are sampled again.
+        row: of the step that led to `state`, if that is not written yet.
+
+    Raises:
+        Stopped: a stop was asked for.
+        JudgeError, TrainingStopped: as they came.
+        TrainingStopped: a device is out of memory; the line says what makes it smaller.
+    """
+    try:
+        yield
+    except StepAbandoned:
+        _save_before_leaving(run, state, ahead, row)
+        raise run.stop_after(state.step) from None
+    except (JudgeError, TrainingStopped):
+        _save_before_leaving(run, state, ahead, row)
+        raise
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not out_of_memory.is_out_of_memory(error):
+            raise
+        saved = _save_before_leaving(run, state, ahead, row)
+        line = out_of_memory.explain(error, run.config, run.session.engine.planned_bytes)
+        raise TrainingStopped(f"step {state.step + 1}: {line}; {saved}: --resume then") from error
+
+
+def _save_before_leaving(
+    run: Run, state: TrainState, ahead: RolloutBatch | None, row: dict[str, float] | None
+) -> str:
+    """Saves, if there is a state and one process to do it; says which step stands."""
+    is_alone = jax.process_count() == 1  # several save together or not at all
+    if not is_alone or state.is_donated or run.run_dir.is_lost:
+        return f"the newest checkpoint is of step {max(run.checkpoints.steps(), default=0)}"
+    if row is not None and run.writer is not None:
+        run.writer.write(row)
+    with contextlib.suppress(JudgeError):  # of the labels under way; saved without them then
+        save(run, state, ahead)
+    run.checkpoints.wait()
+    return f"saved after step {state.step}"
 
 
 def show_step(
@@ -266,14 +345,7 @@ def show_step(
         keep_rollouts(run.writer, run.workdir, rollouts, step)
 
 
-def _stopped(run: Run, state: TrainState) -> str:
-    return (
-        f"stopped by signal after step {state.step}, saved in {run.checkpoints.directory.parent}; "
-        "start again with --resume"
-    )
-
-
-def make_poll(run: Run, step: int, stop: StopFlag) -> Callable[[], None]:
+def make_poll(run: Run, step: int) -> Callable[[], None]:
     """What a step calls between chunks of its work: the heartbeat, and whether to leave it.
 
     With several processes none leaves alone: they agree after the step.
@@ -282,16 +354,32 @@ def make_poll(run: Run, step: int, stop: StopFlag) -> Callable[[], None]:
     def poll() -> None:
         run.heartbeat.beat(step)
         if jax.process_count() == 1:
-            stop.check()
+            run.run_dir.check_held()
+            run.stop.check()
 
     return poll
 
 
 def save(run: Run, state: TrainState, ahead: RolloutBatch | None, hm: float | None = None) -> None:
-    """Starts saving the state with the rollouts of the next step, if there are any."""
-    start = time.perf_counter()
-    pending = save_rollouts(run.session, ahead) if ahead else None
+    """Starts saving the state with the rollouts of the next step; the first says what it costs.
+
+    Raises:
+        JudgeError: of their labels; saved is the state without them, before their prompts.
+        TrainingStopped: another process has taken the run over; nothing is saved.
+        OSError: the checkpoint cannot be written.
+    """
+    run.run_dir.check_held()
+    start, is_first = time.perf_counter(), run.checkpoints.cost is None
+    try:
+        pending = save_rollouts(run.session, ahead) if ahead else None
+    except JudgeError:
+        if ahead is not None and jax.process_count() == 1:
+            run.checkpoints.save(dataclasses.replace(state, data=ahead.origin.data), hm)
+            run.checkpoints.wait()
+        raise
     run.checkpoints.save(dataclasses.replace(state, rollouts=pending), hm)
+    if is_first and run.checkpoints.cost is not None:
+        report_save(run.console, run.config.train, run.checkpoints.cost)
     share(run)
     run.goodput.add_checkpoint(time.perf_counter() - start)
 
@@ -333,6 +421,8 @@ def score(run: Run, state: TrainState, name: str, exam: Exam) -> dict[str, float
     """
     start = time.perf_counter()
     row = eval_row(_score(run, state, name, exam))
+    if processes.any_process(run.stop.is_set):  # several processes leave together
+        raise StepAbandoned
     if run.config.eval.policy_samples and name != "best_of":
         drawn = exam.drawn_as_in_training(run.config)
         row |= eval_row(_score(run, state, f"{name}_sampled", drawn), "eval_sampled")
@@ -351,6 +441,7 @@ def _score(run: Run, state: TrainState, name: str, exam: Exam) -> Evaluation:
         image_root=run.workdir,
         console=run.console,
         prompt_step=state.step,
+        poll=make_poll(run, state.step),
     )
 
 

@@ -8,7 +8,7 @@ algo.dynamic_sampling:  -> labels -> groups whose raw rewards differ are kept
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -24,7 +24,6 @@ from speciarl_jax.learner import batches
 from speciarl_jax.objective.reward import dropped_groups
 from speciarl_jax.policy.flops import Counts, count_tokens
 from speciarl_jax.rollout.engine import RolloutStats
-from speciarl_jax.rollout.finished import FinishedRow
 from speciarl_jax.rollout.groups import (
     Groups,
     Origin,
@@ -35,6 +34,7 @@ from speciarl_jax.rollout.groups import (
     await_verdicts,
     collect_groups,
     no_poll,
+    polling,
 )
 from speciarl_jax.rollout.sampling import training_sampling
 from speciarl_jax.run.session import Session
@@ -102,7 +102,7 @@ def gather_rollouts(
             step=step,
         )
         groups, pending = collect_groups(
-            _polling(finished, poll),
+            polling(finished, poll),
             batch,
             config.rollout.group_size,
             session.vocabulary,
@@ -147,12 +147,6 @@ def count_batch(session: Session, batch: PromptBatch, groups: Groups) -> Counts:
     mask = batch.vision.mask
     windows = mask.reshape(len(mask), -1, session.arch.vision.window_patches).sum(axis=2)
     return count_tokens(batch.prompt_lengths[batch.is_real], lengths, windows)
-
-
-def _polling(finished: Iterable[list[FinishedRow]], poll: Poll) -> Iterator[list[FinishedRow]]:
-    for rows in finished:
-        yield rows
-        poll()
 
 
 def _sample_until_full(

@@ -81,12 +81,15 @@ def score(
 
     Raises:
         ValueError: no such checkpoint, file or text model, or options that contradict each other.
+        Stopped: by SIGTERM or Ctrl-C; the same command goes on.
     """
     import jax
 
     from speciarl_jax.devices import processes
     from speciarl_jax.evaluate import score_checkpoint, score_file, write_scores
     from speciarl_jax.judge.runner import open_judge
+    from speciarl_jax.run.out_of_memory import told_memory
+    from speciarl_jax.run.preemption import StepAbandoned, stop_signal
     from speciarl_jax.run.session import enable_compile_cache
     from speciarl_jax.run.storage import open_run_dir
     from speciarl_jax.scoring.predictions import read_predictions
@@ -108,14 +111,24 @@ def score(
     if not config.eval.use_train_judge:
         config.judge = config.eval.judge
     place = (jax.process_index(), jax.process_count())
-    with open_judge(config.judge, run_dir.local, 2**31, *place) as judge:
-        if options.predictions:
-            source = pathlib.Path(options.predictions)
-            metrics, folder = score_file(config, judge, source, run_dir.local)
-        else:
-            metrics, folder = score_checkpoint(
-                config, judge, run_dir, options.checkpoint, options.samples, recipe_dir
-            )
+    with stop_signal() as stop:
+        try:
+            # Answers are kept image by image, so a stop may come at any moment.
+            with (
+                stop.at_once(),
+                told_memory(config),
+                open_judge(config.judge, run_dir.local, 2**31, *place) as judge,
+            ):
+                if options.predictions:
+                    source = pathlib.Path(options.predictions)
+                    metrics, folder = score_file(config, judge, source, run_dir.local)
+                else:
+                    metrics, folder = score_checkpoint(
+                        config, judge, run_dir, options.checkpoint, options.samples, recipe_dir
+                    )
+        except StepAbandoned:
+            run_dir.push()
+            raise stop.error(f"; what is scored is kept in {workdir}") from None
     if options.has_text_metrics and processes.is_first():
         rows = read_predictions(folder / "predictions.jsonl")
         text = score_text(rows, embedder, config.eval.bootstrap_samples)

@@ -1,12 +1,13 @@
 """`speciarl <verb>`: parses and calls; errors become one line and an exit code.
 
-0 done, 1 failed, 2 bad usage, 75 stopped by pre-emption and saved, 130 interrupted.
+0 done, 1 failed, 2 bad usage, 75 stopped by pre-emption, 130 by Ctrl-C; both saved.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.handler(args))
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else errors.EXIT_USAGE
+    except errors.Stopped as stop:
+        print(f"speciarl: {stop}", file=sys.stderr)
+        print(f"go on with: {goes_on(arguments, stop)}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return errors.EXIT_INTERRUPTED
@@ -43,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"speciarl: error: {' '.join(str(error).split())}", file=sys.stderr)
         return errors.exit_code(error)
+
+
+def goes_on(arguments: Sequence[str], stop: errors.Stopped) -> str:
+    """The command that takes up what a stopped one has left."""
+    again = [a for a in arguments if not (stop.is_resumed and a == "--overwrite")]
+    if stop.is_resumed and "--resume" not in again:
+        again.append("--resume")
+    return shlex.join(["speciarl", *again])
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -15,6 +15,11 @@ def register(verbs: Verbs) -> None:
     train.add_argument("--resume", action="store_true", help="go on with the run in --workdir")
     train.add_argument("--overwrite", action="store_true", help="delete the run in --workdir first")
     train.add_argument(
+        "--new_judge",
+        action="store_true",
+        help="with --resume: go on although the judge, its model or its prompt is another one",
+    )
+    train.add_argument(
         "--profile", default="", help="steps=FIRST:LAST: XProf trace in WORKDIR/profile"
     )
     add_processes(train)
@@ -37,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         args.workdir,
         resume=args.resume,
         overwrite=args.overwrite,
+        new_judge=args.new_judge,
         recipe_dir=recipe_dir,
         profile=profile,
     )

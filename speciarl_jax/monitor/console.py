@@ -18,6 +18,7 @@ from speciarl_jax.report.plots import plot_training
 from speciarl_jax.report.tables import comparison_table, format_estimate, metrics_table
 from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.rollout.groups import RolloutBatch
+from speciarl_jax.run.checkpoint import SaveCost
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.state import TrainState
 from speciarl_jax.scoring.bootstrap import MAIN_METRICS, ScoringRule
@@ -63,6 +64,15 @@ def report_step(
             f"step {step}/{train.num_steps}  loss {row['policy/loss']:.4f}  "
             f"{row['time/step_s']:.2f}s  eta {format_seconds(eta_s)}"
         )
+
+
+def report_save(console: Console, train: TrainConfig, cost: SaveCost) -> None:
+    """What saving takes, once a run."""
+    console.print(
+        f"saves: {cost.num_bytes / 1e6:.1f} MB, every {train.save_every} steps; the first "
+        f"held the run up {cost.total_s:.2f}s, {cost.hash_s:.2f}s of it for hashes",
+        markup=False,
+    )
 
 
 def is_table_due(train: TrainConfig, step: int) -> bool:

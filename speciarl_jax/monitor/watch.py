@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pathlib
 import time
@@ -12,6 +13,7 @@ import jax
 from speciarl_jax.files import write_whole
 
 _BEAT_EVERY_S = 5.0
+_LOG = logging.getLogger(__name__)
 
 
 class Heartbeat:
@@ -23,16 +25,19 @@ class Heartbeat:
     def __init__(self, workdir: pathlib.Path, process: int) -> None:
         """Writes nothing yet; all processes of a job but the first have a number in the name."""
         self._path = workdir / (f"heartbeat.{process}.json" if process else "heartbeat.json")
-        self._last = 0.0
+        self._last: float | None = None
 
     def beat(self, step: int) -> None:
-        """Notes the time, at most every five seconds."""
-        now = time.time()
-        if now - self._last < _BEAT_EVERY_S:
+        """Notes the time, at most every five seconds; a disk that refuses is warned of."""
+        now = time.monotonic()  # the clock on the wall may be set back
+        if self._last is not None and now - self._last < _BEAT_EVERY_S:
             return
         self._last = now
-        seen = {"step": step, "time_s": now, "pid": os.getpid()}
-        write_whole(self._path, json.dumps(seen) + "\n")
+        seen = {"step": step, "time_s": time.time(), "pid": os.getpid()}
+        try:
+            write_whole(self._path, json.dumps(seen) + "\n")
+        except OSError as error:  # a full disk: the step in progress may still be worth its work
+            _LOG.warning("no heartbeat (%s)", error)
 
 
 class Profile:

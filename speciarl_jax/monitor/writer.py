@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import html
 import importlib.util
-import io
 import json
 import os
 import pathlib
@@ -15,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
 
 from speciarl_jax.config.schema import Config
+from speciarl_jax.data.decode import decode_image
 from speciarl_jax.files import write_whole
 from speciarl_jax.monitor.tables import outcome_name
 from speciarl_jax.types import Rollout
@@ -51,6 +50,9 @@ class MetricsWriter:
     """Appends rows to ``metrics.jsonl``, TensorBoard and, if asked for, Weights & Biases.
 
     On resume, rows after a step are cut from the first two; W&B keeps what it was sent.
+
+    Attributes:
+        last_row: in the file when it was opened.
     """
 
     def __init__(
@@ -64,22 +66,41 @@ class MetricsWriter:
 
         self._wandb = wandb_run
         self._path = workdir / "metrics.jsonl"
-        _cut_rows(self._path, resume_step)
+        kept = _cut_rows(self._path, resume_step)
+        self.last_row: dict[str, float] = json.loads(kept[-1]) if kept else {}
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Writes one row; it must hold ``step``. The row is on disk when this returns."""
+        """Writes one row; it must hold ``step``. The row is on disk when this returns.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         plain = {name: _plain(value) for name, value in row.items()}
-        self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(json.dumps(plain) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:  # of an open file: it does not say which
+            raise OSError(
+                f"{self._path}: cannot be written ({error.strerror}); free space there, then "
+                "--resume"
+            ) from error
         step = int(row["step"])
         finite = {n: float(v) for n, v in plain.items() if n != "step" and v is not None}
         for name, number in finite.items():
             self._board.add_scalar(name, number, step)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
+
+    def amend(self, more: Mapping[str, float]) -> None:
+        """Adds numbers to the last row of a run that is resumed, before any other is written."""
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        self._file.close()
+        write_whole(self._path, "".join(line + "\n" for line in lines[:-1]))
+        self._file = self._path.open("a", encoding="utf-8")
+        self.write({**self.last_row, **more})
 
     def write_rollouts(
         self, step: int, groups: Sequence[Sequence[Rollout]], images: Mapping[str, bytes]
@@ -133,9 +154,8 @@ def open_wandb(config: Config, workdir: pathlib.Path) -> WandbRun | None:
 
 
 def _pixels(image: bytes) -> np.ndarray:
-    """[H, W, 3] uint8, at most 256 px a side."""
-    with Image.open(io.BytesIO(image)) as opened:
-        small = opened.convert("RGB")
+    """What the model saw, [H, W, 3] uint8, at most 256 px a side."""
+    small = decode_image(image, _IMAGE_PX)
     small.thumbnail((_IMAGE_PX, _IMAGE_PX))
     return np.asarray(small)
 
@@ -189,10 +209,10 @@ def _plain(value: float | None) -> float | int | None:
     return number if np.isfinite(number) else None
 
 
-def _cut_rows(path: pathlib.Path, last_step: int) -> None:
-    """Keeps whole rows up to a step; a half-written last line goes too."""
+def _cut_rows(path: pathlib.Path, last_step: int) -> list[str]:
+    """Keeps whole rows up to a step, and returns them; a half-written last line goes too."""
     if not path.is_file():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -202,6 +222,7 @@ def _cut_rows(path: pathlib.Path, last_step: int) -> None:
         if row["step"] <= last_step:
             kept.append(line)
     write_whole(path, "".join(line + "\n" for line in kept))
+    return kept
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, float]]:

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from speciarl_jax.data.decode import BadImageError, decode_image
 from speciarl_jax.files import write_whole
 
 FOLDER = "thumbnails"
 SIDE_PX = 128
 # (side in px, JPEG quality), best first; the page takes the first that fits its budget.
 _SIZES = ((128, 80), (96, 75), (72, 65), (56, 55), (40, 45))
-_MAX_PIXELS = 64_000_000  # a larger image is not decoded: a small file may claim any size
 
 
 def thumbnail_name(prompt_id: str) -> str:
@@ -47,18 +47,14 @@ def save_thumbnail(run_dir: str | Path, prompt_id: str, image: bytes) -> str:
 
 
 def _shrink(data: bytes, side: int, quality: int) -> bytes | None:
-    """The image as a JPEG of at most `side` px, or None if it cannot be decoded."""
+    """What the model saw as a JPEG of at most `side` px, or None if it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                return None
-            image.draft("RGB", (2 * side, 2 * side))
-            small = image.convert("RGB")
-            small.thumbnail((side, side), Image.Resampling.LANCZOS)
-            out = io.BytesIO()
-            small.save(out, "JPEG", quality=quality, optimize=True)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        small = decode_image(data, 2 * side)
+    except BadImageError:
         return None
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=quality, optimize=True)
     return out.getvalue()
 
 

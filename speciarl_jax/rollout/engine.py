@@ -85,6 +85,7 @@ class RolloutEngine:
             config.chunk_tokens, config.max_completion_tokens, config.compact
         )
         self.stats = RolloutStats()
+        self.planned_bytes = 0  # counted for the last batch, on a device
         self._text: tuple[TextArch, int] | None = None  # and bytes of an activation
 
     def generate(
@@ -153,6 +154,8 @@ class RolloutEngine:
             is_unrolled=self.placement.is_unrolled,
         )
         width = memory.prompts_per_wave(arch, shape)
+        wave = dataclasses.replace(shape, num_prompts=width)
+        self.planned_bytes = memory.rollout_bytes(arch, wave).peak
         return layout.waves(batch, table_rows, self.placement.num_shards, width)
 
     def start(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -80,6 +80,13 @@ class SubmitsPairs(Protocol):
 
     def submit(self, pairs: list[Pair], step: int = 0) -> concurrent.futures.Future[list[Outcome]]:
         """Starts labelling."""
+
+
+def polling(finished: Iterable[list[FinishedRow]], poll: Poll) -> Iterator[list[FinishedRow]]:
+    """What `RolloutEngine.generate` yields, with a call of `poll` after each chunk."""
+    for rows in finished:
+        yield rows
+        poll()
 
 
 def collect_groups(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -36,3 +37,8 @@ class TrainState:
     step: int
     data: JsonObject
     rollouts: SavedRollouts | None = None
+
+    @property
+    def is_donated(self) -> bool:
+        """Whether an update was given its arrays to write over, so that they are gone."""
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves((self.trainable, self.optim)))

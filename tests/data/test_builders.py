@@ -9,6 +9,7 @@ import http.server
 import io
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -380,3 +381,27 @@ def test_unwritable_data_dir(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"set data\.data_dir"):
         builder.prepare(FieldGuide, tmp_path / "file", FieldGuideConfig.make("dogs", test=1))
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_a_disk_that_refuses_is_not_blamed_on_the_archive(kind, tmp_path, monkeypatch):
+    """A full disk, played by the limit that a process may have on the size of its files."""
+    archive, target = tmp_path / f"a.{kind}", tmp_path / "target"
+    content = tmp_path / "big.bin"
+    content.write_bytes(os.urandom(300_000))
+    if kind == "tar":
+        with tarfile.open(archive, "w") as pack:
+            pack.add(content, "folder/big.bin")
+    else:
+        with zipfile.ZipFile(archive, "w") as pack:
+            pack.write(content, "folder/big.bin")
+    target.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*folder/big\.bin \(File too large\)"):
+            archives.unpack(archive, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import warnings
 import zlib
@@ -22,6 +23,8 @@ from speciarl_jax.data.images import (
     smart_resize,
     window_layout,
 )
+from speciarl_jax.monitor.writer import _pixels
+from speciarl_jax.report import thumbnails
 from tests.support.hf_order import hf_order
 
 SIZES = [
@@ -271,3 +274,58 @@ def test_limits_refuse(content, message, tmp_path, arch):
 def test_limits_need_a_file(tmp_path, arch):
     with pytest.raises(ValueError, match="not found"):
         ImageLimits.from_dir(tmp_path, arch.vision)
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 20 20
+%%EndComments
+0 0 20 20 rectfill
+showpage
+"""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        EPS,
+        b"\xd7\xcd\xc6\x9a" + bytes(60),  # WMF
+        b"BLP1" + bytes(200),
+        b"SIMPLE  =                    T" + b" " * 50 + b"END" + b" " * 2800,  # FITS
+        b'/* XPM */\nstatic char *x[] = {\n"1 1 1 1",\n"a c #000000",\n"a"\n};',
+    ],
+)
+def test_no_reader_but_those_of_pictures_is_tried(data, tmp_path, monkeypatch):
+    """Ghostscript is started by whoever opens an EPS, whatever its name: here it would be seen."""
+    marker = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {marker}\nexit 1\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked up anew
+    with pytest.raises(BadImageError, match="cannot identify"):
+        decode_image(data)
+    assert thumbnails.save_thumbnail(tmp_path, "x", data) == ""
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["exif", "sixteen bit", "alpha", "palette"])
+def test_thumbnails_and_boards_show_what_the_model_saw(kind, tmp_path, encode):
+    data = _odd_picture(kind, encode)
+    seen = np.asarray(decode_image(data), np.float64)
+    name = thumbnails.save_thumbnail(tmp_path, "x", data)
+    with Image.open(tmp_path / name) as image:
+        shown = np.asarray(image, np.float64)
+    for picture in (shown, np.asarray(_pixels(data), np.float64)):
+        assert picture.shape == seen.shape
+        assert np.abs(picture - seen).mean() < 6  # of JPEG
+
+
+def _odd_picture(kind, encode):
+    ramp = np.linspace(0, 1, 60)[None] * np.ones((40, 1))
+    if kind == "exif":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # upright after a quarter turn
+        return encode(Image.fromarray((ramp * 255).astype(np.uint8)), "JPEG", exif=exif)
+    if kind == "sixteen bit":
+        return encode(Image.fromarray((ramp * 65535).astype(np.uint16)))
+    alpha = Image.fromarray(np.stack([ramp * 0, ramp * 0, ramp * 0, ramp * 255], -1).astype("u1"))
+    return encode(alpha if kind == "alpha" else alpha.quantize(16))

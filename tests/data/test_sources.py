@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 
 import numpy as np
@@ -393,3 +394,59 @@ def test_recipe_to_loader(data_dir, tokenizer, arch, tmp_path):
     assert sum(int(b.is_real.sum()) for b in batches) == 5
     assert np.isfinite(batches[0].vision.patches).all()
     assert list((data_dir / "index").iterdir())
+
+
+def test_what_a_folder_leaves_out_is_named_and_counted(tmp_path, encode, noise_image, caplog):
+    root, data = tmp_path / "photos", encode(noise_image(30, 30))
+    (root / "Crow").mkdir(parents=True)
+    for name in ("Crow/a.png", "Crow/b.png", "beside.png", "Crow/c.HEIC", "Crow/d.avif", "x.txt"):
+        (root / name).write_bytes(data)
+    os.mkfifo(root / "Crow" / "pipe.png")
+    (root / "Crow" / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "Crow" / "loop.jpg").symlink_to(root / "Crow" / "loop.jpg")
+    bad_name = os.fsencode(root / "Crow") + b"/caf\xe9.png"
+    with open(bad_name, "wb") as file:
+        file.write(data)
+    sources = [open_folder(root, split) for split in ("train", "test")]
+    names = {e.image_name for source in sources for e in _all(source)}
+    assert names == {"Crow/a.png", "Crow/b.png"}
+    assert all(json.dumps(list(names)).isascii() for _ in names)
+    told = sorted(
+        record.getMessage().removeprefix(f"folder source {root}: ") for record in caplog.records
+    )
+    assert told == [
+        "1 .avif pictures cannot be decoded here; convert them to .jpg or .png: 'Crow/d.avif'",
+        "1 .heic pictures cannot be decoded here; convert them to .jpg or .png: 'Crow/c.HEIC'",
+        "1 files are no pictures: 'x.txt'",
+        "1 files have names that are not UTF-8; rename them: 'Crow/caf\\udce9.png'",
+        "1 pictures lie beside the class folders, without a label: 'beside.png'",
+        "3 names are no files (pipes, devices, broken links): 'Crow/gone.jpg', 'Crow/loop.jpg', "
+        "'Crow/pipe.png'",
+    ]
+
+
+def test_linked_class_folders_are_followed_and_loops_are_not(tmp_path, encode, noise_image, caplog):
+    root, store, data = tmp_path / "photos", tmp_path / "store", encode(noise_image(30, 30))
+    for folder in (root / "Crow", store / "Owl", store / "Owl" / "Barn owl"):
+        folder.mkdir(parents=True)
+        for name in ("a.png", "b.png"):
+            (folder / name).write_bytes(data)
+    (root / "Owl").symlink_to(store / "Owl")
+    (root / "Crow" / "up").symlink_to(root)
+    (store / "Owl" / "itself").symlink_to(store / "Owl")
+    (root / "Crow" / "out").symlink_to(tmp_path)
+    (root / "Crow" / "other").symlink_to(root / "Owl")  # its name is a class, links as they are
+    labels = [file.labels for split in ("train", "test") for file in open_folder(root, split).files]
+    assert sorted(set(labels)) == [
+        *[("Crow",), ("Crow", "other"), ("Crow", "other", "Barn owl")],
+        *[("Owl",), ("Owl", "Barn owl")],
+    ]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "4 links lead back to a folder above and are not followed" in told
+
+
+def test_a_manifest_that_names_a_pipe_is_no_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "m.csv").write_text("image,label,split\npipe.png,crow,train\n")
+    (example,) = _all(open_folder(tmp_path / "m.csv", "train"))
+    assert example.image == b""

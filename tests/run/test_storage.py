@@ -1,11 +1,18 @@
 """The spool: what changed is copied, what is gone is deleted, another machine goes on."""
 
+import contextlib
+import pathlib
 import sqlite3
 
+import aiohttp
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
+from speciarl_jax import errors
 from speciarl_jax.config.schema import Config
 from speciarl_jax.run.storage import Spool, open_run_dir
+from speciarl_jax.run.store import Store
 from speciarl_jax.run.workdir import prepare_workdir
 
 
@@ -132,3 +139,85 @@ def test_a_used_address_is_not_overwritten(tmp_path, url):
     assert not (run_dir.local / "metrics.jsonl").exists()
     with pytest.raises(ValueError, match="no run there"):
         prepare_workdir(open_run_dir(tmp_path / "typo"), Config(), resume=True)
+
+
+def test_names_that_lead_out_of_the_spool_are_left_alone(tmp_path, capsys):
+    """Whoever can write to a bucket cannot write to the machine that pulls from it."""
+    files, place = fsspec.filesystem("file"), f"{tmp_path}/bucket/run"
+    odd = ("../outside", "eval/../../outside", "eval//base", "./config.json", "eval/")
+    for name in ("config.json", "eval/base/metrics.json"):
+        files.makedirs(f"{place}/eval/base", exist_ok=True)
+        files.pipe_file(f"{place}/{name}", b"{}")
+    spool = Spool(f"file://{place}", tmp_path / "a" / "b")
+    spool._remote = Store(Listed([f"{place}/{name}" for name in odd]))
+    assert spool.pull() == 2
+    written = {f.relative_to(spool.local) for f in (tmp_path / "a").rglob("*") if f.is_file()}
+    assert {str(name) for name in written} == {"config.json", "eval/base/metrics.json"}
+    assert "4 odd names are left alone: ['../outside', " in capsys.readouterr().err
+
+
+class Listed(LocalFileSystem):
+    """A store that lists names besides its own, as object stores may hold any."""
+
+    cachable = False
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def find(self, path):
+        return [*super().find(path), *self.names]
+
+    def get_file(self, path, target):
+        if path in self.names:
+            pathlib.Path(target).write_text("escaped")
+        else:
+            super().get_file(path, target)
+
+
+class Refusing(fsspec.AbstractFileSystem):
+    """A store whose client raises an error of its own, as gcsfs does, on every call."""
+
+    cachable = False
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def refuse(self, *args, **kwargs):
+        raise self.error
+
+    exists = find = cat_file = pipe_file = get_file = put_file = makedirs = rm = refuse
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "gcsfs",
+        aiohttp.ClientPayloadError("cut short"),
+        TimeoutError("took too long"),
+        ConnectionResetError("gone"),
+    ],
+)
+@pytest.mark.parametrize("act", ["push", "pull", "holds_run", "was_started", "hold"])
+def test_what_a_store_fails_with_is_an_oserror_of_one_line(tmp_path, error, act):
+    if error == "gcsfs":
+        client = pytest.importorskip("gcsfs.retry")
+        error = client.HttpError({"code": 403, "message": "no access to\nbucket"})
+    spool = Spool(f"file://{tmp_path}/bucket/run", tmp_path)
+    (spool.local / "metrics.jsonl").write_text("1\n")
+    spool._remote = Store(Refusing(error))
+
+    def run():
+        with contextlib.ExitStack() as stack:
+            result = getattr(spool, act)()
+            if act == "hold":
+                stack.enter_context(result)
+
+    with pytest.raises(OSError, match=r".") as told:
+        run()
+    assert errors.exit_code(told.value) == 1
+    if not isinstance(error, OSError):
+        assert "the store refuses" in str(told.value)
+        assert "\n" not in str(told.value)
+    assert (spool.local / "metrics.jsonl").exists()

@@ -23,6 +23,7 @@ from speciarl_jax.convert.parity.activations import (
     PATCH_EMBED,
     VISION_BLOCKS,
 )
+from speciarl_jax.data.decode import FORMATS
 from speciarl_jax.data.prompts import Tokenizer
 
 if TYPE_CHECKING:
@@ -145,7 +146,9 @@ class TorchReference:
         )
         inputs: Inputs = {}
         if images:
-            decoded = [Image.open(io.BytesIO(data)).convert("RGB") for data in images]
+            decoded = [
+                Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB") for data in images
+            ]
             processed = self.image_processor(decoded, return_tensors="np")
             inputs["pixel_values"] = torch.from_numpy(np.asarray(processed["pixel_values"]))
             grids = np.asarray(processed["image_grid_thw"])

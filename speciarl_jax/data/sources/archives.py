@@ -6,6 +6,7 @@ to far more than a data set can be is refused before the disk is full.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -56,14 +57,14 @@ def unpack(archive: pathlib.Path, target: pathlib.Path, max_bytes: int = MAX_UNP
     Raises:
         ValueError: a member whose path would leave `target`, more than `max_bytes` of content, or
             a damaged archive.
+        OSError: the disk refuses, because it is full for example; the archive is not to blame.
     """
     written = count = 0
     try:
         for name, stream in _members(archive):
             count += 1
             path = _inside(target, name, archive)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as out:
+            with _Output(path, archive) as out:
                 while chunk := stream.read(_CHUNK_BYTES):
                     written += len(chunk)
                     if written > max_bytes or count > MAX_MEMBERS:
@@ -72,9 +73,47 @@ def unpack(archive: pathlib.Path, target: pathlib.Path, max_bytes: int = MAX_UNP
                             f"{MAX_MEMBERS} files; this is no data set"
                         )
                     out.write(chunk)
+    except _WriteError as error:
+        raise OSError(str(error)) from error
     except _READ_ERRORS as error:
         raise ValueError(f"archive {archive}: damaged ({error}); download it again") from error
     return count
+
+
+class _WriteError(Exception):
+    """The disk refuses what an archive holds; no OSError, which reading an archive raises too."""
+
+
+class _Output:
+    """A file that is written to, with its folders."""
+
+    def __init__(self, path: pathlib.Path, archive: pathlib.Path) -> None:
+        self._path, self._archive = path, archive
+
+    def __enter__(self) -> _Output:
+        with self._told():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("wb")
+        return self
+
+    def write(self, chunk: bytes) -> None:
+        """Appends."""
+        with self._told():
+            self._file.write(chunk)
+
+    def __exit__(self, *_: object) -> None:
+        with self._told():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _WriteError(
+                f"archive {self._archive}: cannot write {self._path} ({error.strerror}); free "
+                "space there, or choose another --data_dir"
+            ) from error
 
 
 def _members(archive: pathlib.Path) -> Iterator[tuple[str, IO[bytes]]]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from speciarl_jax.data.sources.layouts import clean_label
 from speciarl_jax.errors import NoSuchSplit
@@ -29,6 +31,9 @@ SPLIT_NAMES = {
     "validation": "validation",
     "test": "test",
 }
+_UNREADABLE_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".eps")
+_NAMES_SHOWN = 5
+_LOG = logging.getLogger(__name__)
 TEST_FRAC = 0.2  # of every class, set aside for testing if there are no splits
 MANIFEST_SUFFIXES = (".csv", ".jsonl", ".parquet")
 _IMAGE_COLUMNS = ("image", "image_path", "path", "file", "file_name", "filename")
@@ -66,8 +71,8 @@ class FileSource:
     def __getitem__(self, index: int) -> Example:
         """The index-th image; a file that cannot be read has no bytes, and so is a bad image."""
         file = self.files[index]
-        try:
-            data = file.path.read_bytes()
+        try:  # a pipe would be waited for without end
+            data = file.path.read_bytes() if file.path.is_file() else b""
         except OSError:
             data = b""
         return Example(
@@ -127,18 +132,85 @@ def dataset_name(path: pathlib.Path) -> str:
 
 
 def _read_folders(root: pathlib.Path) -> list[ImageFile]:
+    """Images below class folders; whatever else lies there is counted in a warning."""
     files: list[ImageFile] = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        parts = pathlib.Path(folder).relative_to(root).parts
+    left: dict[str, list[str]] = {}
+    for folder, names in _walk(root, (), left):
+        parts = folder.relative_to(root).parts
         split = SPLIT_NAMES.get(parts[0].lower(), "") if parts else ""
         labels = tuple(clean_label(part) for part in (parts[1:] if split else parts))
-        for name in sorted(names):
-            is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-            if is_image and labels and labels[-1]:
-                key = "/".join((*parts, name))
-                files.append(ImageFile(pathlib.Path(folder, name), key, labels, split))
+        for name in names:
+            path, key = folder / name, "/".join((*parts, name))
+            reason = _why_not(path, key, labels)
+            if reason:
+                left.setdefault(reason, []).append(key)
+            else:
+                files.append(ImageFile(path, key, labels, split))
+    for reason, keys in sorted(left.items()):
+        shown = ", ".join(map(ascii, keys[:_NAMES_SHOWN]))
+        more = ", ..." if len(keys) > _NAMES_SHOWN else ""
+        _warn_once(f"folder source {root}: {len(keys)} {reason}: {shown}{more}")
     return files
+
+
+def _walk(
+    folder: pathlib.Path, above: tuple[tuple[int, int], ...], left: dict[str, list[str]]
+) -> Iterator[tuple[pathlib.Path, list[str]]]:
+    """Folders and their file names, sorted; links are followed unless they lead back up.
+
+    Args:
+        folder: where to begin.
+        above: identities of the folders on the way here.
+        left: gets what is not entered, by reason.
+    """
+    status = folder.stat()
+    above = (*above, (status.st_dev, status.st_ino))
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError:
+        left.setdefault("folders may not be read", []).append(str(folder))
+        return
+    below = [name for name in names if os.path.isdir(folder / name)]
+    yield folder, [name for name in names if name not in set(below)]
+    for name in below:
+        path = folder / name
+        status = path.stat()
+        leads_up = folder.resolve().is_relative_to(path.resolve())
+        if leads_up or (status.st_dev, status.st_ino) in above:
+            reason = "links lead back to a folder above and are not followed"
+            left.setdefault(reason, []).append(str(path))
+        else:
+            yield from _walk(path, above, left)
+
+
+def _why_not(path: pathlib.Path, key: str, labels: tuple[str, ...]) -> str:
+    """Why a file is no labelled image, as it is told of several; "" if it is one."""
+    if not _is_utf8(key):
+        return "files have names that are not UTF-8; rename them"
+    suffix = path.suffix.lower()
+    if suffix in _UNREADABLE_SUFFIXES:
+        return f"{suffix} pictures cannot be decoded here; convert them to .jpg or .png"
+    if suffix not in IMAGE_SUFFIXES:
+        return "files are no pictures"
+    if not os.path.isfile(path):
+        return "names are no files (pipes, devices, broken links)"
+    if not (labels and labels[-1]):
+        return "pictures lie beside the class folders, without a label"
+    return ""
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # bytes that Python carries along as lone surrogates
+        return False
+    return True
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    """Each split of a folder reads all of it; what is left out is told once."""
+    _LOG.warning(line)
 
 
 def _read_manifest(file: pathlib.Path) -> list[ImageFile]:
