@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 
-from tests.mutants.sites import LEARNER, PACKAGE, ROOT
+from tests.mutants.sites import NAMED, PACKAGE, ROOT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Fault:
     @property
     def tests(self) -> tuple[str, ...]:
         """What may notice it."""
-        return LEARNER
+        return NAMED
 
     def source(self) -> str:
         """The file with the fault in it."""

@@ -20,7 +20,13 @@ SEED = 0
 # Each file with the tests that speak of it, the nearest first: a run ends with the first failure.
 OBJECTIVE = ("tests/objective", "tests/algorithm/test_faults.py", "tests/algorithm/test_learn.py")
 SCORING = ("tests/scoring", "tests/report/test_report.py", "tests/cli/test_eval.py")
-LEARNER = ("tests/learner", "tests/algorithm", "tests/objective")
+NAMED = (
+    "tests/algorithm/test_faults.py",
+    "tests/objective",
+    "tests/config/test_options.py",
+    "tests/learner/test_trajectory.py",
+)
+LEARNER = (*NAMED, "tests/learner", "tests/algorithm")
 ROLLOUT = ("tests/rollout", "tests/algorithm/test_gather.py")
 IN_FULL = {
     "objective/advantage.py": ("tests/objective/test_advantage.py", *OBJECTIVE),
