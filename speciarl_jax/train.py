@@ -307,7 +307,7 @@ def saved_if_left(
     except (JudgeError, TrainingStopped):
         _save_before_leaving(run, state, ahead, row)
         raise
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    except out_of_memory.KINDS as error:
         if not out_of_memory.is_out_of_memory(error):
             raise
         saved = _save_before_leaving(run, state, ahead, row)

@@ -12,6 +12,8 @@ import jax
 from speciarl_jax.config.schema import Config
 from speciarl_jax.errors import TrainingStopped
 
+# jaxlib's own error comes out as a ValueError once torch is loaded in the same process.
+KINDS = (jax.errors.JaxRuntimeError, MemoryError, ValueError)
 _LOADING = "loading"
 _SCORING = "evaluate.py"
 # Who calls a program -> its name. The innermost caller on the stack counts.
@@ -45,8 +47,8 @@ _ADVICE = {
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or this machine, could not give the memory that was asked for."""
-    is_device = isinstance(error, jax.errors.JaxRuntimeError)
-    return isinstance(error, MemoryError) or (is_device and "RESOURCE_EXHAUSTED" in str(error))
+    is_of_device = isinstance(error, KINDS) and "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, MemoryError) or is_of_device
 
 
 @contextlib.contextmanager
@@ -58,7 +60,7 @@ def told_memory(config: Config) -> Iterator[None]:
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    except KINDS as error:
         if not is_out_of_memory(error):
             raise
         raise TrainingStopped(f"{explain(error, config)}; then the same command again") from error

@@ -163,7 +163,7 @@ def test_predictions_are_judged_scored_and_measured_as_text(tmp_path, capsys):
 def test_an_evaluation_may_have_a_judge_of_its_own(tmp_path, capsys, use_train_judge, failed):
     """The training judge's tree lacks the truth, that of the evaluation has it."""
     write_predictions(tmp_path / "mine.jsonl", [row(1, said="finch")])
-    (tmp_path / "tree.json").write_text('{"name": "boat"}')
+    (tmp_path / "tree.json").write_text('{"name": "thing", "children": [{"name": "boat"}]}')
     config = small_config()
     config.judge.taxonomy = str(tmp_path / "tree.json")
     config.eval.use_train_judge = use_train_judge

@@ -1,4 +1,4 @@
-"""Every row of the README's table of the paper loads, in both sizes."""
+"""Every row of the evidence loads, in both sizes, and the README's are among them."""
 
 import pathlib
 import re
@@ -7,10 +7,11 @@ import pytest
 
 from speciarl_jax.config import recipes
 from speciarl_jax.config.recipes import load_recipe
+from tests.evidence import rows as evidence
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = ROOT / "configs" / "baselines.py"
-ROWS = re.findall(r"^\| .*?`(row=[^`]+)`", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+ROWS = [*(row.argument for row in evidence.ROWS), "row=speciarl,train=food"]
 
 
 def load(argument):
@@ -19,7 +20,14 @@ def load(argument):
     return config
 
 
-def test_readme_names_every_row_of_the_paper():
+def test_rows_of_the_readme_are_rows_of_the_evidence():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    named = re.findall(r"^\| .*?`(row=[^`]+)`", readme, re.MULTILINE)
+    assert len(named) == 4
+    assert set(named) <= set(ROWS)
+
+
+def test_evidence_has_every_row_of_the_paper():
     expected = {"zero_shot", "be_specific", "best_of_64", "sft", "binary", "speciarl"}
     expected |= {"scale1", "scale2", "scale3"}
     assert {row.split(",")[0].removeprefix("row=") for row in ROWS} == expected

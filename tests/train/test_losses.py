@@ -22,7 +22,7 @@ REWARD = "tests.train.test_losses.reward"
 """
 HUGE = 1 << 44  # floats: more than any machine has, refused at once
 FAULTS = {
-    "device": lambda: jnp.zeros(HUGE, jnp.float32),
+    "device": lambda: jnp.zeros(HUGE, jnp.float32).block_until_ready(),
     "host": lambda: np.zeros(HUGE << 8),
     "judge": lambda: _raise(JudgeError("judge cache: database is locked; stop who holds it")),
     "stopped": lambda: _raise(TrainingStopped("step 2: too few labels; wait, then --resume")),
@@ -35,7 +35,7 @@ def _raise(error):
 
 
 def reward(codes):
-    """A user's own reward, whose second call meets a fault: that of step 2."""
+    """A user's own reward, which meets a fault in step 2."""
     if asked["faults"]:
         fault = asked["faults"].pop()
         if fault:
@@ -49,7 +49,8 @@ def test_a_fault_within_a_step_costs_that_step_at_most(tmp_path, capsys):
     command = ["train", f"--config={recipe}", f"--workdir={workdir}"]
     told = {}
     for fault in FAULTS:
-        asked["faults"] = [fault, None] if not workdir.exists() else [fault]
+        # Called by the preflight, by step 1 unless it is done, by step 2.
+        asked["faults"] = [fault, None] if workdir.exists() else [fault, None, None]
         assert main.main(command) == 1
         told[fault] = capsys.readouterr().err.strip().splitlines()[-1]
         assert [row["step"] for row in rows(workdir)] == [1]
@@ -74,7 +75,7 @@ def test_out_of_memory_before_the_first_step_is_one_line_too():
 
     def start():
         with out_of_memory.told_memory(Config()):
-            jnp.zeros(HUGE, jnp.float32)
+            jnp.zeros(HUGE, jnp.float32).block_until_ready()
 
     with pytest.raises(TrainingStopped, match=r"asked for 65536\.00 GiB.*same command again"):
         start()

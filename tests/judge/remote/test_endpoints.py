@@ -289,7 +289,7 @@ def test_api_key_comes_from_the_named_variable(fast_config, monkeypatch):
         ({"mode": "maybe"}, "judge.mode='maybe': expected one of live, record, replay"),
         ({"mode": "replay"}, "set judge.recording"),
         ({"concurrency": 0}, "judge.concurrency=0: set it to 1 or more"),
-        ({"timeout_s": 0.0}, "judge.timeout_s=0.0: set it above 0"),
+        ({"timeout_s": 0.0}, "judge.timeout_s=0.0: set seconds above 0"),
         ({"endpoints": ()}, "set judge.endpoints"),
         ({"endpoints": ("http://h/v1", "host:80")}, "number 2 is no URL"),
         ({"endpoints": ("http://[::1/v1",)}, "number 1 is no URL"),
