@@ -43,6 +43,7 @@ def reward(codes):
     return (codes >= 3).astype(np.float64)
 
 
+@pytest.mark.slow
 def test_a_fault_within_a_step_costs_that_step_at_most(tmp_path, capsys):
     recipe, workdir = tmp_path / "recipe.py", tmp_path / "run"
     recipe.write_text(RECIPE)

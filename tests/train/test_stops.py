@@ -63,7 +63,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "number"),
     [
-        ("validation", signal.SIGINT),
+        pytest.param("validation", signal.SIGINT, marks=SLOW),
         pytest.param("base", signal.SIGTERM, marks=SLOW),
         pytest.param("validation before step 1", signal.SIGTERM, marks=SLOW),
         pytest.param("step", signal.SIGINT, marks=SLOW),

@@ -86,7 +86,9 @@ def test_a_stopped_redis_stops_no_request(
     assert stats["judge/error_timeout"] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_a_redis_that_is_gone_for_good_ends_it_within_ten_seconds(
     number, redis_server, number_judge, fast_config, pairs_of
 ):
@@ -113,6 +115,7 @@ def test_a_redis_that_is_gone_for_good_ends_it_within_ten_seconds(
     assert "\n" not in message
 
 
+@pytest.mark.slow
 def test_a_redis_that_answers_again_gets_patience_again(redis_server):
     server, place = redis_server
     cache = open_cache(place)
