@@ -29,8 +29,8 @@ smoke: setup
 	$(BIN)/speciarl train --config=$(RECIPE) --workdir=$(RUN) --config.seed=$(SEED) $(if $(wildcard $(RUN)/config.json),--resume)
 	$(BIN)/speciarl report $(RUN) --out=$(RUN)/report.html
 
-# The longest files first, so that all workers end together; a third one, for some tests wait.
-PYTEST = $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+# The longest files first, so that both workers end together.
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 LONGEST = tests/train/test_train.py tests/learner tests/train/test_outage.py tests/rollout
 
 # The default suite: what CI runs.

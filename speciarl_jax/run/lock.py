@@ -27,6 +27,7 @@ from speciarl_jax.run.store import Store
 
 LOCK_NAME = "run.lock"
 BEAT_S = 10.0  # between two renewals of a lease
+_READS = 5  # of a lease that is just being written
 _MISSED = 3.5  # beats without a renewal after which a lease is nobody's
 
 
@@ -88,13 +89,16 @@ class Lease:
                 self._write()
 
     def _read(self) -> dict[str, object]:
-        try:
-            content = json.loads(self._store.read(self._path))
-        except FileNotFoundError:
-            return {}
-        except ValueError:  # half written by its owner, or by nobody who counts
-            return {"owner": "unknown"}
-        return content if isinstance(content, dict) else {"owner": "unknown"}
+        for _ in range(_READS):
+            try:
+                content = json.loads(self._store.read(self._path))
+            except FileNotFoundError:
+                return {}
+            except ValueError:  # its owner is at it: not every store writes a file at once
+                time.sleep(0.05)
+                continue
+            return content if isinstance(content, dict) else {"owner": "unknown"}
+        return {"owner": "unknown"}  # half written, or by nobody who counts
 
     def _write(self) -> None:
         self._beats += 1
