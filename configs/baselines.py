@@ -72,7 +72,6 @@ def get_config(arg=None):
     if row in EVALUATED:
         config.train.num_steps = 0
         config.eval.score_trained = False
-        config.eval.best_of = 0
         config.train.eval_every = 0
     if row == "best_of_64":
         config.eval.score_base = False
@@ -89,7 +88,6 @@ def _base(name, values, more=""):
 
 def _tiny(values):
     config = _base("cpu_smoke.py", values, f",seed={values['seed']},updates={values['updates']}")
-    config.eval.best_of = 0
     train, images = values["train"], int(values["images"]) * 2000 // 3000
     pictures = config.data.source.partition(":")[2]
     if train == "mixed":
