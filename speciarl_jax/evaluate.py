@@ -28,7 +28,7 @@ from speciarl_jax.objective import reward
 from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.groups import Poll, await_verdicts, collect_groups, no_poll, polling
-from speciarl_jax.rollout.sampling import Sampling
+from speciarl_jax.rollout.sampling import Sampling, training_sampling
 from speciarl_jax.run.restore import STEP_PREFIX, open_checkpoint
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.storage import RunDir
@@ -89,11 +89,8 @@ class Exam:
 
     def drawn_as_in_training(self, config: Config) -> Exam:
         """The same pictures, answered by ``eval.policy_samples`` samples of the policy."""
-        rollout = config.rollout
         return dataclasses.replace(
-            self,
-            samples=config.eval.policy_samples,
-            sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k),
+            self, samples=config.eval.policy_samples, sampling=training_sampling(config)
         )
 
 

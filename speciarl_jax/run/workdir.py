@@ -199,7 +199,7 @@ def claimed_workdir(
             run_dir.pull()
         try:
             yield
-        except BaseException:
+        except BaseException:  # a stop or Ctrl-C, too, must not leave what looks like a run
             is_ours = processes.is_first() and not run_dir.is_lost
             if is_ours and not resume and not run_dir.holds_run():
                 made = _entries(run_dir) - before

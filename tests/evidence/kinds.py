@@ -6,8 +6,7 @@ import collections
 import json
 import pathlib
 
-from speciarl_jax.data.field_guide.builder import DOMAINS, FieldGuideConfig
-from speciarl_jax.data.field_guide.specimens import draw_specimens
+from speciarl_jax.data.field_guide.builder import FieldGuideConfig
 from speciarl_jax.data.sources.catalog import parse_options
 from speciarl_jax.scoring.predictions import read_predictions
 
@@ -24,15 +23,7 @@ def by_candidates(workdir: pathlib.Path) -> dict[str, dict[str, dict[str, int]]]
             continue
         domain = name.removeprefix("field_guide_")
         options = FieldGuideConfig.make(domain, **parse_options(name, argument))
-        drawn = draw_specimens(
-            DOMAINS[domain],
-            "test",
-            options.num_test,
-            options.seed,
-            options.hard_frac,
-            options.cycle,
-        )
-        candidates |= {(name, number): one for number, one in enumerate(drawn)}
+        candidates |= {(name, number): one for number, one in enumerate(options.draw("test"))}
     found: dict[str, dict[str, dict[str, int]]] = {}
     for stage in STAGES:
         file = workdir / "eval" / stage / "predictions.jsonl"

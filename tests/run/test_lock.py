@@ -138,7 +138,10 @@ def test_a_lease_that_nobody_renews_is_taken(store):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
 def test_a_damaged_lease_is_one_that_nobody_renews(store, content):
     store.write("/run/run.lock", content)
-    take(store).close()
+    lease = take(store)
+    assert json.loads(store.read("/run/run.lock"))["pid"] == os.getpid()
+    lease.close()
+    assert not store.exists("/run/run.lock")
 
 
 def test_of_several_that_come_at_once_at_most_one_gets_the_lease(store):

@@ -13,6 +13,7 @@ from speciarl_jax.data import field_guide
 from speciarl_jax.data.field_guide.specimens import (
     HARD_CYCLE,
     WARMUP_CYCLE,
+    Specimen,
     draw_specimens,
     encode_png,
 )
@@ -43,6 +44,22 @@ class FieldGuideConfig(tfds.core.BuilderConfig):  # type: ignore[misc]
     def cycle(self) -> tuple[int, ...]:
         """Candidates of the hard pictures, in order."""
         return WARMUP_CYCLE if self.warmup else HARD_CYCLE
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Pictures of each split."""
+        return {
+            "train": self.num_train,
+            "validation": self.num_validation,
+            "test": self.num_test,
+        }
+
+    def draw(self, split: str) -> list[Specimen]:
+        """The specimens of a split, in order."""
+        count = self.counts[split]
+        return draw_specimens(
+            DOMAINS[self.domain], split, count, self.seed, self.hard_frac, self.cycle
+        )
 
     @classmethod
     def make(cls, domain: str, **options: float) -> FieldGuideConfig:
@@ -97,20 +114,12 @@ class FieldGuide(ImageBuilder, skip_registration=True):  # type: ignore[call-arg
     BUILDER_CONFIGS = ()
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
-        config = self.builder_config
-        counts = {
-            "train": config.num_train,
-            "validation": config.num_validation,
-            "test": config.num_test,
-        }
-        return {split: self._generate_examples(split, n) for split, n in counts.items() if n}
+        counts = self.builder_config.counts
+        return {split: self._generate_examples(split) for split, count in counts.items() if count}
 
-    def _generate_examples(self, split: str, count: int) -> Examples:
+    def _generate_examples(self, split: str) -> Examples:
         config = self.builder_config
-        specimens = draw_specimens(
-            DOMAINS[config.domain], split, count, config.seed, config.hard_frac, config.cycle
-        )
-        for number, specimen in enumerate(specimens):
+        for number, specimen in enumerate(config.draw(split)):
             name = example_name(split, config.seed, number)
             label = specimen.species.name
             yield name, {"image": encode_png(specimen), "label": label, "name": name}

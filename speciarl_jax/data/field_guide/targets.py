@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from speciarl_jax.data.field_guide.answers import answer_text, sample_level
-from speciarl_jax.data.field_guide.specimens import Specimen, draw_specimens
+from speciarl_jax.data.field_guide.specimens import Specimen
 from speciarl_jax.data.sources.selection import parse_mixture
 
 # (example key, ground truth, question, rng) -> completion
@@ -42,7 +42,7 @@ def field_guide_target(source: str) -> TargetFn:
 @functools.cache
 def _specimens(source: str) -> dict[str, Specimen]:
     """Specimen of every prompt id of a mixture of field guide sources, training split."""
-    from speciarl_jax.data.field_guide.builder import DOMAINS, FieldGuideConfig, example_name
+    from speciarl_jax.data.field_guide.builder import FieldGuideConfig, example_name
     from speciarl_jax.data.sources.catalog import parse_options
 
     found = {}
@@ -50,14 +50,6 @@ def _specimens(source: str) -> dict[str, Specimen]:
         name, _, argument = spec.partition(":")
         domain = name.removeprefix("field_guide_")
         options = FieldGuideConfig.make(domain, **parse_options(name, argument))
-        specimens = draw_specimens(
-            DOMAINS[domain],
-            "train",
-            options.num_train,
-            options.seed,
-            options.hard_frac,
-            options.cycle,
-        )
-        for number, specimen in enumerate(specimens):
+        for number, specimen in enumerate(options.draw("train")):
             found[f"{name}/train/{example_name('train', options.seed, number)}"] = specimen
     return found
