@@ -213,7 +213,9 @@ def test_run_adapter_and_step_give_the_same_answers(tmp_path, capsys):
 
 
 def test_samples_of_the_policy_are_drawn_with_every_option_of_training():
-    config = small_config(eval__policy_samples=3, rollout__min_p=0.1, rollout__repetition_penalty=2)
+    config = training_config(
+        eval__policy_samples=3, rollout__min_p=0.1, rollout__repetition_penalty=2.0
+    )
     exam = evaluate.Exam.test(config).drawn_as_in_training(config)
     assert (exam.samples, exam.sampling.min_p, exam.sampling.repetition_penalty) == (3, 0.1, 2)
     assert exam.split == config.data.eval_split
