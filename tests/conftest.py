@@ -24,6 +24,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 import socket
 from pathlib import Path
 
+# Programs that any process of the tests has compiled are read by the others, and the next time.
+COMPILED = Path(__file__).parent.parent / ".compile_cache" / "tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+
 import jax
 import pytest
 from beartype import BeartypeConf

@@ -26,6 +26,13 @@ def small_config(**changes):
     return random_config(**settings, eval__max_completion_tokens=40, **changes)
 
 
+def validated_config(**changes):
+    """As `small_config`; four validation pictures are looked at before and after every step."""
+    return small_config(
+        train__eval_every=1, eval__policy_samples=3, data__num_validation=4, **changes
+    )
+
+
 def rows(workdir):
     return [writer.deterministic(r) for r in writer.read_rows(workdir / "metrics.jsonl")]
 

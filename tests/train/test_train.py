@@ -23,7 +23,7 @@ from speciarl_jax.judge import runner
 from speciarl_jax.learner.optimizer import OptimState
 from speciarl_jax.run import checkpoint
 from speciarl_jax.run.state import TrainState
-from tests.support.training import QUIET, rows, run_cli, small_config
+from tests.support.training import QUIET, rows, run_cli, small_config, validated_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -31,20 +31,20 @@ CONFIGS = ROOT / "configs"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two steps."""
+    """A run of two steps that looks at its validation pictures before and after each."""
     workdir = tmp_path_factory.mktemp("run")
-    train.main(small_config(), workdir)
+    train.main(validated_config(), workdir)
     return workdir
 
 
 def test_run_leaves_what_it_promises(finished):
     names = {p.name for p in finished.iterdir()}
     assert {"metrics.jsonl", "config.json", "checkpoints", "rollouts", "eval", "plots"} <= names
-    assert [r["step"] for r in rows(finished)] == [1, 2]
+    assert [r["step"] for r in rows(finished)] == [0, 1, 2]
     for name in ("base", "trained"):
         scores = json.loads((finished / "eval" / name / "metrics.json").read_text())
         assert scores["datasets"]["field_guide_birds"]["n"] == 8
-    first = rows(finished)[0]
+    first = rows(finished)[1]
     assert first["mismatch/logprob_max_abs"] < 1e-4
     assert first["policy/grad_norm"] > 0
     assert sum(v for k, v in first.items() if k.startswith("category/")) == pytest.approx(1)
@@ -54,37 +54,33 @@ def lines(file):
     return file.read_text().splitlines()
 
 
-def test_validations_read_their_own_split_and_score_greedy_answers_and_samples(tmp_path):
-    config = small_config(
-        train__num_steps=1, train__eval_every=1, eval__policy_samples=3, data__num_validation=4
-    )
-    train.main(config, tmp_path)
+def test_validations_read_their_own_split_and_score_greedy_answers_and_samples(finished):
     splits = {
         folder.name: {json.loads(line)["prompt_id"].split("/")[1] for line in lines(file)}
-        for folder in (tmp_path / "eval").iterdir()
+        for folder in (finished / "eval").iterdir()
         if (file := folder / "predictions.jsonl").is_file()
     }
-    scored = ("base", "trained", "validation_000000", "validation_000001")
+    scored = ("base", "trained", *(f"validation_{step:06d}" for step in range(3)))
     assert splits == {
         f"{name}{suffix}": {"validation" if name.startswith("validation") else "test"}
         for name in scored
         for suffix in ("", "_sampled")
     }
-    validated = {r["step"]: r for r in map(json.loads, lines(tmp_path / "metrics.jsonl"))}
-    for step in (0, 1):
+    validated = {r["step"]: r for r in map(json.loads, lines(finished / "metrics.jsonl"))}
+    for step in range(3):
         for kind, suffix, samples in (("eval", "", 1), ("eval_sampled", "_sampled", 3)):
-            folder = tmp_path / "eval" / f"validation_{step:06d}{suffix}"
+            folder = finished / "eval" / f"validation_{step:06d}{suffix}"
             scores = json.loads((folder / "metrics.json").read_text())["averages"]["all"]
             assert scores["n"] == 4 * samples
             assert validated[step][f"{kind}/all/correctness"] == scores["correctness"]["value"]
-    sampled = json.loads((tmp_path / "eval" / "base_sampled" / "settings.json").read_text())
+    sampled = json.loads((finished / "eval" / "base_sampled" / "settings.json").read_text())
     assert (sampled["sampling"]["temperature"], sampled["samples"]) == (1.0, 3)
 
 
 def test_resume_ends_with_the_same_metrics_bit_for_bit(finished, tmp_path):
     stopped = tmp_path / "run"
-    train.main(small_config(train__num_steps=1, eval__score_trained=False), stopped)
-    train.main(small_config(), stopped, resume=True)
+    train.main(validated_config(train__num_steps=1, eval__score_trained=False), stopped)
+    train.main(validated_config(), stopped, resume=True)
     assert rows(stopped) == rows(finished)
     for part in ("base", "trained"):
         a, b = (w / "eval" / part / "predictions.jsonl" for w in (stopped, finished))
@@ -94,12 +90,12 @@ def test_resume_ends_with_the_same_metrics_bit_for_bit(finished, tmp_path):
 @pytest.mark.slow
 def test_resume_skips_a_damaged_checkpoint(finished, tmp_path, capsys):
     workdir = tmp_path / "run"
-    train.main(small_config(eval__score_base=False, eval__score_trained=False), workdir)
+    train.main(validated_config(eval__score_base=False, eval__score_trained=False), workdir)
     for file in (workdir / "checkpoints" / "2" / "state").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
     train.main(
-        small_config(eval__score_base=False, eval__score_trained=False), workdir, resume=True
+        validated_config(eval__score_base=False, eval__score_trained=False), workdir, resume=True
     )
     assert "cannot be read" in capsys.readouterr().out
     assert rows(workdir) == rows(finished)
@@ -125,8 +121,8 @@ def test_half_a_file_on_resume_is_one_line_with_path_and_remedy(
     workdir, recipe = tmp_path / "run", tmp_path / "recipe.py"
     shutil.copytree(finished, workdir)
     recipe.write_text(
-        "from tests.support.training import small_config\n\n"
-        "def get_config(arg=None):\n    return small_config()\n"
+        "from tests.support.training import validated_config\n\n"
+        "def get_config(arg=None):\n    return validated_config()\n"
     )
     for file in [file for file in workdir.glob(damaged) if file.is_file()]:
         cut(file)
@@ -144,7 +140,7 @@ def test_used_directory_is_refused(finished):
 
 def test_resume_with_another_recipe_is_refused(finished):
     with pytest.raises(ValueError, match=r"rollout\.group_size was 4"):
-        train.main(small_config(rollout__group_size=5), finished, resume=True)
+        train.main(validated_config(rollout__group_size=5), finished, resume=True)
 
 
 def test_closed_judge_port_is_one_clear_line(tmp_path, monkeypatch):
@@ -201,7 +197,9 @@ def test_kill_at_any_moment_then_resume(tmp_path):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     for _ in range(2):
         command = [sys.executable, "-m", "speciarl_jax.cli", "train", f"--config={recipe}"]
-        command += [f"--workdir={killed}", "--resume"]
+        command += [f"--workdir={killed}"]
+        if (killed / "config.json").is_file():
+            command.append("--resume")
         process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
         seen = len(rows(killed)) if (killed / "metrics.jsonl").is_file() else 0
         while process.poll() is None:
