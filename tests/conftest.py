@@ -20,14 +20,14 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
     ]
 )
+# Programs that any process of the tests has compiled are read by the others, and the next time.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get(
+    "JAX_COMPILATION_CACHE_DIR", os.path.abspath(f"{__file__}/../../.compile_cache/tests")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 import socket
 from pathlib import Path
-
-# Programs that any process of the tests has compiled are read by the others, and the next time.
-COMPILED = Path(__file__).parent.parent / ".compile_cache" / "tests"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax
 import pytest
