@@ -2,10 +2,8 @@
 
 import io
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from speciarl_jax.cli.main import main
@@ -40,16 +38,8 @@ def test_answers_are_printed_while_others_decode():
     ]
 
 
-@pytest.fixture
-def own_compile_cache(tmp_path):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-
-
 @pytest.mark.slow
-def test_the_shipped_policy_answers(tmp_path, capsys, own_compile_cache):
+def test_the_shipped_policy_answers(tmp_path, capsys):
     image = tmp_path / "bird.png"
     image.write_bytes(encode_png(draw_specimens("bird", "test", 4)[0]))
     assert main(["sample", f"--image={image}", "--n=3", "--max_tokens=48"]) == 0
