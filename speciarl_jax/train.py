@@ -310,7 +310,7 @@ def saved_if_left(
         if not out_of_memory.is_out_of_memory(error):
             raise
         saved = _save_before_leaving(run, state, ahead, row)
-        line = out_of_memory.explain(error, run.config, run.session.engine.planned_bytes)
+        line = out_of_memory.explain(error, run.config)
         raise TrainingStopped(f"step {state.step + 1}: {line}; {saved}: --resume then") from error
 
 

@@ -28,6 +28,14 @@ _CALLERS = {
     "_start_updates": "update",
     "finish_update": "update",
 }
+# Name -> compiled functions that it consists of.
+_FUNCTIONS = {
+    "encode": ("encode_images",),
+    "prefill": ("prefill", "start"),
+    "decode": ("decode_chunk", "shrink", "widen"),
+    "log-probs": ("batch_logprobs",),
+    "update": ("update_step", "_accumulate", "_apply"),
+}
 # Settings that make it smaller; a run may be resumed with other values of most of them.
 _REMEDIES = {
     _LOADING: ("mesh.fsdp", "mesh.tensor"),
@@ -66,13 +74,29 @@ def told_memory(config: Config) -> Iterator[None]:
         raise TrainingStopped(f"{explain(error, config)}; then the same command again") from error
 
 
-def explain(error: BaseException, config: Config, planned_bytes: int = 0) -> str:
+def planned_bytes(program: str) -> int:
+    """What XLA has planned for a program, on one device: the largest of those compiled so far.
+
+    Arguments, results and temporaries; 0 where none is compiled yet, as then its compilation has
+    failed and the error itself has XLA's figures.
+    """
+    modules = {f"jit_{function}" for function in _FUNCTIONS.get(program, ())}
+    largest = 0
+    for executable in jax.devices()[0].client.live_executables():
+        if modules & {module.name for module in executable.hlo_modules()}:
+            plan = executable.get_compiled_memory_stats()
+            size = plan.argument_size_in_bytes + plan.output_size_in_bytes
+            size += plan.temp_size_in_bytes - plan.alias_size_in_bytes
+            largest = max(largest, size)
+    return largest
+
+
+def explain(error: BaseException, config: Config) -> str:
     """One line for an error that `is_out_of_memory`.
 
     Args:
         error: with its traceback, which says whose program it was.
         config: the recipe, for the present values of the settings.
-        planned_bytes: counted for sampling on a device (`rollout.memory`); 0 if unknown.
     """
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "speciarl_jax" in frame.filename]
@@ -83,8 +107,8 @@ def explain(error: BaseException, config: Config, planned_bytes: int = 0) -> str
         settings = ("eval.prompts_per_batch", settings[0])
     asked = re.search(r"allocat\w* (\d+)", str(error))
     sizes = []
-    if program in ("prefill", "decode") and planned_bytes:
-        sizes.append(f"planned {planned_bytes / 2**30:.2f} GiB")
+    if planned := planned_bytes(program):
+        sizes.append(f"planned {planned / 2**30:.2f} GiB")
     if asked:
         sizes.append(f"asked for {int(asked[1]) / 2**30:.2f} GiB")
     size = f" ({', '.join(sizes)})" if sizes else ""

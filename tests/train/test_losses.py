@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -80,6 +81,22 @@ def test_out_of_memory_before_the_first_step_is_one_line_too():
 
     with pytest.raises(TrainingStopped, match=r"asked for 65536\.00 GiB.*same command again"):
         start()
+
+
+def test_what_xla_has_planned_for_a_program_is_told():
+    """[2^28] float32 in, [2^27] out and, as nothing fuses over a sort, as much between them."""
+
+    @jax.jit
+    def update_step(x):
+        return jnp.sort(x)[: 2**27]
+
+    before = out_of_memory.planned_bytes("update")
+    program = update_step.lower(jax.ShapeDtypeStruct((2**28,), jnp.float32)).compile()
+    plan = program.memory_analysis()
+    planned = out_of_memory.planned_bytes("update")
+    assert plan.temp_size_in_bytes >= 2**30
+    assert planned == 2**30 + 2**29 + plan.temp_size_in_bytes > before
+    assert out_of_memory.planned_bytes("encode") < 2**30
 
 
 def test_another_error_of_the_device_keeps_its_traceback():
