@@ -63,7 +63,7 @@ def rloo_advantages(
     Source: RLOO (arXiv 2402.14740) equation 8; verl, compute_rloo_outcome_advantage.
     """
     count, centred = _centre(rewards, valid)
-    return centred * np.where(count > 1, count / np.maximum(count - 1, 1), 1.0)
+    return centred * (count / np.maximum(count - 1, 1))
 
 
 def _centre(
