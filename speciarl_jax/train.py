@@ -54,7 +54,7 @@ from speciarl_jax.run.preemption import StepAbandoned, StopFlag, stop_signal, to
 from speciarl_jax.run.session import Session, enable_compile_cache, initial_state, open_session
 from speciarl_jax.run.state import TrainState
 from speciarl_jax.run.storage import RunDir, open_run_dir
-from speciarl_jax.run.workdir import claimed_workdir
+from speciarl_jax.run.workdir import Resume, claimed_workdir
 from speciarl_jax.scoring.results import Evaluation
 from speciarl_jax.timing import Goodput
 
@@ -96,7 +96,7 @@ def main(
     config: Config,
     workdir: pathlib.Path | str,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     overwrite: bool = False,
     new_judge: bool = False,
     recipe_dir: pathlib.Path | None = None,
@@ -108,7 +108,7 @@ def main(
         config: the recipe.
         workdir: folder or address; gets metrics.jsonl, config.json, checkpoints/, rollouts/,
             eval/, plots/.
-        resume: go on from the newest checkpoint there.
+        resume: go on from the newest checkpoint there; "auto": if a run is there, else start.
         overwrite: delete what an earlier run left there.
         new_judge: a resumed run may have another judge than before.
         recipe_dir: folder of the recipe file, for its prompts.
@@ -127,10 +127,9 @@ def main(
     enable_compile_cache(config.compile_cache_dir)
     check_processes(config)
     run_dir = open_run_dir(workdir, jax.process_index())
-    flags = {"resume": resume, "overwrite": overwrite, "new_judge": new_judge}
     with (
         stop_signal() as stop,
-        claimed_workdir(run_dir, config, **flags),
+        claimed_workdir(run_dir, config, resume, overwrite, new_judge) as is_resumed,
         told_stop(run_dir, stop),
         out_of_memory.told_memory(config),
         contextlib.ExitStack() as stack,
@@ -138,7 +137,7 @@ def main(
         with stop.at_once():
             session = open_session(config, recipe_dir)
             run, state = stack.enter_context(
-                open_run(session, run_dir, profile, stop, resume=resume)
+                open_run(session, run_dir, profile, stop, resume=is_resumed)
             )
         initial, exam = initial_like(state, session), Exam.test(config)
         if config.eval.score_base:

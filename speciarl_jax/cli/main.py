@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def goes_on(arguments: Sequence[str], stop: errors.Stopped) -> str:
     """The command that takes up what a stopped one has left."""
     again = [a for a in arguments if not (stop.is_resumed and a == "--overwrite")]
-    if stop.is_resumed and "--resume" not in again:
+    if stop.is_resumed and not any(a.partition("=")[0] == "--resume" for a in again):
         again.append("--resume")
     return shlex.join(["speciarl", *again])
 

@@ -12,7 +12,14 @@ def register(verbs: Verbs) -> None:
     """Adds the verb `train`."""
     train = verbs.add_parser("train", help="train a recipe")
     add_config(train)
-    train.add_argument("--resume", action="store_true", help="go on with the run in --workdir")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=["auto"],
+        help="go on with the run in --workdir; --resume=auto: if there is one, else start it",
+    )
     train.add_argument("--overwrite", action="store_true", help="delete the run in --workdir first")
     train.add_argument(
         "--new_judge",
@@ -34,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     config, recipe_dir = load_recipe(args.config, args.overrides)
     profile = watch.parse_profile(args.profile)
-    join_job(args)
+    join_job(args, config)
     for _ in preflight(config, args.workdir, recipe_dir):
         pass  # told by `speciarl check`; here only what is wrong
     train.main(

@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterator
+from typing import Literal, TypeAlias
 
 import jax
 
@@ -20,6 +21,7 @@ from speciarl_jax.files import name_when_whole, read_json, write_whole
 from speciarl_jax.run.storage import RunDir
 from speciarl_jax.types import JsonObject
 
+Resume: TypeAlias = bool | Literal["auto"]  # auto: if the directory holds a run
 MEND_CONFIG = (
     "put the config.json of another run of the recipe there, or start again with --overwrite"
 )
@@ -171,37 +173,54 @@ def _warn_of_stretch(old: JsonObject, new: JsonObject) -> None:
 
 @contextlib.contextmanager
 def claimed_workdir(
-    run_dir: RunDir, config: Config, *, resume: bool, overwrite: bool, new_judge: bool = False
-) -> Iterator[None]:
+    run_dir: RunDir,
+    config: Config,
+    resume: Resume = False,
+    overwrite: bool = False,
+    new_judge: bool = False,
+) -> Iterator[bool]:
     """Holds a run directory, prepared by the first process, for the time of a run.
 
     A fresh start that fails before there is anything to lose leaves nothing but labels.
+
+    Args:
+        run_dir: where the run is kept.
+        config: the recipe.
+        resume: see `prepare_workdir`; "auto": whether the directory holds a run decides. The first
+            process looks, while it holds the directory, and tells the others.
+        overwrite: see `prepare_workdir`.
+        new_judge: see `prepare_workdir`.
+
+    Yields:
+        Whether the run is resumed; the same in all processes.
 
     Raises:
         ValueError: see `prepare_workdir`, in all processes; or another process trains there.
     """
     with contextlib.ExitStack() as stack:
-        problem, before = None, set[str]()
+        problem, is_resumed, before = "", resume is True, set[str]()
         if processes.is_first():
             try:
                 stack.enter_context(run_dir.hold())
                 before = set() if overwrite else _entries(run_dir)
-                flags = {"resume": resume, "overwrite": overwrite, "new_judge": new_judge}
+                if resume == "auto":
+                    is_resumed = overwrite or run_dir.holds_run()  # both flags: refused below
+                flags = {"resume": is_resumed, "overwrite": overwrite, "new_judge": new_judge}
                 prepare_workdir(run_dir, config, **flags)
             except (ValueError, OSError) as error:
                 if jax.process_count() == 1:
                     raise
                 problem = str(error)
-        problem = processes.from_first(problem)
-        if problem is not None:
+        problem, is_resumed = processes.from_first((problem, is_resumed))
+        if problem:
             raise ValueError(problem)
         if not processes.is_first():
             run_dir.pull()
         try:
-            yield
+            yield is_resumed
         except BaseException:  # a stop or Ctrl-C, too, must not leave what looks like a run
             is_ours = processes.is_first() and not run_dir.is_lost
-            if is_ours and not resume and not run_dir.holds_run():
+            if is_ours and not is_resumed and not run_dir.holds_run():
                 made = _entries(run_dir) - before
                 run_dir.forget({name for name in made if not name.startswith(_LABELS)})
             raise

@@ -114,18 +114,16 @@ def test_delete_asks_for_the_name(tmp_path, answer, deleted):
     assert (result.returncode == 0) == bool(deleted)
 
 
-def test_restart_goes_on_after_75_and_resumes(tmp_path):
-    workdir = tmp_path / "run"
-    body = (
-        f"mkdir -p {workdir}; touch {workdir}/config.json\n"
-        f"[[ $(wc -l < {tmp_path}/calls.txt) -lt 3 ]] && exit 75\nexit 0"
+def test_restart_goes_on_after_75_and_asks_nobody_whether_there_is_a_run(tmp_path):
+    """The training itself looks: a listing of the bucket from here may fail, gcloud be absent."""
+    program = fake_program(
+        tmp_path, f"[[ $(wc -l < {tmp_path}/calls.txt) -lt 3 ]] && exit 75; exit 0"
     )
-    program = fake_program(tmp_path, body)
-    result = run_script("restart.sh", str(workdir), RECIPE, SPECIARL=program)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    fake_program(tmp_path, "exit 1", "gcloud")
+    result = run_script("restart.sh", "gs://b/run", RECIPE, SPECIARL=program, PATH=path)
     assert result.returncode == 0, result.stderr
-    first, *others = calls(tmp_path)
-    assert first == f"train {RECIPE} --workdir={workdir}"
-    assert others == [first + " --resume"] * 2
+    assert calls(tmp_path) == [f"train {RECIPE} --workdir=gs://b/run --resume=auto"] * 3
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
