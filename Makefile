@@ -45,6 +45,7 @@ check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x -P . tpu_scripts/*.sh tpu_scripts/slurm.sbatch
 
 fmt: setup-dev
 	$(BIN)/ruff format .
