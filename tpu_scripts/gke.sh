@@ -33,8 +33,9 @@ case "$ACCELERATOR" in
 esac
 
 words=$(printf ' %q' "$WORKDIR" --cluster "${recipe[@]}")
-# One start per pod: JobSet restarts all hosts of the slice together.
+# One start per pod: JobSet restarts all hosts of the slice together. `exec`, for a pod is stopped by
+# SIGTERM to its first process, and a shell there would keep it for itself.
 run gcluster job submit --project="$PROJECT" --location="$ZONE" --cluster="$CLUSTER" \
   --name="$TPU_NAME" --image="$IMAGE" --compute-type="$machine" --topology="$TOPOLOGY" \
   --num-slices=1 --restarts=100 --restart-on-exit-codes=75,134,137,143 --grace-period=10m \
-  --command="cd /app && MAX_RESTARTS=0 tpu_scripts/restart.sh$words"
+  --command="cd /app && export MAX_RESTARTS=0 && exec tpu_scripts/restart.sh$words"

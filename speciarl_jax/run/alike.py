@@ -1,17 +1,19 @@
-"""The processes of a job must be alike: same package, same jax and libtpu, same recipe."""
+"""The processes of a job start alike or not at all: same package, same jax, same recipe."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from speciarl_jax.config.schema import Config
 from speciarl_jax.devices import processes
+from speciarl_jax.errors import EXPECTED
 
 _PACKAGES = ("jax", "jaxlib", "libtpu")
 _SHOWN = 3  # differences in one line
@@ -23,7 +25,7 @@ def check_alike(config: Config) -> None:
     Raises:
         ValueError: they differ, in all processes; names what, and on which of them.
     """
-    told = processes.exchange_before_devices(json.dumps(own_facts(config)))
+    told = processes.exchange_before_devices("facts", json.dumps(own_facts(config)))
     found = differences([json.loads(text) for text in told])
     if found:
         more = f" and in {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
@@ -31,6 +33,27 @@ def check_alike(config: Config) -> None:
             f"the processes of this job differ: {'; '.join(found[:_SHOWN])}{more}; install the "
             "same everywhere (tpu_scripts/setup.sh) and give all of them the same recipe"
         )
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """What is wrong on one host, before the run is opened, ends the whole job with its line.
+
+    Raises:
+        ValueError: something is wrong on another host.
+        ValueError, OSError, JudgeError: it is wrong here.
+    """
+    problem: BaseException | None = None
+    try:
+        yield
+    except EXPECTED as error:
+        problem = error
+    told = processes.exchange_before_devices("problem", "" if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    found = [f"process {index}: {text}" for index, text in enumerate(told) if text]
+    if found:
+        raise ValueError(found[0])
 
 
 def own_facts(config: Config) -> dict[str, str]:

@@ -88,6 +88,7 @@ def test_another_recipe_on_one_host_ends_all(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_libtpu_on_one_host_ends_all(tmp_path):
     folder = tmp_path / "libtpu-9.9.dist-info"
     folder.mkdir()
@@ -95,3 +96,17 @@ def test_another_libtpu_on_one_host_ends_all(tmp_path):
     lines, codes = job(tmp_path, [[], []], [{}, {"PYTHONPATH": str(tmp_path)}])
     assert codes == [2, 2]
     assert all("differ: libtpu is 9.9 on process 1" in line for (line,) in lines)
+
+
+@pytest.mark.slow
+def test_what_one_host_lacks_ends_all_with_its_line(tmp_path):
+    """Data in the home of one host only: the other ends, and does not wait for the heartbeat."""
+    homes = [{"HOME": str(tmp_path / name)} for name in ("first", "second")]
+    folder = tmp_path / "second" / ".cache" / "speciarl"
+    folder.mkdir(parents=True)
+    (folder / "data").write_text("where the pictures would be drawn")
+    lines, codes = job(tmp_path, [[], []], homes)
+    assert codes[0] == 2
+    assert codes[1] in (1, 2)
+    (there,) = lines[1]
+    assert lines[0] == [there.replace("error: ", "error: process 1: ", 1)]

@@ -1,6 +1,7 @@
 """train.sh, eval.sh, setup.sh and job.sh against one worker: a folder, behind fakes of gcloud and
 systemd that really run what they are given, so that words pass through all shells."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -159,6 +160,32 @@ def test_a_training_outlives_the_connection_and_is_stopped_with_a_save(place):
     assert run(place, "job.sh", "stop").returncode == 0
     assert (place / "saved").exists()
     assert "saved" in run(place, "job.sh", "log").stdout
+
+
+def test_a_pod_that_is_stopped_saves(place):
+    """gcluster's container runs `bash -c COMMAND`, and Kubernetes signals that first process."""
+    write(place / "bin" / "gcluster", 'printf "%s" "${@: -1}" > "$PLACE/command.txt"')
+    names = {name: name.lower() for name in ("CLUSTER", "IMAGE", "TOPOLOGY")}
+    assert run(place, "gke.sh", RECIPE, **names).returncode == 0
+    command = (place / "command.txt").read_text().removeprefix("--command=")
+    app = place / "worker" / "speciarl-jax"
+    becomes(place, SAVES)
+    pod = subprocess.Popen(
+        ["bash", "-c", command.replace("/app", str(app))],
+        env=environment(place, SPECIARL=str(app / ".venv" / "bin" / "speciarl")),
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 30
+    while not (place / "words.txt").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    try:
+        pod.terminate()
+        assert pod.wait(timeout=20) == 75
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pod.pid, signal.SIGKILL)
+    assert (place / "saved").exists()
 
 
 def test_a_stop_reaches_the_first_process_alone(place):

@@ -172,7 +172,7 @@ def test_gke_names_machine_and_topology_and_what_is_restarted(tmp_path):
     # v5p-32 would be 32 chips for gcluster; a v5p-32 of Cloud TPU has 16.
     assert "--compute-type=ct5p-hightpu-4t --topology=topology " in call
     assert "--restart-on-exit-codes=75,134,137,143 " in call
-    assert "MAX_RESTARTS=0 tpu_scripts/restart.sh gs://b/runs/x --cluster" in call
+    assert "exec tpu_scripts/restart.sh gs://b/runs/x --cluster" in call
 
 
 def test_apt_is_asked_again_while_its_locks_are_held(tmp_path):
