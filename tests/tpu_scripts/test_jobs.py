@@ -24,7 +24,10 @@ echo "$@" >> "$PLACE/gcloud.txt"
 cd "$PLACE/worker"
 if [[ "$4" == scp ]]; then exec cp "$5" "./${6#*:}"; fi
 for word in "$@"; do
-  case "$word" in --command=*) exec env HOME="$PLACE/worker" bash -c "${word#--command=}" ;; esac
+  case "$word" in --command=*) # another machine: nothing of this environment is there
+    exec env -i PATH="$PATH" PLACE="$PLACE" POLL_S="$POLL_S" HOME="$PLACE/worker" \\
+      bash -c "${word#--command=}" ;;
+  esac
 done
 """
 SYSTEMD_RUN = """

@@ -160,6 +160,12 @@ def test_data_is_built_here_and_copied_to_the_bucket(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("kind", "port"), [("train", "8000"), ("eval", "8001")])
+def test_judges_have_a_port_each(kind, port):
+    result = run_script("judge.sh", kind, DRY_RUN="1")
+    assert f"--port {port} " in result.stdout
+
+
 def test_gke_names_machine_and_topology_and_what_is_restarted(tmp_path):
     fake_program(tmp_path, "", "gcluster")
     names = ("PROJECT", "ZONE", "CLUSTER", "IMAGE", "TOPOLOGY")
