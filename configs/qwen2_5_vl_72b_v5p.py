@@ -9,6 +9,8 @@ a chip (update), at least 79 s a step, 3.6 h for 165 steps and 2.2 h for evaluat
 chip-hours.
 As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is the four chips
 of a host. Images above 504 x 504 px are scaled down (CUB's are smaller).
+The weights, 147 GB, do not fit a TPU VM's boot disk of 100 GB: `DATA_DISK=NAME` with
+tpu_scripts/create.sh attaches one that holds them, --config.model.path=/mnt/disks/data/FOLDER.
 """
 
 from speciarl_jax.config import recipes
