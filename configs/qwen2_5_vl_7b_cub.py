@@ -1,7 +1,8 @@
-"""The paper's run: Qwen2.5-VL-7B with LoRA 64 on 3,000 CUB training images, 165 steps.
+r"""The paper's run: Qwen2.5-VL-7B with LoRA 64 on 3,000 CUB training images, 165 steps.
 
     speciarl train --config=configs/qwen2_5_vl_7b_cub.py:algo=grpo --workdir=DIR \
-        --config.judge.endpoints="('http://HOST:8000/v1',)"
+        --config.judge.endpoints="('http://HOST:8000/v1',)" \
+        --config.eval.judge.endpoints="('http://HOST:8001/v1',)"
 
 NOT YET RUN. `mesh.auto` chooses the smallest replica that holds the model. Planned (docs/scale.md):
 fits v5p:2x2x4 as it is, 50.3 of 93.1 usable GiB a chip, at least 25 s a step (a roofline), 1.1 h
@@ -10,6 +11,8 @@ and ten validations on 600 pictures of which none is trained on or reported. For
 `qwen2_5_vl_7b_v5e.py` and `qwen2_5_vl_7b_v6e.py`, which bound prompts and caches. The paper used
 six GPUs for about 12 hours (four policy, two judge).
 Expected, from the paper: fine-grained HM .883 (zero-shot .790). Judge: Qwen3-30B-A3B-Instruct-2507.
+Scores, validations too: Llama-3-70B-Instruct (`tpu_scripts/judge.sh train` and `eval`); with
+--config.eval.use_train_judge=true one judge does for both, and scores are not the paper's.
 Arguments: algo=grpo|dr_grpo|dapo|dapo_dynamic|gspo|rloo, n=10, noise=0,
 reward=dynamic|single|binary|scale1|scale2|scale3, model=Qwen/Qwen2.5-VL-7B-Instruct.
 """
@@ -43,6 +46,11 @@ def get_config(arg=None):
     config.judge.kind = "endpoint"
     config.judge.model = "Qwen/Qwen3-30B-A3B-Instruct-2507-FP8"
     config.judge.endpoints = ("http://127.0.0.1:8000/v1",)
+    # The paper scores with another judge than it trains with.
+    config.eval.use_train_judge = False
+    config.eval.judge.kind = "endpoint"
+    config.eval.judge.model = "meta-llama/Meta-Llama-3-70B-Instruct"
+    config.eval.judge.endpoints = ("http://127.0.0.1:8001/v1",)
     config.rollout.group_size = int(values["n"])
     config.rollout.chunk_tokens = 64
     config.algo.reward = values["reward"]

@@ -1,7 +1,8 @@
 r"""The paper's run on a Cloud TPU v5e slice of 64 chips (v5litepod-64), 16 GB each.
 
     speciarl train --config=configs/qwen2_5_vl_7b_v5e.py:algo=grpo --workdir=gs://BUCKET/NAME \
-        --config.judge.endpoints="('http://HOST:8000/v1',)"
+        --config.judge.endpoints="('http://HOST:8000/v1',)" \
+        --config.eval.judge.endpoints="('http://HOST:8001/v1',)"
 
 NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 13.8 of 15.7 usable GiB
 a device (update), at least 26 s a step, 1.2 h for 165 steps and 0.8 h for evaluations, together 129

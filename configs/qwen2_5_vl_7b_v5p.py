@@ -1,7 +1,8 @@
 r"""The paper's run on a Cloud TPU v5p slice of 16 chips (v5p-32), 95 GB each.
 
     speciarl train --config=configs/qwen2_5_vl_7b_v5p.py:algo=grpo --workdir=gs://BUCKET/NAME \
-        --config.judge.endpoints="('http://HOST:8000/v1',)"
+        --config.judge.endpoints="('http://HOST:8000/v1',)" \
+        --config.eval.judge.endpoints="('http://HOST:8001/v1',)"
 
 NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 75.6 of 93.1 usable GiB
 a device (update), at least 19 s a step, 0.9 h for 165 steps and 0.9 h for evaluations, together 29

@@ -1,7 +1,8 @@
 r"""The paper's run on a Cloud TPU v6e slice of 16 chips (v6e-16), 32 GB each.
 
     speciarl train --config=configs/qwen2_5_vl_7b_v6e.py:algo=grpo --workdir=gs://BUCKET/NAME \
-        --config.judge.endpoints="('http://HOST:8000/v1',)"
+        --config.judge.endpoints="('http://HOST:8000/v1',)" \
+        --config.eval.judge.endpoints="('http://HOST:8001/v1',)"
 
 NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 30.1 of 31.0 usable GiB
 a chip (update), at least 56 s a step, 2.6 h for 165 steps and 1.5 h for evaluations, together 65

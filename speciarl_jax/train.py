@@ -193,7 +193,7 @@ def open_run(
         eval_judge = judge
         if not config.eval.use_train_judge:
             eval_judge = stack.enter_context(
-                open_judge(config.eval.judge, workdir, state.step, *place)
+                open_judge(config.eval.judge, workdir, sampled, *place)
             )
         # What only watches; metrics are written by the first process alone.
         writer = None

@@ -31,6 +31,20 @@ run() {
   fi
 }
 
+# take_recipe --config=RECIPE [OVERRIDE...]: puts the words that name a recipe into `recipe`, where
+# the judges are and a bucket's folder for compiled programs, so that a new slice need not compile
+# again (COMPILE_CACHE= for none). What the user overrides comes last and wins.
+take_recipe() {
+  [[ "${1:-}" == --config=* ]] || fail "usage: $(basename "$0") --config=RECIPE [overrides]"
+  recipe=("$1")
+  [[ -n "${JUDGE_URL:-}" ]] && recipe+=("--config.judge.endpoints=('$JUDGE_URL',)")
+  [[ -n "${EVAL_JUDGE_URL:-}" ]] && recipe+=("--config.eval.judge.endpoints=('$EVAL_JUDGE_URL',)")
+  if [[ -n "${WORKDIR:-}" ]]; then
+    recipe+=("--config.compile_cache_dir=${COMPILE_CACHE-${WORKDIR%/*}/xla-cache}")
+  fi
+  recipe+=("${@:2}")
+}
+
 # The software image that Cloud TPU asks for, by generation.
 runtime_version() {
   case "$ACCELERATOR" in
@@ -46,4 +60,17 @@ runtime_version() {
 on_workers() {
   run gcloud compute tpus tpu-vm ssh "$TPU_NAME" --project="$PROJECT" --zone="$ZONE" \
     --worker="${2:-all}" --command="$1"
+}
+
+# copy_to_workers FILE PATH: to every host, below its home directory.
+copy_to_workers() {
+  run gcloud compute tpus tpu-vm scp "$1" "$TPU_NAME:$2" --project="$PROJECT" --zone="$ZONE" \
+    --worker=all
+}
+
+# start_job WORDS: a command line as a service of every host; then the first host's log until it
+# ends. The job outlives this connection: `job.sh log` shows it again, `job.sh stop` ends it.
+start_job() {
+  on_workers "cd $REMOTE_DIR && tpu_scripts/service.sh start $1"
+  on_workers "cd $REMOTE_DIR && tpu_scripts/service.sh follow" 0
 }

@@ -4,7 +4,7 @@
 #   tpu_scripts/restart.sh WORKDIR --config=RECIPE [--config.section.field=value ...]
 #
 # Exit code 75 of `speciarl train` means: stopped by SIGTERM, saved, start again. Any other code is
-# passed on. A run that is there already is resumed. MAX_RESTARTS (default 100) bounds the loop. A
+# passed on. A run that is there already is resumed (`--resume=auto`). MAX_RESTARTS (default 100) bounds the loop. A
 # SIGTERM to this script is handed to the training, and its code is then the last word.
 # SPECIARL names the program (default: speciarl). DRY_RUN=1 prints and does nothing.
 set -euo pipefail
@@ -15,25 +15,16 @@ workdir=$1
 shift
 : "${MAX_RESTARTS:=100}" "${SPECIARL:=speciarl}"
 
-has_run() {
-  if [[ "$workdir" == gs://* ]]; then
-    gcloud storage ls "$workdir/config.json" >/dev/null 2>&1
-  else
-    [[ -f "$workdir/config.json" ]]
-  fi
-}
-
+command=("$SPECIARL" train "$@" --workdir="$workdir" --resume=auto)
 if [[ "${DRY_RUN:-0}" == 1 ]]; then
-  run "$SPECIARL" train "$@" --workdir="$workdir"
-  echo "would add --resume if $workdir holds a run, and start again with it on exit code 75"
+  run "${command[@]}"
+  echo "would start again on exit code 75"
   exit 0
 fi
 child=0 stopped=0 interrupted=0
 trap 'stopped=1; interrupted=1; kill -TERM "$child" 2>/dev/null || true' TERM
 for ((attempt = 0; attempt <= MAX_RESTARTS; attempt++)); do
-  resume=()
-  has_run && resume=(--resume)
-  "$SPECIARL" train "$@" --workdir="$workdir" ${resume[@]+"${resume[@]}"} &
+  "${command[@]}" &
   child=$!
   # A signal ends `wait` early, while the training still saves: wait again.
   interrupted=1

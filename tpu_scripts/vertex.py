@@ -3,6 +3,7 @@
 
     python tpu_scripts/vertex.py --project=P --region=us-west1 --image=IMAGE --bucket=gs://B \
         --accelerator=v5e --topology=2x2 --judge_url=http://HOST:8000/v1 \
+        --eval_judge_url=http://HOST:8001/v1 \
         --config=configs/qwen2_5_vl_7b_v5e.py [--spot] [--dry_run] [-- --config.seed=1 ...]
 
 The specification is built as plain data first: `--dry_run` prints it as JSON and needs neither
@@ -90,6 +91,8 @@ def job_spec(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, An
         "args": [
             f"--config={args.config}",
             f"--config.judge.endpoints=('{args.judge_url}',)",
+            f"--config.eval.judge.endpoints=('{args.eval_judge_url}',)",
+            f"--config.compile_cache_dir={args.bucket.rstrip('/')}/runs/xla-cache",
             *(["--cluster"] if num_hosts > 1 else []),
             *overrides,
         ],
@@ -146,6 +149,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--accelerator", required=True, help="v5e, v5p, v6e, a100, h100 or h200")
     parser.add_argument("--topology", required=True, help="TPU: chips, 4x4; GPU: 1")
     parser.add_argument("--judge_url", required=True, help="OpenAI-compatible judge endpoint")
+    parser.add_argument("--eval_judge_url", required=True, help="endpoint of the judge that scores")
     parser.add_argument("--config", required=True, help="recipe inside the image")
     parser.add_argument("--name", default="speciarl", help="of the job and its run directory")
     parser.add_argument("--service_account", default="", help="run as; empty for the default")

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         text_model=args.text_model,
         is_json=args.json,
     )
-    join_job(args)
+    join_job(args, config)
     return score(config, args.workdir, options, recipe_dir)
 
 

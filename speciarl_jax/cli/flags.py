@@ -7,6 +7,8 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, TypeAlias
 
+from speciarl_jax.config.schema import Config
+
 if TYPE_CHECKING:
     Verbs: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 else:
@@ -63,13 +65,15 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def join_job(args: argparse.Namespace) -> None:
+def join_job(args: argparse.Namespace, config: Config) -> None:
     """Joins a job of several processes if the flags, or SPECIARL_* variables, name one.
 
     Raises:
-        ValueError: see `devices.processes.connect`.
+        ValueError: see `devices.processes.connect`; or the processes are not alike, see
+            `run.alike.check_alike`.
     """
     from speciarl_jax.devices import processes
+    from speciarl_jax.run.alike import check_alike
 
     names = {"coordinator": str, "num_processes": int, "process_id": int}
     given = {}
@@ -84,3 +88,4 @@ def join_job(args: argparse.Namespace) -> None:
         given[name] = value
     if args.cluster or any(value is not None for value in given.values()):
         processes.connect(**given)
+        check_alike(config)

@@ -37,13 +37,15 @@ def run(args: argparse.Namespace) -> int:
     """`speciarl train`: what `speciarl check` asks, then the run."""
     from speciarl_jax import train
     from speciarl_jax.monitor import watch
+    from speciarl_jax.run.alike import failing_together
     from speciarl_jax.run.preflight import preflight
 
     config, recipe_dir = load_recipe(args.config, args.overrides)
     profile = watch.parse_profile(args.profile)
-    join_job(args)
-    for _ in preflight(config, args.workdir, recipe_dir):
-        pass  # told by `speciarl check`; here only what is wrong
+    join_job(args, config)
+    with failing_together():
+        for _ in preflight(config, args.workdir, recipe_dir):
+            pass  # told by `speciarl check`; here only what is wrong
     train.main(
         config,
         args.workdir,

@@ -15,9 +15,11 @@ from typing import TypeVar, cast
 
 import jax
 import numpy as np
+from jax._src import distributed  # what jax exports has no way round the devices
 from jax.experimental import multihost_utils
 
 HEARTBEAT_S = 30
+_EXCHANGE_S = 600  # a host may draw its pictures first
 Json = TypeVar("Json")
 
 
@@ -109,3 +111,17 @@ def gather_json(value: Json) -> list[Json]:
 def from_first(value: Json) -> Json:
     """The first process's JSON value, everywhere; the others' argument is ignored."""
     return cast(Json, gather_json(value if is_first() else None)[0])
+
+
+def exchange_before_devices(topic: str, text: str) -> list[str]:
+    """The texts of all processes, in process order; once for each topic, after `connect`.
+
+    Through the coordination service of jax: no device is touched and nothing compiled, which
+    processes with different versions of jax or libtpu might not survive.
+    """
+    job = distributed.global_state
+    if job.client is None:
+        return [text]
+    job.client.key_value_set(f"speciarl/{topic}/{job.process_id}", text)
+    names = [f"speciarl/{topic}/{index}" for index in range(job.num_processes)]
+    return [job.client.blocking_key_value_get(name, 1000 * _EXCHANGE_S) for name in names]

@@ -204,14 +204,14 @@ def claimed_workdir(
                 stack.enter_context(run_dir.hold())
                 before = set() if overwrite else _entries(run_dir)
                 if resume == "auto":
-                    is_resumed = not overwrite and run_dir.holds_run()
+                    is_resumed = overwrite or run_dir.holds_run()  # both flags: refused below
                 flags = {"resume": is_resumed, "overwrite": overwrite, "new_judge": new_judge}
                 prepare_workdir(run_dir, config, **flags)
             except (ValueError, OSError) as error:
                 if jax.process_count() == 1:
                     raise
                 problem = str(error)
-        problem, is_resumed = processes.from_first([problem, is_resumed])
+        problem, is_resumed = processes.from_first((problem, is_resumed))
         if problem:
             raise ValueError(problem)
         if not processes.is_first():

@@ -42,6 +42,20 @@ def test_evidence_has_every_row_of_the_paper():
         assert {f"{name}={value}" for value in values} <= asked
 
 
+PAPERS = ["7b_cub", "7b_v5e", "7b_v5p", "7b_v6e", "32b_v5p", "72b_v5p"]
+
+
+@pytest.mark.parametrize("file", [*(f"qwen2_5_vl_{name}.py" for name in PAPERS), "baselines.py"])
+def test_the_papers_runs_are_scored_by_the_papers_judge(file):
+    config, _ = load_recipe(str(ROOT / "configs" / file), [])
+    config.validate()
+    assert config.judge.model.startswith("Qwen/Qwen3-30B-A3B-Instruct-2507")
+    assert not config.eval.use_train_judge
+    assert config.eval.judge.model == "meta-llama/Meta-Llama-3-70B-Instruct"
+    assert config.eval.judge.kind == "endpoint"
+    assert set(config.eval.judge.endpoints).isdisjoint(config.judge.endpoints)
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_row_is_a_valid_recipe_in_both_sizes(row):
     full = load(row)

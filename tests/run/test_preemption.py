@@ -81,6 +81,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(count, code, out):
     [
         (["train", "--overwrite"], True, "speciarl train --resume"),
         (["train", "--resume"], True, "speciarl train --resume"),
+        (["train", "--resume=auto"], True, "speciarl train --resume=auto"),
         (["train", "--overwrite"], False, "speciarl train --overwrite"),
         (["eval", "--workdir=a b"], False, "speciarl eval '--workdir=a b'"),
     ],

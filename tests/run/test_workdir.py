@@ -1,12 +1,17 @@
 """A directory is a run's from its first result on; what a continuation may change."""
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from speciarl_jax.config.schema import Config
 from speciarl_jax.run.storage import Spool, open_run_dir
 from speciarl_jax.run.workdir import claimed_workdir, prepare_workdir
+from tests.support.training import free_port
 
 RESULTS = ("checkpoints/5/position/metadata", "metrics.jsonl", "eval/base/predictions.jsonl")
 LEFTOVERS = (
@@ -131,3 +136,50 @@ def test_a_decaying_schedule_that_is_stretched_is_told(tmp_path, capsys, schedul
     config.train.num_steps += 100
     prepare_workdir(run_dir, config, resume=True)
     assert f"optim.schedule={schedule} is stretched" in capsys.readouterr().err
+
+
+def test_auto_goes_on_with_a_run_and_else_starts_one(run_dir):
+    config = Config(name="first")
+    with claimed_workdir(run_dir, config, "auto") as is_resumed:
+        assert not is_resumed
+    with claimed_workdir(run_dir, config, "auto") as is_resumed:
+        assert not is_resumed  # a start without a result is nobody's run
+        put(run_dir, "metrics.jsonl")
+    with claimed_workdir(run_dir, config, "auto") as is_resumed:
+        assert is_resumed
+    other = claimed_workdir(run_dir, Config(name="second"), "auto")
+    with pytest.raises(ValueError, match="--resume with another recipe"), other:
+        pass
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_resume_and_overwrite_exclude_each_other(run_dir, resume):
+    with (
+        pytest.raises(ValueError, match="exclude each other"),
+        claimed_workdir(run_dir, Config(), resume, overwrite=True),
+    ):
+        pass
+
+
+def test_bare_resume_wants_a_run(run_dir):
+    claimed = claimed_workdir(run_dir, Config(), True)
+    with pytest.raises(ValueError, match="no run there; leave --resume out"), claimed:
+        pass
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_auto_is_decided_by_the_first_process_for_all(tmp_path, is_there):
+    """Each has a folder of its own here, so the second would find the contrary."""
+    with_run = tmp_path / ("0" if is_there else "1")
+    with_run.mkdir()
+    (with_run / "metrics.jsonl").write_text("1\n")
+    (with_run / "config.json").write_text(json.dumps(dataclasses.asdict(Config())))
+    command = [sys.executable, "-m", "tests.support.claim_worker", str(free_port()), "2"]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    pipe = subprocess.PIPE
+    workers = [
+        subprocess.Popen([*command, index, tmp_path], stdout=pipe, text=True, env=environment)
+        for index in ("0", "1")
+    ]
+    found = [worker.communicate(timeout=120)[0].splitlines()[-1] for worker in workers]
+    assert found == [str(is_there)] * 2

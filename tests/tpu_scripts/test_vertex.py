@@ -15,6 +15,7 @@ ARGUMENTS = {
     "accelerator": "v5e",
     "topology": "4x4",
     "judge_url": "http://h:8000/v1",
+    "eval_judge_url": "http://h:8001/v1",
     "config": "configs/qwen2_5_vl_7b_v5e.py",
 }
 
@@ -46,6 +47,8 @@ def test_dry_run_prints_the_specification(vertex, capsys):
     assert container["args"] == [
         "--config=configs/qwen2_5_vl_7b_v5e.py",
         "--config.judge.endpoints=('http://h:8000/v1',)",
+        "--config.eval.judge.endpoints=('http://h:8001/v1',)",
+        "--config.compile_cache_dir=gs://b/runs/xla-cache",
         "--cluster",
         "--config.seed=1",
     ]

@@ -152,12 +152,12 @@ def test_object_storage(alone, bucket, tmp_path):
     """Two processes write to a bucket, one on another machine goes on and two more score it."""
     first, second = (bucket | {"HOME": str(tmp_path / name)} for name in ("first", "second"))
     url = "gs://bucket/runs/a"
-    finish(start(url, 2, 2, environment=first))
+    finish(start(url, 2, 2, "--resume=auto", environment=first))
     refused = start(url, 1, 3, environment=second)
     _, errors = refused[0].communicate(timeout=300)
     assert refused[0].returncode != 0
     assert f"--workdir={url}: holds a run already; use --resume" in errors
-    finish(start(url, 1, 3, "--resume", environment=second))
+    finish(start(url, 1, 3, "--resume=auto", environment=second))
     local = next((tmp_path / "second").rglob("metrics.jsonl")).parent
     for row, other in zip(rows_of(local), rows_of(alone), strict=True):
         shared = row.keys() & other.keys()  # the first job validated after step 2
