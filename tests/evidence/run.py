@@ -106,7 +106,7 @@ class Job:
         command += [f"--workdir={self.workdir}"]
         if (self.workdir / "config.json").is_file():
             command.append("--resume")
-        with self.workdir.with_suffix(".log").open("ab") as log:
+        with self.workdir.with_name(f"{self.workdir.name}.log").open("ab") as log:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
