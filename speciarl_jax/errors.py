@@ -10,16 +10,23 @@ from typing import ClassVar
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
-class JudgeError(RuntimeError):
-    """The judge as a whole cannot be used. One line: expected, got, where, what to do."""
+class RunEnded(RuntimeError):
+    """A run cannot go on. One line: expected, got, where, what to do.
+
+    Attributes:
+        is_shared: all processes of the job raise it at the same point, so they can save together.
+    """
 
     exit_code: ClassVar[int] = EXIT_FAILED
+    is_shared = False
 
 
-class TrainingStopped(RuntimeError):
-    """The run cannot go on; the message is one line with the remedy. Everything is saved."""
+class JudgeError(RunEnded):
+    """The judge as a whole cannot be used."""
 
-    exit_code: ClassVar[int] = EXIT_FAILED
+
+class TrainingStopped(RunEnded):
+    """The numbers or the machine do not allow to go on. Everything is saved."""
 
 
 class Stopped(RuntimeError):

@@ -20,6 +20,7 @@ from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.recipe import open_eval_source, open_validation_source
 from speciarl_jax.devices import processes
 from speciarl_jax.devices.mesh import num_replicas
+from speciarl_jax.devices.processes import Poll
 from speciarl_jax.files import read_json, write_whole
 from speciarl_jax.judge.base import Pair
 from speciarl_jax.judge.runner import JudgeThread
@@ -27,7 +28,7 @@ from speciarl_jax.monitor.live import progress
 from speciarl_jax.objective import reward
 from speciarl_jax.report.thumbnails import save_thumbnail
 from speciarl_jax.rollout.engine import RolloutEngine
-from speciarl_jax.rollout.groups import Poll, await_verdicts, collect_groups, no_poll, polling
+from speciarl_jax.rollout.groups import Groups, await_verdicts, collect_groups
 from speciarl_jax.rollout.sampling import Sampling, training_sampling
 from speciarl_jax.run.restore import STEP_PREFIX, open_checkpoint
 from speciarl_jax.run.session import Session
@@ -111,7 +112,7 @@ def evaluate(
     console: Console,
     prompt_step: int = 0,
     weights: str = "",
-    poll: Poll = no_poll,
+    poll: Poll | None = None,
 ) -> Evaluation:
     """Samples answers on every evaluation source, has them judged, scores them.
 
@@ -149,8 +150,9 @@ def evaluate(
         config.rollout, max_completion_tokens=config.eval.max_completion_tokens
     )
     engine = RolloutEngine(
-        session.parts.graphdef, rollout_config, session.vocabulary, session.local
+        session.parts.graphdef, rollout_config, session.vocabulary, session.sampling_mesh
     )
+    poll = poll or session.agree
     for name in config.data.eval_sources:
         loader = _open_loader(session, name, exam, console)
         total, seen = len(loader.index.kept), 0
@@ -158,7 +160,8 @@ def evaluate(
             for batch in loader:
                 keys = _image_keys(batch)
                 rows: list[Prediction] = []
-                if any(key not in done for key in keys):
+                # Those that sample together go through a batch if one of them has to.
+                if session.agree(int(any(key not in done for key in keys))) == (1,):
                     groups = _sample(session, engine, states, judge, batch, exam, prompt_step, poll)
                     rows = _rows(batch, groups, image_root, done)
                 _append(path, rows)
@@ -256,8 +259,8 @@ def _open_loader(session: Session, name: str, exam: Exam, console: Console) -> P
         seed=config.seed,
         shuffle=False,
         num_epochs=1,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=processes.share_index(),
+        process_count=processes.num_shares(),
     )
     for skipped in loader.index.skipped:
         console.print(f"skipped {skipped.image_name}: {skipped.reason}", markup=False)
@@ -278,7 +281,9 @@ def _sample(
     exam: Exam,
     prompt_step: int,
     poll: Poll,
-) -> list[list[Rollout]]:
+) -> Groups:
+    """Judged and rewarded groups of the real prompts; none where all of them are padding."""
+    batch = session.pad_alike(batch)
     embeds = session.encode(states, batch)
     finished = engine.generate(
         states,
@@ -288,9 +293,10 @@ def _sample(
         sampling=exam.sampling,
         seed=session.config.seed,
         step=_EVAL_STEP,
+        poll=poll,
     )
     groups, pending = collect_groups(
-        polling(finished, poll),
+        finished,
         batch,
         exam.samples,
         session.vocabulary,
@@ -299,6 +305,8 @@ def _sample(
         policy_version=prompt_step,
     )
     await_verdicts(pending, poll)
+    if not groups:
+        return groups
     codes = reward.category_codes(groups)
     algo = session.config.algo
     values = reward.rewards(algo.reward, codes, algo.bar_support)
@@ -423,7 +431,7 @@ def score_checkpoint(
     out_dir = run_dir.local / "eval" / (f"{name}_n{count}" if count > 1 else name)
     metrics = evaluate(
         session,
-        session.local_states(session.parts.trainable),
+        session.sampling_states(session.parts.trainable),
         judge,
         out_dir,
         exam,

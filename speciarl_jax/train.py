@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import optax
@@ -24,7 +24,8 @@ from speciarl_jax.config.schema import Config
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.targets import resolve_target
 from speciarl_jax.devices import processes
-from speciarl_jax.errors import JudgeError, Stopped, TrainingStopped
+from speciarl_jax.devices.processes import Poll
+from speciarl_jax.errors import JudgeError, RunEnded, Stopped, TrainingStopped
 from speciarl_jax.evaluate import Exam, eval_row, evaluate, is_validated
 from speciarl_jax.judge.runner import JudgeThread, open_judge
 from speciarl_jax.learner.optimizer import make_optimizer
@@ -41,10 +42,11 @@ from speciarl_jax.monitor.tables import make_console
 from speciarl_jax.monitor.watch import Heartbeat, Profile
 from speciarl_jax.monitor.writer import MetricsWriter, open_wandb
 from speciarl_jax.rollout.groups import RolloutBatch
-from speciarl_jax.run import out_of_memory
+from speciarl_jax.run import leaving, out_of_memory
 from speciarl_jax.run.checkpoint import Checkpoints
 from speciarl_jax.run.opening import (
     check_processes,
+    check_scope,
     initial_like,
     open_checkpoints,
     open_train_loader,
@@ -136,6 +138,7 @@ def main(
     ):
         with stop.at_once():
             session = open_session(config, recipe_dir)
+            check_scope(session)
             run, state = stack.enter_context(
                 open_run(session, run_dir, profile, stop, resume=is_resumed)
             )
@@ -300,26 +303,32 @@ def saved_if_left(
     """
     try:
         yield
-    except StepAbandoned:
-        _save_before_leaving(run, state, ahead, row)
+    except StepAbandoned:  # several processes leave together
+        _save_before_leaving(run, state, ahead, row, is_shared=True)
         raise run.stop_after(state.step) from None
-    except (JudgeError, TrainingStopped):
-        _save_before_leaving(run, state, ahead, row)
+    except RunEnded as error:
+        _save_before_leaving(run, state, ahead, row, is_shared=error.is_shared)
         raise
     except out_of_memory.KINDS as error:
         if not out_of_memory.is_out_of_memory(error):
             raise
-        saved = _save_before_leaving(run, state, ahead, row)
+        saved = _save_before_leaving(run, state, ahead, row, is_shared=False)
         line = out_of_memory.explain(error, run.config)
         raise TrainingStopped(f"step {state.step + 1}: {line}; {saved}: --resume then") from error
 
 
 def _save_before_leaving(
-    run: Run, state: TrainState, ahead: RolloutBatch | None, row: dict[str, float] | None
+    run: Run,
+    state: TrainState,
+    ahead: RolloutBatch | None,
+    row: dict[str, float] | None,
+    *,
+    is_shared: bool,
 ) -> str:
-    """Saves, if there is a state and one process to do it; says which step stands."""
+    """Saves, if there is a state and every process leaves here; says which step stands."""
     is_alone = jax.process_count() == 1  # several save together or not at all
-    if not is_alone or state.is_donated or run.run_dir.is_lost:
+    can_save = (is_alone or is_shared) and not state.is_donated
+    if not can_save or processes.any_process(run.run_dir.is_lost):
         return f"the newest checkpoint is of step {max(run.checkpoints.steps(), default=0)}"
     if row is not None and run.writer is not None:
         run.writer.write(row)
@@ -344,19 +353,9 @@ def show_step(
         keep_rollouts(run.writer, run.workdir, rollouts, step)
 
 
-def make_poll(run: Run, step: int) -> Callable[[], None]:
-    """What a step calls between chunks of its work: the heartbeat, and whether to leave it.
-
-    With several processes none leaves alone: they agree after the step.
-    """
-
-    def poll() -> None:
-        run.heartbeat.beat(step)
-        if jax.process_count() == 1:
-            run.run_dir.check_held()
-            run.stop.check()
-
-    return poll
+def make_poll(run: Run, step: int) -> Poll:
+    """What is called between chunks of a step's work; see `run.leaving`."""
+    return leaving.make_poll(run.session, run.run_dir, run.stop, lambda: run.heartbeat.beat(step))
 
 
 def save(run: Run, state: TrainState, ahead: RolloutBatch | None, hm: float | None = None) -> None:
@@ -371,8 +370,8 @@ def save(run: Run, state: TrainState, ahead: RolloutBatch | None, hm: float | No
     start, is_first = time.perf_counter(), run.checkpoints.cost is None
     try:
         pending = save_rollouts(run.session, ahead) if ahead else None
-    except JudgeError:
-        if ahead is not None and jax.process_count() == 1:
+    except JudgeError as error:
+        if ahead is not None and (jax.process_count() == 1 or error.is_shared):
             run.checkpoints.save(dataclasses.replace(state, data=ahead.origin.data), hm)
             run.checkpoints.wait()
         raise
@@ -391,9 +390,7 @@ def share(run: Run) -> None:
         run.console.print(f"warning: not copied to object storage ({error})", markup=False)
 
 
-def take_step(
-    run: Run, state: TrainState, ahead: RolloutBatch | None, poll: Callable[[], None]
-) -> StepResult:
+def take_step(run: Run, state: TrainState, ahead: RolloutBatch | None, poll: Poll) -> StepResult:
     """A supervised or a reinforcement step, the latter perhaps overlapping the next."""
     train = run.config.train
     if run.config.algo.name == "sft":
@@ -433,7 +430,7 @@ def score(run: Run, state: TrainState, name: str, exam: Exam) -> dict[str, float
 def _score(run: Run, state: TrainState, name: str, exam: Exam) -> Evaluation:
     return evaluate(
         run.session,
-        run.session.local_states(state.trainable),
+        run.session.sampling_states(state.trainable),
         run.eval_judge,
         run.workdir / "eval" / name,
         exam,

@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import numpy as np
-from jaxtyping import Array
 
 from speciarl_jax.algorithm.credit import check_failed_budget, has_lesson, label_codes
 from speciarl_jax.config.schema import Config
 from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.devices import processes
+from speciarl_jax.devices.layout import AnyArray, own_prompts
+from speciarl_jax.devices.processes import Poll
 from speciarl_jax.errors import TrainingStopped
 from speciarl_jax.learner import batches
 from speciarl_jax.objective.reward import dropped_groups
@@ -28,13 +28,10 @@ from speciarl_jax.rollout.groups import (
     Groups,
     Origin,
     Pending,
-    Poll,
     RolloutBatch,
     SubmitsPairs,
     await_verdicts,
     collect_groups,
-    no_poll,
-    polling,
 )
 from speciarl_jax.rollout.sampling import training_sampling
 from speciarl_jax.run.session import Session
@@ -48,7 +45,7 @@ class _Part:
     """One generation batch, the work it took, and programs that its images had to wait for."""
 
     batch: PromptBatch
-    image_embeds: Array
+    image_embeds: AnyArray
     groups: Groups
     pending: Pending
     work: RolloutStats
@@ -62,7 +59,7 @@ def gather_rollouts(
     loader: PromptLoader,
     step: int,
     clock: Clock,
-    poll: Poll = no_poll,
+    poll: Poll | None = None,
 ) -> RolloutBatch:
     """Samples G answers for each prompt of a step; without dynamic sampling labels come later.
 
@@ -82,12 +79,12 @@ def gather_rollouts(
         JudgeError: the judge gave up.
     """
     config, engine, start = session.config, session.engine, loader.get_state()
-    states = session.local_states(state.trainable)
+    states, poll = session.sampling_states(state.trainable), poll or session.agree
     version = int(state.optim.num_updates)  # read now: an overlapping update donates it
 
     def sample() -> _Part:
         """One generation batch; its labels are already on their way."""
-        batch = next(loader)
+        batch = session.pad_alike(next(loader))
         clock.lap("data")
         compiled = num_compiled()
         image_embeds = session.encode(states, batch)
@@ -100,9 +97,10 @@ def gather_rollouts(
             sampling=training_sampling(config),
             seed=config.seed,
             step=step,
+            poll=poll,
         )
         groups, pending = collect_groups(
-            polling(finished, poll),
+            finished,
             batch,
             config.rollout.group_size,
             session.vocabulary,
@@ -111,7 +109,8 @@ def gather_rollouts(
             policy_version=version,
         )
         clock.lap("rollout")
-        return _Part(batch, image_embeds, groups, pending, engine.stats, compiled)
+        own_embeds = own_prompts(image_embeds)
+        return _Part(batch, own_embeds, groups, pending, engine.stats, compiled)
 
     if config.algo.dynamic_sampling:
         parts, rows, stats = _sample_until_full(config, step, sample, clock, poll)
@@ -161,7 +160,7 @@ def _sample_until_full(
         (generation batches, rows [P] kept of them, metrics). Of more kept groups than needed the
         first in the order of the prompts are used and the rest is dropped.
     """
-    needed = config.train.prompts_per_step // jax.process_count()
+    needed = config.train.prompts_per_step // processes.num_shares()
     parts: list[_Part] = []
     codes: list[np.ndarray] = []
     keep = np.zeros(0, bool)
@@ -201,8 +200,8 @@ def _too_few_lessons(config: Config, step: int, codes: list[np.ndarray], keep: n
 
 
 def join_prompts(
-    session: Session, parts: list[tuple[PromptBatch, Array]], rows: np.ndarray | None
-) -> tuple[PromptBatch, Array]:
+    session: Session, parts: list[tuple[PromptBatch, AnyArray]], rows: np.ndarray | None
+) -> tuple[PromptBatch, AnyArray]:
     """The prompts `rows` of several generation batches as one batch, with their embeddings.
 
     None takes the one batch as it is.
@@ -218,7 +217,7 @@ def join_prompts(
 
 def read_again(
     session: Session, state: TrainState, loader: PromptLoader, origin: Origin
-) -> tuple[PromptBatch, Array]:
+) -> tuple[PromptBatch, AnyArray]:
     """The prompts of an earlier `gather_rollouts` and their embeddings, bit for bit.
 
     The loader then stands where it stood after that call.
@@ -227,9 +226,9 @@ def read_again(
         ValueError: the data are not those of the saved position.
     """
     loader.set_state(origin.data)
-    states = session.local_states(state.trainable)
+    states = session.sampling_states(state.trainable)
     parts = []
     for _ in range(origin.num_batches):
-        batch = next(loader)
-        parts.append((batch, session.encode(states, batch)))
+        batch = session.pad_alike(next(loader))
+        parts.append((batch, own_prompts(session.encode(states, batch))))
     return join_prompts(session, parts, origin.rows)

@@ -32,7 +32,7 @@ from speciarl_jax.config.schema import Config, micro_batch_prompts
 from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.devices import processes
 from speciarl_jax.devices.layout import AnyArray, Params, own_prompts, place_prompts
-from speciarl_jax.devices.mesh import num_replicas
+from speciarl_jax.devices.mesh import num_replicas, own_replicas
 from speciarl_jax.errors import TrainingStopped
 from speciarl_jax.learner import batches, packing
 from speciarl_jax.learner.batches import Completions
@@ -90,7 +90,7 @@ class Update:
 def pad_alike(session: Session, rollouts: RolloutBatch) -> Sequences:
     """Agrees on padded shapes with the other processes: the update is one program of all."""
     limit = session.config.rollout.max_completion_tokens
-    batch, embeds = agree_shapes(session, rollouts.batch, rollouts.image_embeds)
+    batch, embeds = session.agree_shapes(rollouts.batch, rollouts.image_embeds)
     longest = max(len(r.completion_tokens) for group in rollouts.groups for r in group)
     (longest,) = processes.largest(longest)
     completions = batches.pad_completions(rollouts.groups, limit, longest)
@@ -98,28 +98,11 @@ def pad_alike(session: Session, rollouts: RolloutBatch) -> Sequences:
 
 
 def make_sequences(
-    session: Session, batch: PromptBatch, embeds: Array | None, completions: Completions
+    session: Session, batch: PromptBatch, embeds: AnyArray | None, completions: Completions
 ) -> Sequences:
     """Joins prompts and answers padded alike; `embeds` [I*M, D] may be None if the tower trains."""
     table = None if session.config.model.train_vision else embeds
     return Sequences(batch, completions, batches.make_tree(batch, completions, table))
-
-
-def agree_shapes(
-    session: Session, batch: PromptBatch, image_embeds: Array | None
-) -> tuple[PromptBatch, Array | None]:
-    """Prompts and images padded alike in every process."""
-    shape = batches.prompt_shape(batch)
-    length, slots, patches = processes.largest(*shape)
-    if (length, slots, patches) == shape:
-        return batch, image_embeds
-    return batches.join_batches(
-        [(batch, image_embeds)],
-        np.arange(batch.num_prompts),
-        session.arch.vision.merge_unit,
-        int(session.vocabulary.stop_ids[0]),
-        (length, slots, patches),
-    )
 
 
 def start_references(session: Session, state: TrainState, sequences: Sequences) -> References:
@@ -257,8 +240,8 @@ def check_agreement(config: Config, metrics: Metrics, step: int) -> None:
 
 def mini_batches(config: Config) -> list[slice]:
     """Rows of each update among this process's prompts of a step."""
-    size = config.train.prompts_per_update // jax.process_count()
-    total = config.train.prompts_per_step // jax.process_count()
+    size = config.train.prompts_per_update // processes.num_shares()
+    total = config.train.prompts_per_step // processes.num_shares()
     return [slice(start, start + size) for start in range(0, total, size)]
 
 
@@ -283,7 +266,7 @@ def step_weights(
             algo.verl_ranks,
             loss_norm_tokens=config.rollout.max_completion_tokens,
         )
-        weights[rows] = flat.reshape(*lengths.shape, -1)[jax.process_index()]
+        weights[rows] = flat.reshape(*lengths.shape, -1)[processes.share_index()]
     return weights
 
 
@@ -296,14 +279,14 @@ def mini_batch_packs(session: Session, sequences: Sequences, rows: slice) -> Seq
         sequences.batch.tokens.shape[1],
         batches.bucket_tokens(int(everywhere.max()), limit),
         session.config.train.micro_batch_tokens,
-        num_replicas(session.local),
-    )[jax.process_index()]
+        own_replicas(session.mesh),
+    )[processes.share_index()]
 
 
 def micro_batches(session: Session, whole: batches.Batch, rows: slice) -> batches.Batch:
     """Fixed micro-batches of a mini-batch, [U, P, ...] leaves, spread over the replicas."""
     mesh = session.mesh
     size = micro_batch_prompts(session.config.train, num_replicas(mesh))
-    size *= num_replicas(session.local)
+    size *= own_replicas(session.mesh)
     micro = batches.micro_batches(whole, rows, size)
     return micro if mesh.size == 1 else place_prompts(micro, mesh, axis=1)

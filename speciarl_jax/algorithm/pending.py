@@ -13,10 +13,16 @@ from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.devices import processes
 from speciarl_jax.learner import batches
 from speciarl_jax.policy.flops import Counts
-from speciarl_jax.rollout.groups import Origin, RolloutBatch, await_verdicts
+from speciarl_jax.rollout.groups import (
+    Origin,
+    RolloutBatch,
+    await_verdicts,
+    outcome_from_json,
+    outcome_to_json,
+)
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.state import SavedRollouts, TrainState
-from speciarl_jax.types import Category, Failure, FailureKind, Rollout, Verdict
+from speciarl_jax.types import Rollout
 
 
 def save_rollouts(session: Session, rollouts: RolloutBatch) -> SavedRollouts:
@@ -28,7 +34,7 @@ def save_rollouts(session: Session, rollouts: RolloutBatch) -> SavedRollouts:
     Raises:
         JudgeError: the judge gave up.
     """
-    await_verdicts(rollouts.pending)
+    await_verdicts(rollouts.pending, session.agree)
     limit = session.config.rollout.max_completion_tokens
     longest = max(len(r.completion_tokens) for group in rollouts.groups for r in group)
     arrays = batches.pad_completions(rollouts.groups, limit, *processes.largest(longest))
@@ -101,20 +107,15 @@ def restore_rollouts(
 def _to_json(rollout: Rollout) -> dict[str, Any]:
     fields = dataclasses.asdict(rollout)
     del fields["completion_tokens"], fields["rollout_logprobs"]
-    if isinstance(rollout.outcome, Verdict):
-        fields["outcome"]["category"] = rollout.outcome.category.label
-    return fields
+    outcome = rollout.outcome
+    return fields | {"outcome": None if outcome is None else outcome_to_json(outcome)}
 
 
 def _from_json(fields: dict[str, Any], arrays: dict[str, np.ndarray], p: int, g: int) -> Rollout:
     length = int(arrays["lengths"][p, g])
     outcome = fields["outcome"]
-    if outcome is not None and "kind" in outcome:
-        outcome = Failure(FailureKind(outcome["kind"]), outcome["message"])
-    elif outcome is not None:
-        outcome = Verdict(**{**outcome, "category": Category.from_label(outcome["category"])})
     return Rollout(
-        **{**fields, "outcome": outcome},
+        **{**fields, "outcome": None if outcome is None else outcome_from_json(outcome)},
         completion_tokens=np.asarray(arrays["tokens"][p, g, :length]),
         rollout_logprobs=np.asarray(arrays["rollout_logprobs"][p, g, :length]),
     )

@@ -13,7 +13,6 @@ import optax
 from speciarl_jax.algorithm.credit import Credit
 from speciarl_jax.algorithm.learn import (
     References,
-    agree_shapes,
     finish_update,
     make_sequences,
     start_update,
@@ -22,6 +21,7 @@ from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.field_guide.targets import TargetFn
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.devices import processes
+from speciarl_jax.devices.layout import own_prompts
 from speciarl_jax.learner.batches import Completions, bucket_tokens
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.state import TrainState
@@ -77,8 +77,9 @@ def run_sft_step(
     credit = Credit(np.zeros_like(completions.lengths), zeros, valid, zeros)
     embeds = None
     if not session.config.model.train_vision:
-        embeds = session.encode(session.local_states(state.trainable), batch)
-    sequences = make_sequences(session, *agree_shapes(session, batch, embeds), completions)
+        batch = session.pad_alike(batch)
+        embeds = own_prompts(session.encode(session.sampling_states(state.trainable), batch))
+    sequences = make_sequences(session, *session.agree_shapes(batch, embeds), completions)
     update = start_update(session, optimizer, state, sequences, credit, References())
     state, metrics = finish_update(session.config, state, update)
     seconds = time.perf_counter() - start

@@ -28,8 +28,9 @@ from speciarl_jax.algorithm.learn import (
 )
 from speciarl_jax.algorithm.step_metrics import Learned, learning_metrics, step_metrics
 from speciarl_jax.data.loader import PromptLoader
+from speciarl_jax.devices.processes import Poll
 from speciarl_jax.judge.runner import JudgeThread
-from speciarl_jax.rollout.groups import Poll, RolloutBatch, await_verdicts, no_poll
+from speciarl_jax.rollout.groups import RolloutBatch, await_verdicts
 from speciarl_jax.run.session import Session
 from speciarl_jax.run.state import TrainState
 from speciarl_jax.timing import Clock
@@ -59,7 +60,7 @@ def run_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     loader: PromptLoader,
-    poll: Poll = no_poll,
+    poll: Poll | None = None,
 ) -> StepResult:
     """One step: sample, judge, reward, update.
 
@@ -77,6 +78,7 @@ def run_step(
             disagree, or too many non-finite gradients.
     """
     config, clock, step = session.config, Clock(), state.step + 1
+    poll = poll or session.agree
     rollouts = gather_rollouts(session, judge, state, loader, step, clock, poll)
     # The judge is still at work on the last answers; these forward passes need no labels.
     sequences = pad_alike(session, rollouts)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     encoded = session.builder.encode_images([args.image.read_bytes()], name=str(args.image))
     batch = collate([encoded], session.arch, session.builder.limits, pad_id=0)
     batch = dataclasses.replace(batch, global_index=np.zeros(1, np.int64))
-    states = session.local_states(session.parts.trainable)
+    states = session.sampling_states(session.parts.trainable)
     console = make_console()
     with console.status(f"sampling {args.n} answers"):
         finished = session.engine.generate(

@@ -5,8 +5,9 @@
              leaves whole
     tensor   attention heads, MLP columns and the vocabulary are spread over it
 
-A replica is the fsdp x tensor devices that hold one copy of the language model; it lies within one
-process, so that a process samples its own prompts without waiting for another. The vision tower
+A replica is the fsdp x tensor devices that hold one copy of the language model. Where it lies
+within one process, that process can sample its own prompts without waiting for another; processes
+that have one place of data x fsdp together hold the same prompts. The vision tower
 (1.3 GB in bfloat16) is cut over fsdp only; its images are spread over every device. Rollout and
 update use the same layout, so nothing moves between them.
 
@@ -27,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 from typing_extensions import TypeVar
 
+from speciarl_jax.devices import processes
 from speciarl_jax.devices.mesh import AXES
 
 # Parameters by name: variables, or further states of that kind.
@@ -155,9 +157,9 @@ def place(tree: Tree, shardings: PyTree[NamedSharding]) -> Tree:
 def own_prompts(x: jax.Array, axis: int = 0) -> AnyArray:
     """This process's prompts of a global array, which is spread over the replicas on `axis` only.
 
-    In a job of one process the array itself.
+    An array that lies on devices of this process only is returned as it is.
     """
-    if jax.process_count() == 1:
+    if x.is_fully_addressable:
         return x
     parts = {shard.index[axis].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis=axis)
@@ -168,15 +170,34 @@ def place_prompts(tree: Tree, mesh: Mesh, axis: int = 0) -> Tree:
 
     `axis` is that of the prompts, as many in every process; everything else stays whole.
     """
-    sharding = prompt_sharding(mesh, axis)
+    return place_own(tree, prompt_sharding(mesh, axis), axis)
 
-    def place(x: AnyArray) -> jax.Array:
-        if jax.process_count() == 1:
+
+def place_own(tree: Tree, sharding: NamedSharding, axis: int = 0) -> Tree:
+    """Arrays of this process's prompts as one global array each, placed as `sharding` says.
+
+    Prompts or their images lie on `axis`, as many in every process; those that share prompts all
+    hold them, and each of their devices takes its part.
+    """
+
+    def move(x: AnyArray) -> jax.Array:
+        if not sharding.mesh.is_multi_process:
             on_mesh: Array = jax.device_put(x, sharding)
             return on_mesh
         own = np.asarray(jax.device_get(x))
-        whole: Array = jax.make_array_from_process_local_data(sharding, own)
+        count = own.shape[axis]
+        total, first = count * processes.num_shares(), count * processes.share_index()
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "an array of rank 0 has no prompts"
+            start, stop, _ = index[axis].indices(total)
+            rows = slice(start - first, stop - first)
+            piece: np.ndarray = own[(*index[:axis], rows, *index[axis + 1 :])]
+            return piece
+
+        shape = (*own.shape[:axis], total, *own.shape[axis + 1 :])
+        whole: Array = jax.make_array_from_callback(shape, sharding, part)
         return whole
 
-    placed: Tree = jax.tree.map(place, tree)
+    placed: Tree = jax.tree.map(move, tree)
     return placed

@@ -1,25 +1,34 @@
 """The processes of one job: how they find each other, and the few places where they agree.
 
-Every process loads, samples, judges and rewards its own prompts; the update is one global program.
-What must be the same everywhere passes through here as small host arrays, in the same order in
-every process: group statistics before the update, the stop flag after it, predictions of an
-evaluation. A process that dies takes the others with it within `HEARTBEAT_S`: the coordination
-service of jax ends them with an error rather than let them wait for ever.
+Every process loads, judges and rewards its own prompts; the update, and with ``rollout.scope=job``
+sampling, is one program of all. Then all launch the same programs in the same order between two
+agreements, and none raises alone (`together`). What must be the same everywhere passes through here
+as small host arrays: rows left after a chunk of decoding, group statistics before the update, the
+stop flag, predictions of an evaluation. A process that dies takes the others with it within
+`HEARTBEAT_S`: the coordination service of jax ends them with an error rather than let them wait for
+ever.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, TypeVar, cast
 
 import jax
 import numpy as np
 from jax._src import distributed  # what jax exports has no way round the devices
 from jax.experimental import multihost_utils
 
+from speciarl_jax.errors import JudgeError, RunEnded, TrainingStopped
+
+# What is called between two pieces of work: `alone`, `together`, or one that calls them. Takes
+# numbers and a keyword `error`, returns the largest of each number, and may raise.
+Poll: TypeAlias = Callable[..., tuple[int, ...]]
 HEARTBEAT_S = 30
 _EXCHANGE_S = 600  # a host may draw its pictures first
+_sharing = 1  # see `share_prompts`
+_SHARED_ERRORS = {kind.__name__: kind for kind in (JudgeError, TrainingStopped)}
 Json = TypeVar("Json")
 
 
@@ -61,13 +70,50 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def share_prompts(count: int) -> None:
+    """Says that `count` neighbouring processes hold one replica, and so the same prompts."""
+    global _sharing
+    _sharing = count
+
+
+def num_shares() -> int:
+    """Parts that prompts are dealt in: the processes, fewer where replicas span several."""
+    count: int = jax.process_count() // _sharing
+    return count
+
+
+def share_index() -> int:
+    """Which part of the prompts this process has."""
+    index: int = jax.process_index() // _sharing
+    return index
+
+
+def speaks() -> bool:
+    """Whether this process asks the judge: the first of those that have the same prompts."""
+    return jax.process_index() % _sharing == 0
+
+
+def is_only_speaker() -> bool:
+    """Whether no process has the same prompts as another."""
+    return _sharing == 1
+
+
+def from_speaker(value: Json) -> Json:
+    """The JSON value of the process that asks the judge for this one's prompts."""
+    return gather_json(value)[share_index()]
+
+
 def gather(array: np.ndarray) -> np.ndarray:
-    """The arrays of all processes, stacked on a new leading axis [processes, ...].
+    """The arrays of all parts of the prompts, stacked on a new leading axis [shares, ...].
 
     Args:
         array: of one shape and dtype in every process; called by all of them. Bytes travel, so
             64-bit numbers arrive whole.
     """
+    return _gather_all(array)[::_sharing]
+
+
+def _gather_all(array: np.ndarray) -> np.ndarray:
     array = np.asarray(array)
     if jax.process_count() == 1:
         return array[None]
@@ -76,14 +122,46 @@ def gather(array: np.ndarray) -> np.ndarray:
 
 
 def gather_prompts(array: np.ndarray) -> np.ndarray:
-    """Rows of all processes, one after the other, [processes * rows, ...]."""
+    """Rows of all parts, one after the other, [shares * rows, ...]."""
     stacked = gather(array)
     return stacked.reshape(-1, *stacked.shape[2:])
 
 
 def largest(*numbers: int) -> tuple[int, ...]:
     """The largest of each number over all processes: padded shapes must agree."""
-    return tuple(int(x) for x in gather(np.asarray(numbers, np.int64)).max(axis=0))
+    return tuple(int(x) for x in _gather_all(np.asarray(numbers, np.int64)).max(axis=0))
+
+
+def alone(*numbers: int, error: RunEnded | None = None) -> tuple[int, ...]:
+    """`together` in a process that waits for no other."""
+    if error is not None:
+        raise error
+    return numbers
+
+
+def together(*numbers: int, error: RunEnded | None = None) -> tuple[int, ...]:
+    """The largest of each number over all processes, which go on together or end together.
+
+    Args:
+        numbers: as many in every process, at the same point of its work.
+        error: what this process would have to raise by itself.
+
+    Raises:
+        JudgeError, TrainingStopped: the own error, or else that of the first process with one.
+    """
+    *found, is_ended = largest(*numbers, int(error is not None))
+    if is_ended:
+        raise _shared(error)
+    return tuple(found)
+
+
+def _shared(own: RunEnded | None) -> RunEnded:
+    """The error that this process raises when there is one anywhere."""
+    everywhere = _all_json([] if own is None else [type(own).__name__, str(own)])
+    index, (kind, text) = next((i, error) for i, error in enumerate(everywhere) if error)
+    error = own or _SHARED_ERRORS[kind](f"process {index}: {text}")
+    error.is_shared = True
+    return error
 
 
 def mean(numbers: Mapping[str, float]) -> dict[str, float]:
@@ -94,18 +172,22 @@ def mean(numbers: Mapping[str, float]) -> dict[str, float]:
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set anywhere."""
-    return bool(gather(np.asarray(flag, np.int32)).any())
+    return bool(_gather_all(np.asarray(flag, np.int32)).any())
 
 
 def gather_json(value: Json) -> list[Json]:
-    """The JSON values of all processes, in process order."""
+    """The JSON values of all parts of the prompts, in their order."""
+    return _all_json(value)[::_sharing]
+
+
+def _all_json(value: Json) -> list[Json]:
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     (size,) = largest(len(text))
     padded = np.full(size, ord(" "), np.uint8)
     padded[: len(text)] = text
-    return [json.loads(row.tobytes().decode()) for row in gather(padded)]
+    return [json.loads(row.tobytes().decode()) for row in _gather_all(padded)]
 
 
 def from_first(value: Json) -> Json:

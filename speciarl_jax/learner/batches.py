@@ -69,7 +69,7 @@ def pad_completions(
 
 
 def make_tree(
-    batch: PromptBatch, completions: Completions, image_embeds: Array | None
+    batch: PromptBatch, completions: Completions, image_embeds: AnyArray | None
 ) -> TreeBatch[AnyArray]:
     """Joins P prompts with their P groups.
 
@@ -121,7 +121,7 @@ def prompt_shape(batch: PromptBatch) -> tuple[int, int, int]:
 
 
 def join_batches(
-    parts: Sequence[tuple[PromptBatch, Array | None]],
+    parts: Sequence[tuple[PromptBatch, AnyArray | None]],
     rows: np.ndarray,
     merge_unit: int,
     pad_id: int,
@@ -209,7 +209,7 @@ def _join_images(
 
 
 def _image_grid(
-    table: Array, batch: PromptBatch, slots: int, patches: int, merge_unit: int
+    table: AnyArray, batch: PromptBatch, slots: int, patches: int, merge_unit: int
 ) -> Array:
     """[I*M, D] as [P, slots, patches / merge_unit, D]."""
     old_merged = batch.vision.mask.shape[1] // merge_unit

@@ -63,7 +63,7 @@ def rloo_advantages(
     Source: RLOO (arXiv 2402.14740) equation 8; verl, compute_rloo_outcome_advantage.
     """
     count, centred = _centre(rewards, valid)
-    return centred * (count / np.maximum(count - 1, 1))
+    return np.asarray(centred * (count / np.maximum(count - 1, 1)))
 
 
 def _centre(

@@ -22,20 +22,21 @@ class FinishedRow:
     is_truncated: bool
 
 
-def check_numbers(row: FinishedRow) -> None:
-    """Refuses an answer whose log-probs are not finite: its tokens were drawn from nothing.
+def not_finite(rows: Sequence[FinishedRow]) -> TrainingStopped | None:
+    """What to raise if an answer's log-probs are not finite: its tokens were drawn from nothing.
 
-    Raises:
-        TrainingStopped: names the first such token.
+    Names the first such token; None where all is well.
     """
-    bad = np.flatnonzero(~np.isfinite(row.logprobs))
-    if len(bad):
-        raise TrainingStopped(
-            f"prompt {row.prompt} of the batch, sample {row.sample}: the policy's logits are not "
-            f"finite numbers at token {bad[0]}, so its weights or activations are not; go back to "
-            "an earlier checkpoint with a lower optim.learning_rate, or, before any training, load "
-            "the model again with model.compute_dtype=float32"
-        )
+    for row in rows:
+        bad = np.flatnonzero(~np.isfinite(row.logprobs))
+        if len(bad):
+            return TrainingStopped(
+                f"prompt {row.prompt} of the batch, sample {row.sample}: the policy's logits are "
+                f"not finite numbers at token {bad[0]}, so its weights or activations are not; go "
+                "back to an earlier checkpoint with a lower optim.learning_rate, or, before any "
+                "training, load the model again with model.compute_dtype=float32"
+            )
+    return None
 
 
 def stop_string_length(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array
 
 from speciarl_jax.data.batch import PromptBatch
+from speciarl_jax.devices.layout import AnyArray
+from speciarl_jax.devices.processes import Poll, alone, from_speaker, is_only_speaker, speaks
+from speciarl_jax.errors import JudgeError
 from speciarl_jax.judge.base import Outcome, Pair
 from speciarl_jax.judge.parse import extract_answer
 from speciarl_jax.policy.flops import Counts
 from speciarl_jax.policy.vocabulary import Vocabulary
 from speciarl_jax.rollout.finished import FinishedRow
-from speciarl_jax.types import JsonObject, Rollout
+from speciarl_jax.types import Category, Failure, FailureKind, JsonObject, Rollout, Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class RolloutBatch:
         step: the step that learns from them.
         sampled_after: finished steps of the policy that sampled them; step - 1 is on-policy.
         batch: their prompts.
-        image_embeds: [I*M, D] of those prompts.
+        image_embeds: [I*M, D] of those prompts; on the host if they lay with others' on the device.
         groups: in the order of the prompts, each in sample order.
         pending: labels under way; empty once they are all there.
         origin: where the prompts came from.
@@ -53,7 +55,7 @@ class RolloutBatch:
     step: int
     sampled_after: int
     batch: PromptBatch
-    image_embeds: Array
+    image_embeds: AnyArray
     groups: Groups
     pending: Pending
     origin: Origin
@@ -69,7 +71,6 @@ class RolloutBatch:
 Groups = list[list[Rollout]]
 
 
-Poll = Callable[[], None]
 _POLL_EVERY_S = 0.5
 Pending = list[tuple[list[Rollout], "concurrent.futures.Future[list[Outcome]]"]]
 
@@ -80,13 +81,6 @@ class SubmitsPairs(Protocol):
 
     def submit(self, pairs: list[Pair], step: int = 0) -> concurrent.futures.Future[list[Outcome]]:
         """Starts labelling."""
-
-
-def polling(finished: Iterable[list[FinishedRow]], poll: Poll) -> Iterator[list[FinishedRow]]:
-    """What `RolloutEngine.generate` yields, with a call of `poll` after each chunk."""
-    for rows in finished:
-        yield rows
-        poll()
 
 
 def collect_groups(
@@ -123,7 +117,7 @@ def collect_groups(
         answered = [r for r in rollouts if r.prediction is not None]
         if answered:
             pairs = [Pair(r.ground_truth, r.prediction or "") for r in answered]
-            pending.append((answered, judge.submit(pairs, step)))
+            pending.append((answered, judge.submit(pairs, step) if speaks() else _heard_later()))
     complete = [[r for r in groups[prompt] if r is not None] for prompt in sorted(groups)]
     return complete, pending
 
@@ -155,23 +149,64 @@ def _to_rollout(
     )
 
 
-def no_poll() -> None:
-    """Nothing to look after while work goes on."""
-
-
-def await_verdicts(pending: Pending, poll: Poll = no_poll) -> None:
+def await_verdicts(pending: Pending, poll: Poll = alone) -> None:
     """Waits for all labels and writes them into their rollouts, in rollout order.
+
+    Processes that sample together wait until all have theirs.
 
     Args:
         pending: labels under way.
-        poll: called every half second of waiting; may raise.
+        poll: called every half second of waiting, see `RolloutEngine.generate`; may raise.
 
     Raises:
         JudgeError: the judge gave up; see `speciarl_jax.judge`.
     """
-    for rollouts, future in pending:
-        while not future.done():
-            poll()
-            concurrent.futures.wait([future], _POLL_EVERY_S)
-        for rollout, outcome in zip(rollouts, future.result(), strict=True):
+    futures = [future for _, future in pending]
+    while True:
+        waiting = concurrent.futures.wait(futures, 0).not_done
+        error = next((e for f in futures if f not in waiting and (e := _judge_error(f))), None)
+        (is_awaited,) = poll(int(bool(waiting)), error=error)
+        if not is_awaited:
+            break
+        concurrent.futures.wait(waiting, _POLL_EVERY_S)
+    labels = hear([future.result() for future in futures])
+    for (rollouts, _), outcomes in zip(pending, labels, strict=True):
+        for rollout, outcome in zip(rollouts, outcomes, strict=True):
             rollout.outcome = outcome
+
+
+def _heard_later() -> concurrent.futures.Future[list[Outcome]]:
+    """In place of a question that another process asks, which has the same answers; see `hear`."""
+    nothing: concurrent.futures.Future[list[Outcome]] = concurrent.futures.Future()
+    nothing.set_result([])
+    return nothing
+
+
+def hear(labels: list[list[Outcome]]) -> list[list[Outcome]]:
+    """Labels by the process that asks, also in those that have the same prompts."""
+    if is_only_speaker():
+        return labels
+    plain = [[outcome_to_json(outcome) for outcome in part] for part in labels]
+    return [[outcome_from_json(fields) for fields in part] for part in from_speaker(plain)]
+
+
+def outcome_to_json(outcome: Outcome) -> JsonObject:
+    """A label, or why there is none, as plain JSON values."""
+    fields: JsonObject = dataclasses.asdict(outcome)
+    if isinstance(outcome, Verdict):
+        fields["category"] = outcome.category.label
+    return fields
+
+
+def outcome_from_json(fields: JsonObject) -> Outcome:
+    """What `outcome_to_json` was given."""
+    if "kind" in fields:
+        return Failure(FailureKind(str(fields["kind"])), str(fields["message"]))
+    category = Category.from_label(str(fields["category"]))
+    return Verdict(category, str(fields["judge"]), bool(fields["is_cached"]))
+
+
+def _judge_error(future: concurrent.futures.Future[list[Outcome]]) -> JudgeError | None:
+    """What a label's future ended with, if the judge gave up."""
+    error = future.exception()
+    return error if isinstance(error, JudgeError) else None

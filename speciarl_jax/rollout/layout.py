@@ -18,6 +18,7 @@ import math
 import numpy as np
 
 from speciarl_jax.data.batch import PromptBatch
+from speciarl_jax.devices.layout import AnyArray
 from speciarl_jax.rollout.decode import RowMap
 
 _QUARTERS, _HALVES = 6, 4
@@ -76,6 +77,11 @@ class PromptArrays:
         """P of the wave."""
         return len(self.origin)
 
+    @property
+    def has_prompts(self) -> bool:
+        """It is not all padding."""
+        return bool((self.origin >= 0).any())
+
 
 def waves(
     batch: PromptBatch, table_rows: int, num_shards: int, prompts_per_wave: int
@@ -83,7 +89,7 @@ def waves(
     """Cuts a batch into equal waves; each takes the same number of prompts from every shard.
 
     Blocks of the image table lie with their prompts. `prompts_per_wave` is a multiple of the
-    shards; the last wave is filled up with padding prompts.
+    shards; the last wave is filled up with padding prompts, and may be nothing else.
 
     Raises:
         ValueError: P is not a multiple of D.
@@ -102,8 +108,7 @@ def waves(
         fill = ((0, 0), (0, width - block.shape[1]))
         index = np.pad(block, fill, mode="edge").reshape(-1)
         is_used = np.pad(np.ones_like(block, bool), fill).reshape(-1) & batch.is_real[index]
-        if is_used.any():
-            found.append(_select(batch, image_rows, index, is_used))
+        found.append(_select(batch, image_rows, index, is_used))
     return found
 
 
@@ -163,7 +168,7 @@ class Rows:
         """Unfinished rows of the fullest shard."""
         return int((~self.is_free).sum(axis=1).max())
 
-    def row_map(self, num_prompts: int, slots: int) -> RowMap[np.ndarray]:
+    def row_map(self, num_prompts: int, slots: int) -> RowMap[AnyArray]:
         """Index maps between rows and each shard's grid; free rows share slot 0."""
         num_shards, per_shard = self.prompt.shape
         slot_rows = np.zeros((num_shards, num_prompts // num_shards, slots), np.int32)

@@ -73,7 +73,8 @@ def warm_up(
             embeds = encode(states, with_sizes(batch, small, vision))
         for length in shapes.prompt_lengths:
             batch = empty_batch(shapes, length, windows, vision)
-            waves = engine.plan_waves(states, batch, len(embeds), shapes.group_size, sampling)
+            table_rows = len(embeds) * engine.own_shards // engine.placement.num_shards
+            waves = engine.plan_waves(states, batch, table_rows, shapes.group_size, sampling)
             wave = engine.start(states, waves[0], embeds, shapes.group_size, seed, 0)
             if windows == shapes.num_windows[0]:  # decoding does not see the images
                 _run_sizes(engine, states, wave, shapes.group_size, sampling)
@@ -124,9 +125,8 @@ def _run_sizes(
         corner = dataclasses.replace(wave)
         for size in sizes:
             if size != full:
-                corner.rows, keep = corner.rows.shrunk(size)
-                corner.state = decode.shrink(corner.state, keep, engine.placement)
-            row_map = corner.rows.row_map(num_prompts, slots)
+                engine.shrink(corner, size)
+            row_map = engine.row_map(corner.rows, num_prompts, slots)
             engine.advance(states, corner, row_map, 0, 0, sampling)
             if size == full:
                 wave.state = corner.state  # decoding has consumed the one before

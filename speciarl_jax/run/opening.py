@@ -11,6 +11,7 @@ from rich.console import Console
 from speciarl_jax.config.schema import Config
 from speciarl_jax.data.loader import PromptLoader
 from speciarl_jax.data.recipe import open_train_source
+from speciarl_jax.devices import processes
 from speciarl_jax.rollout.sampling import training_sampling
 from speciarl_jax.rollout.warm_up import BatchShapes, warm_up
 from speciarl_jax.run.checkpoint import Checkpoints
@@ -32,18 +33,28 @@ def check_processes(config: Config) -> None:
         ValueError: names the setting.
     """
     count, algo = jax.process_count(), config.algo
-    if count > 1 and algo.dynamic_sampling and config.train.async_steps:
-        # Its agreement on each batch would meet the updates, which start when labels come.
-        raise ValueError(
-            f"algo.dynamic_sampling=true with train.async_steps={config.train.async_steps}: not "
-            f"implemented for {count} processes; leave one of them at its default"
-        )
     for name, prompts in {
         "train.prompts_per_update": config.train.prompts_per_update,
         "algo.generation_prompts": algo.generation_prompts,
     }.items():
         if prompts % count:
             raise ValueError(f"{name}={prompts}: expected a multiple of the {count} processes")
+
+
+def check_scope(session: Session) -> None:
+    """Refuses what processes can do that sample together and those that do it by themselves cannot.
+
+    Raises:
+        ValueError: names the settings.
+    """
+    config, count = session.config, jax.process_count()
+    is_host = count > 1 and not session.engine.is_job
+    if is_host and config.algo.dynamic_sampling and config.train.async_steps:
+        # Its agreement on each batch would meet the updates, which start when labels come.
+        raise ValueError(
+            f"algo.dynamic_sampling=true with train.async_steps={config.train.async_steps}: "
+            f"{count} processes must sample together for that; set rollout.scope=job"
+        )
 
 
 def open_train_loader(session: Session) -> PromptLoader:
@@ -58,8 +69,8 @@ def open_train_loader(session: Session) -> PromptLoader:
         config.generation_prompts,
         seed=config.seed,
         pad_id=int(session.vocabulary.stop_ids[0]),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=processes.share_index(),
+        process_count=processes.num_shares(),
         num_blocks=num_blocks,
     )
 
@@ -73,14 +84,14 @@ def warm_up_rollouts(console: Console, session: Session, state: TrainState) -> N
     """Compiles every program that sampling can need; a step then waits for none."""
     config, start = session.config, time.perf_counter()
     shapes = BatchShapes(
-        num_prompts=config.generation_prompts // jax.process_count(),
+        num_prompts=config.generation_prompts // processes.num_shares(),
         group_size=config.rollout.group_size,
         prompt_lengths=config.data.prompt_buckets,
         num_windows=config.data.window_buckets,
     )
     count = warm_up(
         session.engine,
-        session.local_states(state.trainable),
+        session.sampling_states(state.trainable),
         session.encode,
         session.arch.vision,
         shapes,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
@@ -24,10 +25,19 @@ from speciarl_jax.convert.tiny import shipped_tiny_dir
 from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.data.prompts import PromptBuilder
 from speciarl_jax.data.recipe import make_builder
-from speciarl_jax.devices import layout
-from speciarl_jax.devices.layout import Params
-from speciarl_jax.devices.mesh import check_mesh, choose_mesh, local_mesh, make_mesh, num_replicas
+from speciarl_jax.devices import layout, processes
+from speciarl_jax.devices.layout import AnyArray, Params
+from speciarl_jax.devices.mesh import (
+    check_mesh,
+    choose_mesh,
+    make_mesh,
+    num_replicas,
+    sampling_mesh,
+    sharing,
+)
+from speciarl_jax.devices.processes import Poll
 from speciarl_jax.files import FETCH_MODEL, read_json
+from speciarl_jax.learner import batches
 from speciarl_jax.learner.opening import model_dtypes, open_optim, open_parts, with_adapter
 from speciarl_jax.policy.model import (
     PolicyParts,
@@ -57,7 +67,7 @@ class Session:
         builder: examples to prompts.
         parts: the policy taken apart; `trainable` is the starting point of training.
         mesh: devices of the job; parameters lie on it as `speciarl_jax.devices.layout` says.
-        local: the part of the mesh that this process samples on.
+        sampling_mesh: the part of it that one rollout runs on: that of this process, or the whole.
     """
 
     config: Config
@@ -69,22 +79,55 @@ class Session:
     parts: PolicyParts
     engine: RolloutEngine
     mesh: Mesh
-    local: Mesh
+    sampling_mesh: Mesh
 
-    def local_states(self, trainable: Params) -> tuple[Params, Params]:
-        """(trainable, frozen) on this process's devices, for encoding and sampling; no copy."""
-        return layout.local_view((trainable, self.parts.frozen), self.local)
+    @property
+    def agree(self) -> Poll:
+        """What the processes that sample together look up with between two pieces of work."""
+        return self.engine.agree
+
+    def sampling_states(self, trainable: Params) -> tuple[Params, Params]:
+        """(trainable, frozen) as encoding and sampling take them: nothing is copied."""
+        states = (trainable, self.parts.frozen)
+        return states if self.engine.is_job else layout.local_view(states, self.sampling_mesh)
+
+    def pad_alike(self, batch: PromptBatch) -> PromptBatch:
+        """A batch in the shapes of all processes that sample together, ready to be encoded."""
+        return self.agree_shapes(batch, None)[0] if self.engine.is_job else batch
+
+    def agree_shapes(
+        self, batch: PromptBatch, image_embeds: AnyArray | None
+    ) -> tuple[PromptBatch, AnyArray | None]:
+        """Prompts, images and their embeddings padded alike in all processes of the job."""
+        shape = batches.prompt_shape(batch)
+        length, slots, patches = processes.largest(*shape)
+        if (length, slots, patches) == shape:
+            return batch, image_embeds
+        return batches.join_batches(
+            [(batch, image_embeds)],
+            np.arange(batch.num_prompts),
+            self.arch.vision.merge_unit,
+            int(self.vocabulary.stop_ids[0]),
+            (length, slots, patches),
+        )
 
     def encode(self, states: tuple[Params, ...], batch: PromptBatch) -> Array:
-        """Image embeddings of this process's batch, [I*M, D]; `states` are `local_states`."""
-        vision = batch.vision
-        if self.local.size == 1:
+        """Image embeddings [I*M, D] of all that sample together; `states` are `sampling_states`.
+
+        The batch is this process's, padded alike; see `pad_alike`.
+        """
+        vision, mesh = batch.vision, self.sampling_mesh
+        if mesh.size == 1:
             unit, buckets = self.arch.vision.window_patches, self.config.data.window_buckets
             return encode_by_size(self.parts.graphdef, states, vision, unit, buckets)
-        place = layout.image_sharding(self.local, len(vision.patches))
-        images = jax.device_put((vision.patches, vision.positions, vision.mask), place)
-        table: Array = encode_images(self.parts.graphdef, states, *images, self.local)
-        return table
+        num_parts = num_replicas(mesh) // self.engine.own_shards
+        place = layout.image_sharding(mesh, len(vision.patches) * num_parts)
+        images = layout.place_own((vision.patches, vision.positions, vision.mask), place)
+        table: Array = encode_images(self.parts.graphdef, states, *images, mesh)
+        if not self.engine.is_job:
+            return table
+        by_prompt: Array = jax.device_put(table, layout.prompt_sharding(mesh))
+        return by_prompt
 
 
 def enable_compile_cache(directory: str) -> None:
@@ -130,10 +173,10 @@ def open_session(
     vocabulary = make_vocabulary(tokenizer, arch, read_stop_ids(tokenizer, model_dir))
     parts = open_parts(config, policy, mesh)
     builder = make_builder(config.data, tokenizer, arch, model_dir, config.seed, recipe_dir)
-    local = local_mesh(mesh)
-    engine = RolloutEngine(parts.graphdef, config.rollout, vocabulary, local)
+    own = sampling_mesh(mesh, config.rollout.scope)
+    engine = RolloutEngine(parts.graphdef, config.rollout, vocabulary, own)
     return Session(
-        config, model_dir, arch, tokenizer, vocabulary, builder, parts, engine, mesh, local
+        config, model_dir, arch, tokenizer, vocabulary, builder, parts, engine, mesh, own
     )
 
 
@@ -155,6 +198,7 @@ def open_mesh(config: Config, arch: Arch) -> Mesh:
         print(f"mesh.auto: {reason}", file=sys.stderr)  # stdout may be one JSON object
     mesh = make_mesh(shape)
     check_mesh(mesh, arch)
+    processes.share_prompts(sharing(mesh))
     batch, replicas = config.train.prompts_per_update, num_replicas(mesh)
     if batch % replicas:
         raise ValueError(

@@ -112,7 +112,7 @@ def test_the_run_calls_what_is_planned(tmp_path):
     loader = open_train_loader(session)
     batch = next(iter(loader))
     loader.close()
-    states = session.local_states(session.parts.trainable)
+    states = session.sampling_states(session.parts.trainable)
     table = session.encode(states, batch)
     group = config.rollout.group_size
     sampling = training_sampling(config)

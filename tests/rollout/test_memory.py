@@ -71,7 +71,9 @@ def test_one_prompt_that_does_not_fit_is_refused_with_the_numbers():
 
 
 def generate(session, batch, config, group_size=3):
-    engine = RolloutEngine(session.parts.graphdef, config, session.vocabulary, session.local)
+    engine = RolloutEngine(
+        session.parts.graphdef, config, session.vocabulary, session.sampling_mesh
+    )
     options = {"group_size": group_size, "sampling": Sampling(), "seed": 1, "step": 1}
     embeds = session.encode(states(session), batch)
     rows = {}

@@ -28,7 +28,7 @@ def run_both(session, sizes, **changes):
     """(programs compiled by warm-up, by a second warm-up, and by rollouts of several lengths)."""
     config = dataclasses.replace(session.config.rollout, **changes)
     vocabulary = stopping_vocabulary(session.vocabulary, 10)
-    engine = RolloutEngine(session.parts.graphdef, config, vocabulary, session.local)
+    engine = RolloutEngine(session.parts.graphdef, config, vocabulary, session.sampling_mesh)
     shapes = BatchShapes(sizes[0], sizes[1], (48,), (6,))
 
     def warm() -> int:
@@ -69,7 +69,7 @@ def test_a_caller_that_compiles_between_chunks_is_not_counted(session):
 
     config = dataclasses.replace(session.config.rollout, compact=False, max_completion_tokens=5)
     vocabulary = stopping_vocabulary(session.vocabulary, 10)
-    engine = RolloutEngine(session.parts.graphdef, config, vocabulary, session.local)
+    engine = RolloutEngine(session.parts.graphdef, config, vocabulary, session.sampling_mesh)
     batch = small_batch(session, 2)
     embeds = session.encode(states(session), batch)
     options = {"group_size": 3, "sampling": Sampling(), "seed": 3, "step": 1}

@@ -67,9 +67,15 @@ def alone(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_same_metrics_as_one_process(count, alone, tmp_path):
-    finish(start(tmp_path / "run", count, 3))
+JOB = "--config.rollout.scope=job"
+SPANNING = "--config.mesh.tensor=2"  # a replica is two processes of one device
+
+
+@pytest.mark.parametrize(
+    ("count", "flags"), [(2, []), (4, []), (2, [JOB]), (4, [JOB]), (2, [SPANNING]), (4, [SPANNING])]
+)
+def test_same_metrics_as_one_process(count, flags, alone, tmp_path):
+    finish(start(tmp_path / "run", count, 3, *flags))
     assert_same(rows_of(tmp_path / "run"), rows_of(alone))
     answers = [
         sorted((workdir / "eval" / "trained" / "predictions.jsonl").read_text().splitlines())
@@ -80,13 +86,18 @@ def test_same_metrics_as_one_process(count, alone, tmp_path):
     assert found[0] == found[1]
 
 
-def test_one_dies_all_end_and_fewer_go_on(alone, tmp_path):
-    workdir = tmp_path / "run"
-    jobs = start(workdir, 2, 200)
+def wait_for(path):
     deadline = time.monotonic() + 300
-    while not (workdir / "checkpoints" / "1").is_dir():
+    while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("scope", ["host", "job"])
+def test_one_dies_all_end_and_fewer_go_on(scope, alone, tmp_path):
+    workdir = tmp_path / "run"
+    jobs = start(workdir, 2, 200, f"--config.rollout.scope={scope}")
+    wait_for(workdir / "checkpoints" / "1")
     jobs[1].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     _, errors = jobs[0].communicate(timeout=60)
@@ -100,13 +111,29 @@ def test_one_dies_all_end_and_fewer_go_on(alone, tmp_path):
     assert_same(rows_of(workdir)[:4], rows_of(alone))
 
 
+def test_a_stop_of_one_process_saves_all_within_the_step(tmp_path):
+    """Nothing but step 0 is there to be saved: the first step is left between two chunks."""
+    workdir = tmp_path / "run"
+    settings = ["rollout.chunk_tokens=2", "train.eval_every=0", "eval.score_base=False"]
+    jobs = start(workdir, 2, 200, JOB, *(f"--config.{setting}" for setting in settings))
+    wait_for(workdir / "heartbeat.1.json")  # written between chunks
+    jobs[1].send_signal(signal.SIGTERM)
+    for job in jobs:
+        _, errors = job.communicate(timeout=120)
+        assert job.returncode == 75, errors[-2000:]
+        assert "stopped by signal after step 0, saved in" in errors
+    assert (workdir / "checkpoints" / "0").is_dir()
+
+
 PACKED = ["train.micro_batch_tokens=4096"]
 ASYNC = ["train.async_steps=1", "algo.importance_cap=2.0"]
 SFT = ["data.num_eval=8", "train.prompts_per_update=16", "train.prompts_per_step=16"]
 SFT += ["train.prompts_per_micro_batch=8", "eval.score_trained=False"]
+ASYNC_JOB = [*ASYNC, "rollout.scope=job"]
 MODES = {
     "packed": (RECIPE, PACKED),
     "async": (RECIPE, ASYNC),
+    "async_job": (RECIPE, ASYNC_JOB),
     "sft": (f"{RECIPE.parent / 'tiny_sft.py'}:model=tiny", SFT),
 }
 
@@ -119,14 +146,15 @@ def test_every_mode_equals_one_process(mode, tmp_path):
     finish(start(tmp_path / "one", 1, 3, *flags, recipe=recipe))
     finish(start(tmp_path / "two", 2, 3, *flags, recipe=recipe))
     assert_same(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"))
-    if mode == "async":
+    if mode.startswith("async"):
         shutil.rmtree(tmp_path / "two" / "checkpoints" / "3")
         finish(start(tmp_path / "two", 1, 3, *flags, "--resume"))
         assert_same(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"))
 
 
-def test_dynamic_sampling_fills_every_process(tmp_path):
-    settings = ["algo.generation_prompts=8", "algo.reward=binary"]
+@pytest.mark.parametrize("mode", [[], ASYNC_JOB])
+def test_dynamic_sampling_fills_every_process(mode, tmp_path):
+    settings = ["algo.generation_prompts=8", "algo.reward=binary", *mode]
     flags = [f"--config.{setting}" for setting in settings]
     finish(start(tmp_path, 2, 2, *flags, recipe=f"{RECIPE}:algo=dapo_dynamic"))
     for row in rows_of(tmp_path)[1:]:
