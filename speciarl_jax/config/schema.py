@@ -34,6 +34,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algo.normalization": ("global", "verl"),
     "algo.old_logprobs": ("recompute", "rollout"),
     "rollout.kv_cache_dtype": ("compute", "int8"),
+    "rollout.scope": ("auto", "job", "host"),
     "eval.format_failures": ("wrong", "separate", "drop"),
     "optim.schedule": ("constant", "cosine", "linear"),
 }
@@ -110,6 +111,7 @@ class RolloutConfig:
     stop_strings: tuple[str, ...] = ()  # e.g. ("</answer>",)
     chunk_tokens: int = 32  # decode steps between two looks at which rollouts have finished
     compact: bool = True  # drop finished rows from the decode batch between chunks
+    scope: str = "auto"  # which devices one sampling program spans: auto, job, host
     early_exit: bool = True  # end a chunk when enough rows are done; needs collectives in a process
     kv_cache_dtype: str = "compute"  # or int8: half of bfloat16's cache; log-probs move < 1e-2
     max_cache_mb: int = 0  # of a rollout on a device, MiB; beyond it waves of prompts; 0: no limit

@@ -4,8 +4,8 @@
     -> update
 
 The functions are those that a run calls; here they meet ShapeDtypeStructs instead of arrays, laid
-out as `devices.layout` says. Sampling programs run on the devices of one process, the others
-on the whole mesh. Rollout and update share one layout, so no program moves weights.
+out as `devices.layout` says. Sampling programs run on `AbstractSession.local`, the others on the
+whole mesh. Rollout and update share one layout, so no program moves weights.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class AbstractSession:
     """A session without arrays: what `speciarl_jax.run.session.Session` opens, by shape.
 
     Attributes:
-        mesh, local: devices of the job, and those of one process.
+        mesh, local: devices of the job, and those that one sampling program spans.
         parts: the policy; `trainable` and `frozen` are laid out on `mesh`.
         optimizer: the run's; jit compares it by identity.
         optim: its state.
@@ -212,8 +212,24 @@ def _on_heads(session: AbstractSession, tree: Abstract) -> Abstract:
 
 def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:
     """The decode loop at its largest caches, and the move to fewer rows from there."""
+    placement = _placement(session)
+    decode_loop = decode_program(session, shapes)
+    found, per_shard = [decode_loop], shapes.wave_shard_prompts * shapes.group_size
+    smaller = layout.next_rows(per_shard, per_shard)
+    if session.config.rollout.compact and smaller:
+        keep = _host_array(session)((smaller * placement.num_shards,), jnp.int32)
+        _, states, prompts, _, state, *_ = decode_loop.args
+        alive = (states, *decode_loop.others, prompts)
+        found.append(Program("shrink", decode.shrink, (state, keep, placement), others=alive))
+    return found
+
+
+def decode_program(
+    session: AbstractSession, shapes: StepShapes, per_shard: int = 0, columns: int = 0
+) -> Program:
+    """The decode loop at `per_shard` rows (0: all) and columns (0: the limit)."""
     placement, host = _placement(session), _host_array(session)
-    rows = shapes.wave_prompts * shapes.group_size
+    rows = (per_shard or shapes.wave_shard_prompts * shapes.group_size) * placement.num_shards
     prompts = _prompt_cache(session, shapes)
     row_map = RowMap[jax.ShapeDtypeStruct](
         host((rows,), jnp.int32),
@@ -221,7 +237,8 @@ def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Progra
         host((shapes.wave_prompts, shapes.group_size), jnp.int32),
     )
     keys, is_done = host((rows, 2), jnp.uint32), host((rows,), jnp.bool_)
-    state = _decode_state(session, shapes, (prompts, row_map, keys, is_done))
+    columns = columns or shapes.completion_tokens
+    state = _decode_state(session, columns, (prompts, row_map, keys, is_done))
     vocabulary = host((session.arch.text.vocab_size,), jnp.bool_)
     stop_ids = host((2,), jnp.int32)
     scalar = host((), jnp.int32)
@@ -229,23 +246,14 @@ def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Progra
         *(session.parts.graphdef, session.states, prompts, row_map, state, is_done),
         *(stop_ids, vocabulary, scalar, scalar, training_sampling(session.config), placement),
     )
-    table = image_table(session, shapes)
-    found = [Program("decode", decode.decode_chunk, args, others=(session.optim, table))]
-    per_shard = rows // placement.num_shards
-    smaller = layout.next_rows(per_shard, per_shard)
-    if session.config.rollout.compact and smaller:
-        keep = host((smaller * placement.num_shards,), jnp.int32)
-        alive = (session.states, session.optim, table, prompts)
-        found.append(Program("shrink", decode.shrink, (state, keep, placement), others=alive))
-    return found
+    alive = (session.optim, image_table(session, shapes))
+    return Program("decode", decode.decode_chunk, args, others=alive)
 
 
 def _decode_state(
-    session: AbstractSession, shapes: StepShapes, arrays: tuple[Abstract, ...]
+    session: AbstractSession, columns: int, arrays: tuple[Abstract, ...]
 ) -> DecodeState[jax.ShapeDtypeStruct]:
-    start = functools.partial(
-        decode.start, num_columns=shapes.completion_tokens, placement=_placement(session)
-    )
+    start = functools.partial(decode.start, num_columns=columns, placement=_placement(session))
     state: DecodeState[jax.ShapeDtypeStruct] = jax.eval_shape(start, *arrays)
     place = prompt_sharding(session.local)
     rest = map_rows(lambda x: x.update(sharding=place), state)

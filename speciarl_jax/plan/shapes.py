@@ -17,7 +17,8 @@ from speciarl_jax.rollout import layout, memory
 from speciarl_jax.rollout.sampling import training_sampling
 
 _MAX_ASPECT = 2.0  # of photographs; a longer image of the same area needs more windows
-# Completion lengths of the time estimate: log-normal, as measured on this task (docs/design.md).
+# Completion lengths of the time estimate: log-normal. Assumed, and frozen: the tables of
+# docs/scale.md are compared over months.
 MEDIAN_TOKENS, P95_TOKENS = 120, 600
 
 
@@ -32,8 +33,9 @@ class StepShapes:
         prompt_tokens: S, padded.
         windows: per image, padded.
         completion_tokens: limit C.
-        num_hosts, num_replicas: processes, and places over which prompts are spread.
-        wave_prompts: prompts that a process samples at once.
+        num_hosts, num_replicas: processes that sample by themselves (one if the job samples as
+            one), and places over which prompts are spread.
+        wave_prompts: prompts that such a process samples at once.
         micro_prompts: prompts of one micro-batch, all replicas together.
         num_micro: micro-batches in one update program.
         num_updates: optimiser updates a step.
@@ -56,6 +58,11 @@ class StepShapes:
     def host_prompts(self) -> int:
         """Prompts that one process samples."""
         return self.sampled_prompts // self.num_hosts
+
+    @property
+    def wave_shard_prompts(self) -> int:
+        """Of those, prompts of one replica."""
+        return self.wave_prompts * self.num_hosts // self.num_replicas
 
     @property
     def num_waves(self) -> int:

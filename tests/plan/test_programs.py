@@ -96,7 +96,7 @@ def test_shrinking_needs_the_old_and_the_new_cache(planned):
     measured = measure(shrink)
     own = device_bytes(state.own)
     assert 0.7 * own < measured.temporaries < 1.2 * own  # 30 of 40 rows, and small arrays
-    assert measured.collectives == {}
+    assert measured.traffic.collectives == {}
 
 
 @pytest.mark.slow
