@@ -15,11 +15,13 @@ import pytest
 
 from speciarl_jax.cli.main import main
 from speciarl_jax.config.recipes import load_recipe
+from speciarl_jax.plan import hlo
 from speciarl_jax.plan.chips import open_topology
 from speciarl_jax.plan.make import open_plan
 from speciarl_jax.plan.measure import measure
 from speciarl_jax.plan.programs import (
     Program,
+    decode_program,
     decode_programs,
     device_bytes,
     encode_program,
@@ -88,6 +90,17 @@ def test_xla_counts_the_same_arguments(planned):
     assert measured.arguments == device_bytes((frozen["visual"], images))
     assert measured.others == device_bytes(planned.session.optim)
     assert measured.peak == measured.arguments + measured.temporaries + measured.others
+
+
+def test_the_head_is_gathered_by_nobody(planned):
+    """With `tensor` above 1 each device makes its part of the scores; these change hands."""
+    vocabulary = planned.session.arch.text.vocab_size
+    head = vocabulary * planned.session.arch.text.hidden_size * 4
+    program = decode_program(planned.session, planned.shapes)
+    calls = hlo.collectives(hlo.parse(program.lower().compile().as_text()))
+    rows = planned.shapes.wave_shard_prompts * planned.shapes.group_size
+    assert max(one.num_bytes for one in calls) <= rows * vocabulary * 4 // 2 < head
+    assert sum(one.kind == "all-to-all" for one in calls) == 1
 
 
 def test_shrinking_needs_the_old_and_the_new_cache(planned):
