@@ -111,7 +111,9 @@ class RolloutConfig:
     stop_strings: tuple[str, ...] = ()  # e.g. ("</answer>",)
     chunk_tokens: int = 32  # decode steps between two looks at which rollouts have finished
     compact: bool = True  # drop finished rows from the decode batch between chunks
-    scope: str = "auto"  # which devices one sampling program spans: auto, job, host
+    scope: str = (
+        "auto"  # host, or job: one program of all processes; auto: job on several TPU hosts
+    )
     early_exit: bool = True  # end a chunk when enough rows are done; needs collectives in a process
     kv_cache_dtype: str = "compute"  # or int8: half of bfloat16's cache; log-probs move < 1e-2
     max_cache_mb: int = 0  # of a rollout on a device, MiB; beyond it waves of prompts; 0: no limit

@@ -25,12 +25,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         devices: all devices of the job, those of a planned topology included; None for jax's own.
 
     Returns:
-        A mesh with axes data, fsdp, tensor, all of type Auto; each replica within one process. In
-        a job of one process, sizes that are all given may leave devices idle.
+        A mesh with axes data, fsdp, tensor, all of type Auto; devices process by process, so that
+        a replica lies within one, or consists of whole ones. In a job of one process, sizes that
+        are all given may leave devices idle.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices, or a replica would span
-            processes.
+        ValueError: the sizes do not multiply to the number of devices, or a replica would have
+            parts of processes.
     Source: own.
     """
     devices = jax.devices() if devices is None else devices
@@ -42,16 +43,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     for device in devices:
         by_process[device.process_index].append(device)
     replica, hosts = fsdp * tensor, [by_process[index] for index in sorted(by_process)]
-    uneven = [len(host) for host in hosts if len(host) % replica]
-    if uneven:
+    sizes_of_hosts = {len(host) for host in hosts}
+    uneven = [size for size in sizes_of_hosts if size % replica and replica % size]
+    uneven += [size for size in sizes_of_hosts if size % tensor and tensor % size]
+    if uneven or (len(sizes_of_hosts) > 1 and max(sizes_of_hosts) < replica):
         raise ValueError(
-            f"mesh.fsdp={fsdp} x mesh.tensor={tensor}: a replica of {replica} devices would span "
-            f"processes, which hold {uneven[0]} each; lower mesh.fsdp or mesh.tensor"
+            f"mesh.fsdp={fsdp} x mesh.tensor={tensor}: a replica of {replica} devices has parts of "
+            f"processes, which hold {min(sizes_of_hosts)} each; both mesh.tensor and the product "
+            "must divide that number or be multiples of it"
         )
     # A host's chips stay in jax's order: on v5e, where chips route in straight lines only, XLA
     # refuses collectives over hosts that order theirs differently.
-    blocks = [np.asarray(host, dtype=object).reshape(-1, fsdp, tensor) for host in hosts]
-    return Mesh(np.concatenate(blocks), AXES, axis_types=(AxisType.Auto,) * 3)
+    ordered = np.asarray([device for host in hosts for device in host], dtype=object)
+    return Mesh(ordered.reshape(-1, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
@@ -129,6 +133,45 @@ def check_mesh(mesh: Mesh, arch: Arch) -> None:
 def num_replicas(mesh: Mesh) -> int:
     """Over how many places the prompts of a batch are spread."""
     return int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def own_replicas(mesh: Mesh) -> int:
+    """The places of data x fsdp whose prompts a process has."""
+    return num_replicas(mesh) // (
+        len({d.process_index for d in mesh.devices.flat}) // sharing(mesh)
+    )
+
+
+def sharing(mesh: Mesh) -> int:
+    """Processes that have one place of data x fsdp together, and so the same prompts; mostly 1."""
+    return len({device.process_index for device in mesh.devices[0, 0]})
+
+
+def sampling_mesh(mesh: Mesh, scope: str) -> Mesh:
+    """The part of the job's mesh that one rollout runs on.
+
+    Args:
+        mesh: of the job.
+        scope: ``rollout.scope``: job, host (the replicas of this process), or auto: job where
+            replicas span processes and on several TPU hosts, whose library refuses programs over
+            some parts of a slice.
+
+    Raises:
+        ValueError: host, where replicas span processes.
+    """
+    spans = any(len({device.process_index for device in row.flat}) > 1 for row in mesh.devices)
+    if scope == "auto":
+        is_pod = mesh.is_multi_process and mesh.devices.flat[0].platform == "tpu"
+        scope = "job" if is_pod or spans else "host"
+    if scope == "job":
+        return mesh
+    if spans:
+        raise ValueError(
+            f"rollout.scope=host with mesh.fsdp={mesh.shape['fsdp']} x mesh.tensor="
+            f"{mesh.shape['tensor']}: a replica spans processes, so none can sample by itself; set "
+            "rollout.scope=job, or lower mesh.fsdp or mesh.tensor"
+        )
+    return local_mesh(mesh)
 
 
 def local_mesh(mesh: Mesh) -> Mesh:

@@ -8,7 +8,7 @@ dealt to shards at random with a fixed seed, so waiting for the fullest is count
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -102,13 +102,15 @@ class Call:
     """One call of the decode program: `steps` at a size.
 
     Attributes:
-        moved: rows x columns that are read and written to reach the next size.
+        moved: rows x columns that were read and written to reach the size.
+        parked: 1 where half of the rows go to the host before anything is decoded.
     """
 
     rows: int
     columns: int
     steps: int
     moved: int = 0
+    parked: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +119,14 @@ class Decoding:
 
     Attributes:
         num_steps, num_calls: of the decode program, all waves together.
+        num_parked: halves that wait on the host.
         device_bytes, wire_bytes: as in `plan.work.Work`.
         seconds: roofline.
     """
 
     num_steps: int
     num_calls: int
+    num_parked: int
     device_bytes: float
     wire_bytes: float
     seconds: float
@@ -140,27 +144,65 @@ def deal(
     return dealt.reshape(num_shards, waves, wave_rows).transpose(1, 0, 2)
 
 
-def schedule(lengths: Int[np.ndarray, "shards rows"], config: RolloutConfig) -> Iterator[Call]:
-    """The calls of one wave."""
-    full = rows = lengths.shape[1]
+def schedule(
+    lengths: Int[np.ndarray, "shards rows"],
+    config: RolloutConfig,
+    rows_that_fit: Callable[[int], int] | None = None,
+) -> Iterator[Call]:
+    """The calls of one wave.
+
+    Args:
+        lengths: of the rows of each shard.
+        config: the recipe's rollout section.
+        rows_that_fit: rows of a shard that may have so many columns; None for all of them.
+    """
+    fit = rows_that_fit or (lambda columns: lengths.shape[1])
+    start = _Place(lengths.shape[1], lengths.shape[1], 0, 0)
+    yield from _calls(lengths, config, fit, start)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Rows of a full batch and now, tokens decoded, and the place in the list of columns."""
+
+    full: int
+    rows: int
+    step: int
+    column: int
+
+
+def _calls(
+    lengths: np.ndarray, config: RolloutConfig, fit: Callable[[int], int], place: _Place
+) -> Iterator[Call]:
     sizes = layout.column_sizes(config.chunk_tokens, config.max_completion_tokens, config.compact)
     live = (lengths[:, :, None] > np.arange(sizes[-1] + 1)).sum(axis=1).max(axis=0)  # [steps]
-    step = place = 0
+    rows, step, column = place.rows, place.step, place.column
+    moved = 0
     while live[step]:
-        columns = sizes[place]
-        until = min(step + config.chunk_tokens, columns)
-        smaller = layout.next_rows(rows, full) if config.compact else 0
+        while config.compact and live[step] <= (smaller := layout.next_rows(rows, place.full)):
+            moved += (rows + smaller) * sizes[column]
+            rows = smaller
+        if step == sizes[column]:
+            if rows > fit(sizes[column + 1]):
+                yield Call(rows, sizes[column], 0, moved + 2 * rows * sizes[column], parked=1)
+                for half in _halves(lengths, step, -(-int(live[step]) // 2)):
+                    yield from _calls(half, config, fit, _Place(place.full, rows, step, column))
+                return
+            column += 1
+            moved += rows * (sizes[column - 1] + sizes[column])
+        until = min(step + config.chunk_tokens, sizes[column])
+        smaller = layout.next_rows(rows, place.full) if config.compact else 0
         steps = range(step + 1, until)
         end = next((t for t in steps if live[t] <= smaller), until) if config.early_exit else until
-        call, step, moved = Call(rows, columns, end - step), end, 0
-        while config.compact and live[step] and live[step] <= layout.next_rows(rows, full):
-            smaller = layout.next_rows(rows, full)
-            moved += (rows + smaller) * columns
-            rows = smaller
-        if live[step] and step == columns:
-            place += 1
-            moved += rows * (columns + sizes[place])
-        yield dataclasses.replace(call, moved=moved)
+        yield Call(rows, sizes[column], end - step, moved)
+        step, moved = end, 0
+
+
+def _halves(lengths: np.ndarray, step: int, count: int) -> list[np.ndarray]:
+    """`count` of the rows of each shard that are longer than `step`, and the others of them."""
+    is_live = lengths > step
+    order = np.cumsum(is_live, axis=1)
+    return [np.where(is_live & chosen, lengths, 0) for chosen in (order <= count, order > count)]
 
 
 def price(
@@ -185,5 +227,5 @@ def price(
         seconds += call.steps * step_s + moved / chip.bytes_per_s
         device_bytes += call.steps * step.num_bytes + moved
         wire_bytes += call.steps * step.wire_bytes
-    steps = sum(call.steps for call in calls)
-    return Decoding(steps, len(calls), device_bytes, wire_bytes, seconds)
+    steps, parked = (sum(getattr(call, name) for call in calls) for name in ("steps", "parked"))
+    return Decoding(steps, len(calls) - parked, parked, device_bytes, wire_bytes, seconds)

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from speciarl_jax.arch import Arch
@@ -24,13 +25,14 @@ from speciarl_jax.plan.programs import (
     decode_programs,
     device_bytes,
     encode_program,
+    largest_size,
     learning_programs,
     prefill_program,
     step_programs,
 )
 from speciarl_jax.plan.shapes import StepShapes, all_shapes, plan_shapes
 from speciarl_jax.plan.table import DecodingRow, Plan, ProgramRow, Totals
-from speciarl_jax.plan.work import Layout, Work, decode_steps, step_work
+from speciarl_jax.plan.work import Layout, Work, decode_calls, decode_steps, step_work
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import abstract_policy, count_parameters
 from speciarl_jax.rollout import layout
@@ -195,8 +197,8 @@ def decode_cost(planned: Planned, largest: Measured) -> Cost | None:
     shapes, limit = planned.shapes, planned.shapes.completion_tokens
     full = shapes.wave_shard_prompts * shapes.group_size
     rows, columns = layout.row_sizes(full), _columns(planned)
-    sizes = {(full, limit): largest}
-    for size in ((full, columns[len(columns) // 2]), (rows[len(rows) * 2 // 3], limit)):
+    sizes = {largest_size(planned.session, shapes): largest}
+    for size in ((full, columns[:2][-1]), (rows[len(rows) * 2 // 3], limit)):
         if size not in sizes:
             probe = decode_program(planned.session, shapes, *size)
             name = f"decode {size[0]} rows, {size[1]} columns"
@@ -234,10 +236,20 @@ def _decoding_row(planned: Planned, largest: Measured, cost: Cost | None) -> Dec
         "calls": steps.num_calls,
         "step_ms": 1000 * steps.seconds / steps.num_steps,
         "waves": planned.shapes.num_waves,
+        "parked": steps.num_parked,
+        "parked_at_worst": _parked_at_worst(planned),
         "launches": largest.traffic.launches,
         "hops": largest.traffic.loop_hops,
         "is_compiled": cost is not None,
     }
+
+
+def _parked_at_worst(planned: Planned) -> int:
+    """Halves that wait on the host if every answer reaches its limit."""
+    shapes, arch = planned.sampling_shapes, planned.session.arch
+    lengths = np.full((shapes.num_prompts, shapes.group_size), shapes.completion_tokens)
+    calls = decode_calls(planned.config, arch, shapes, planned.layout.tensor, lengths)
+    return sum(call.parked for call in calls)
 
 
 def _row(planned: Planned, measured: Measured, work: Work | None) -> ProgramRow:

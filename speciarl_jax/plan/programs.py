@@ -14,12 +14,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, Sharding
 from jax.stages import Lowered
 from jax.typing import DTypeLike
@@ -39,9 +40,9 @@ from speciarl_jax.learner.logprobs import LossConfig, TrainBatch, TreeBatch, bat
 from speciarl_jax.learner.opening import abstract_optim, abstract_parts, place_shapes
 from speciarl_jax.learner.optimizer import OptimState, make_optimizer
 from speciarl_jax.learner.update import update_step
-from speciarl_jax.plan.shapes import StepShapes
+from speciarl_jax.plan.shapes import StepShapes, rollout_shape
 from speciarl_jax.policy.model import PolicyParts, encode_images
-from speciarl_jax.rollout import decode, layout
+from speciarl_jax.rollout import decode, layout, memory, order
 from speciarl_jax.rollout.decode import DecodeState, PromptCache, RowMap, map_rows
 from speciarl_jax.rollout.placement import Placement
 from speciarl_jax.rollout.sampling import training_sampling
@@ -202,7 +203,8 @@ def _prompt_cache(
 
 
 def _placement(session: AbstractSession) -> Placement:
-    return Placement(session.local, session.config.rollout.early_exit)
+    is_tpu = session.local.devices.flat[0].platform == "tpu"
+    return Placement(session.local, session.config.rollout.early_exit, orders_caches=is_tpu)
 
 
 def _on_heads(session: AbstractSession, tree: Abstract) -> Abstract:
@@ -212,16 +214,29 @@ def _on_heads(session: AbstractSession, tree: Abstract) -> Abstract:
 
 def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:
     """The decode loop at its largest caches, and the move to fewer rows from there."""
-    placement = _placement(session)
-    decode_loop = decode_program(session, shapes)
-    found, per_shard = [decode_loop], shapes.wave_shard_prompts * shapes.group_size
-    smaller = layout.next_rows(per_shard, per_shard)
+    placement, (per_shard, columns) = _placement(session), largest_size(session, shapes)
+    decode_loop = decode_program(session, shapes, per_shard, columns)
+    found, full = [decode_loop], shapes.wave_shard_prompts * shapes.group_size
+    smaller = layout.next_rows(per_shard, full)
     if session.config.rollout.compact and smaller:
         keep = _host_array(session)((smaller * placement.num_shards,), jnp.int32)
         _, states, prompts, _, state, *_ = decode_loop.args
         alive = (states, *decode_loop.others, prompts)
         found.append(Program("shrink", decode.shrink, (state, keep, placement), others=alive))
     return found
+
+
+def largest_size(session: AbstractSession, shapes: StepShapes) -> tuple[int, int]:
+    """(rows of a shard, columns) at which a rollout needs most memory, as `rollout.memory` counts.
+
+    More rows, or more columns, than that wait on the host.
+    """
+    config, arch = session.config.rollout, session.arch.text
+    shape = rollout_shape(session.config, shapes, session.mesh.shape["tensor"])
+    limit = shapes.completion_tokens
+    columns = layout.column_sizes(config.chunk_tokens, limit, config.compact)
+    sizes = [(memory.rows_that_fit(arch, shape, one), one) for one in columns]
+    return max(sizes, key=lambda size: memory.rollout_bytes(arch, shape, *size).peak)
 
 
 def decode_program(
@@ -247,7 +262,25 @@ def decode_program(
         *(stop_ids, vocabulary, scalar, scalar, training_sampling(session.config), placement),
     )
     alive = (session.optim, image_table(session, shapes))
-    return Program("decode", decode.decode_chunk, args, others=alive)
+    return _in_order(Program("decode", decode.decode_chunk, args, others=alive), placement)
+
+
+def _in_order(loop: Program, placement: Placement) -> Program:
+    """The decode loop with its caches as the run hands them over, see `rollout.order`."""
+    if not placement.orders_caches:
+        return loop
+    graphdef, *arrays, sampling, _ = cast(tuple[Any, ...], loop.args)
+    orders = order.wanted(order.Loop(graphdef, sampling, placement), *arrays)
+    state: DecodeState[jax.ShapeDtypeStruct] = arrays[3]
+    own, tree = jax.tree.flatten(state.own)
+    ordered = [
+        x.update(sharding=Format(Layout(axes), x.sharding))
+        for x, axes in zip(own, orders, strict=True)
+    ]
+    arrays[3] = dataclasses.replace(state, own=jax.tree.unflatten(tree, ordered))
+    function = order.program(orders, tuple(x.sharding for x in own), tree)
+    args = (graphdef, *arrays, sampling, placement)
+    return dataclasses.replace(loop, function=function, args=args)
 
 
 def _decode_state(

@@ -17,9 +17,6 @@ from speciarl_jax.rollout import layout, memory
 from speciarl_jax.rollout.sampling import training_sampling
 
 _MAX_ASPECT = 2.0  # of photographs; a longer image of the same area needs more windows
-# Completion lengths of the time estimate: log-normal. Assumed, and frozen: the tables of
-# docs/scale.md are compared over months.
-MEDIAN_TOKENS, P95_TOKENS = 120, 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,10 +180,10 @@ def expected_lengths(shapes: StepShapes) -> Int[np.ndarray, "P G"]:
     """
     count = shapes.num_prompts * shapes.group_size
     normal = statistics.NormalDist()
-    sigma = math.log(P95_TOKENS / MEDIAN_TOKENS) / normal.inv_cdf(0.95)
+    sigma = math.log(memory.P95_TOKENS / memory.MEDIAN_TOKENS) / normal.inv_cdf(0.95)
     quantiles = (np.arange(count) + 0.5) / count
     deviates = np.array([normal.inv_cdf(q) for q in quantiles])
-    lengths: np.ndarray = np.ceil(MEDIAN_TOKENS * np.exp(sigma * deviates))
+    lengths: np.ndarray = np.ceil(memory.MEDIAN_TOKENS * np.exp(sigma * deviates))
     lengths = np.clip(lengths, 1, shapes.completion_tokens).astype(np.int64)
     # Every group gets short and long ones.
     return lengths.reshape(shapes.group_size, shapes.num_prompts).T

@@ -58,6 +58,8 @@ class DecodingRow(TypedDict):
     calls: int
     step_ms: float
     waves: int
+    parked: int
+    parked_at_worst: int
     launches: int
     hops: int
     is_compiled: bool
@@ -187,8 +189,9 @@ def _decoding_line(row: DecodingRow) -> str:
     how = "the HLO of three sizes" if row["is_compiled"] else "what must move, not HLO"
     return (
         f"decoding: {row['steps']} steps of {row['step_ms']:.2f} ms in {row['calls']} calls and "
-        f"{row['waves']} waves ({how}); a step starts {row['launches']} kernels, its transfers "
-        f"take {row['hops']} hops one after the other"
+        f"{row['waves']} waves ({how}), {row['parked']} halves of a batch wait on the host, "
+        f"{row['parked_at_worst']} if every answer reaches its limit; a step starts "
+        f"{row['launches']} kernels, its transfers take {row['hops']} hops one after the other"
     )
 
 

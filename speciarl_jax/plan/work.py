@@ -9,16 +9,18 @@ groups are taken as packed without padding. Decoding is priced call by call (`pl
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
+from jaxtyping import Int
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.config.schema import Config
 from speciarl_jax.plan.chips import Chip
-from speciarl_jax.plan.decode_cost import Cost, Counted, Decoding, deal, price, schedule
+from speciarl_jax.plan.decode_cost import Call, Cost, Counted, Decoding, deal, price, schedule
 from speciarl_jax.plan.shapes import StepShapes, expected_lengths, rollout_shape
 from speciarl_jax.policy import flops
-from speciarl_jax.rollout.memory import kv_token_bytes
+from speciarl_jax.rollout.memory import kv_token_bytes, rows_that_fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +196,15 @@ def decode_steps(
             row_wire=traffic.wire(layout.num_replicas, 1, 0) + logits,
         )
     linear = flops.linear_flops(text, 1, layout.adapter_params) + flops.head_flops(text, 1)
-    waves = deal(lengths, layout.num_replicas, shapes.wave_shard_prompts * shapes.group_size)
-    calls = [call for wave in waves for call in schedule(wave, config.rollout)]
+    calls = decode_calls(config, arch, shapes, layout.tensor, lengths)
     return price(calls, cost, token_bytes, linear / layout.tensor, chip)
+
+
+def decode_calls(
+    config: Config, arch: Arch, shapes: StepShapes, tensor: int, lengths: Int[np.ndarray, "P G"]
+) -> list[Call]:
+    """The calls of the decode program in a step, for answers of these lengths."""
+    fit = functools.partial(rows_that_fit, arch.text, rollout_shape(config, shapes, tensor))
+    width = shapes.wave_shard_prompts * shapes.group_size
+    waves = deal(lengths, shapes.num_replicas, width)
+    return [call for wave in waves for call in schedule(wave, config.rollout, fit)]

@@ -8,7 +8,8 @@ samples depends only on (seed, step, prompt, sample), not on its neighbours, the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.devices.layout import Params
 from speciarl_jax.policy.model import Policy
 from speciarl_jax.policy.vocabulary import Vocabulary
-from speciarl_jax.rollout import decode, layout, memory
+from speciarl_jax.rollout import decode, layout, memory, order, spill
 from speciarl_jax.rollout.decode import DecodeState, PromptCache, RowMap, merge_text
 from speciarl_jax.rollout.finished import FinishedRow, check_numbers, stop_string_length
 from speciarl_jax.rollout.placement import Placement
@@ -39,6 +40,7 @@ class RolloutStats:
         live_steps: those that produced a token of an answer.
         decode_steps: steps of the decode loop.
         waves: parts that the batch was cut into.
+        parked: halves that waited on the host for room.
         recompilations: programs that had to be compiled on the way.
     """
 
@@ -46,6 +48,7 @@ class RolloutStats:
     live_steps: int = 0
     decode_steps: int = 0
     waves: int = 0
+    parked: int = 0
     recompilations: int = 0
 
     @property
@@ -63,6 +66,7 @@ class Wave:
     rows: layout.Rows
     state: DecodeState
     step: int = 0
+    parked: list[spill.Parked] = dataclasses.field(default_factory=list)
 
 
 class RolloutEngine:
@@ -86,6 +90,7 @@ class RolloutEngine:
         )
         self.stats = RolloutStats()
         self.planned_bytes = 0  # counted for the last batch, on a device
+        self.rows_that_fit: Callable[[int], int] = lambda columns: 0  # set by `plan_waves`
         self._text: tuple[TextArch, int] | None = None  # and bytes of an activation
 
     def generate(
@@ -155,7 +160,9 @@ class RolloutEngine:
         )
         width = memory.prompts_per_wave(arch, shape)
         wave = dataclasses.replace(shape, num_prompts=width)
-        self.planned_bytes = memory.rollout_bytes(arch, wave).peak
+        self.rows_that_fit = functools.partial(memory.rows_that_fit, arch, wave)
+        sizes = [(self.rows_that_fit(columns), columns) for columns in self.columns]
+        self.planned_bytes = max(memory.rollout_bytes(arch, wave, *size).peak for size in sizes)
         return layout.waves(batch, table_rows, self.placement.num_shards, width)
 
     def start(
@@ -205,13 +212,15 @@ class RolloutEngine:
             smaller = layout.next_rows(wave.rows.per_shard, full) if self.config.compact else 0
             self.advance(states, wave, row_map, until, smaller, sampling)
             yield self._take_finished(wave, wave.step >= limit)
-            if wave.rows.is_free.all():
+            if wave.rows.is_free.all() and not spill.resume(wave):
                 return
-            if self.config.compact and self._shrink(wave, full):
-                row_map = wave.rows.row_map(wave.prompts.num_prompts, slots)
-            if wave.step == columns:
+            if self.config.compact:
+                self._shrink(wave, full)
+            if wave.step == (columns := wave.state.num_columns):
                 wider = self.columns[self.columns.index(columns) + 1]
+                self.make_room(wave, wider, full)
                 wave.state = decode.widen(wave.state, wider, self.placement)
+            row_map = wave.rows.row_map(wave.prompts.num_prompts, slots)
 
     def advance(
         self,
@@ -223,7 +232,7 @@ class RolloutEngine:
         sampling: Sampling,
     ) -> None:
         """Decodes to step `until`, or until `enough` rows of a shard are left; counts the work."""
-        wave.state = decode.decode_chunk(
+        wave.state = order.decode_chunk(
             self.graphdef,
             states,
             wave.cache,
@@ -240,6 +249,12 @@ class RolloutEngine:
         previous, wave.step = wave.step, int(wave.state.step)
         self.stats.decode_steps += wave.step - previous
         self.stats.slot_steps += wave.rows.is_free.size * (wave.step - previous)
+
+    def make_room(self, wave: Wave, columns: int, full: int) -> None:
+        """Parks rows until the others may have so many columns."""
+        while wave.rows.per_shard > self.rows_that_fit(columns):
+            spill.park_half(wave, lambda half: self._shrink(half, full))
+            self.stats.parked += 1
 
     def _shrink(self, wave: Wave, full: int) -> bool:
         """Moves live rows to the smallest batch that holds them, size by size."""

@@ -121,16 +121,23 @@ def _run_sizes(
     sizes = layout.row_sizes(full) if engine.config.compact else [full]
     for place, columns in enumerate(engine.columns):
         wider = engine.columns[place + 1] if columns != engine.columns[-1] else 0
-        corner = dataclasses.replace(wave)
-        for size in sizes:
-            if size != full:
-                corner.rows, keep = corner.rows.shrunk(size)
-                corner.state = decode.shrink(corner.state, keep, engine.placement)
+        corner, largest = dataclasses.replace(wave), wave.rows.per_shard
+        for size in [size for size in sizes if size <= largest]:
+            if size != largest:
+                _shrink(engine, corner, size)
             row_map = corner.rows.row_map(num_prompts, slots)
             engine.advance(states, corner, row_map, 0, 0, sampling)
-            if size == full:
+            if size == largest:
                 wave.state = corner.state  # decoding has consumed the one before
-            elif wider:
+            elif wider and size <= engine.rows_that_fit(wider):
                 decode.widen(corner.state, wider, engine.placement)
+        del corner
         if wider:
+            for size in [s for s in sizes if engine.rows_that_fit(wider) <= s < largest]:
+                _shrink(engine, wave, size)
             wave.state = decode.widen(wave.state, wider, engine.placement)
+
+
+def _shrink(engine: RolloutEngine, wave: Wave, size: int) -> None:
+    wave.rows, keep = wave.rows.shrunk(size)
+    wave.state = decode.shrink(wave.state, keep, engine.placement)

@@ -20,7 +20,22 @@ def test_the_schedule_is_the_engine_s():
     assert sizes == [(4, 16, 5), (3, 16, 11), (3, 32, 16), (3, 64, 16), (3, 64, 2)]
     assert sum(call.steps for call in calls) == 50
     # 4 and 3 rows of 16 columns are read and written; then 3 rows of 16 and of 32.
-    assert [call.moved for call in calls[:2]] == [(4 + 3) * 16, 3 * (16 + 32)]
+    assert [call.moved for call in calls[:3]] == [0, (4 + 3) * 16, 3 * (16 + 32)]
+
+
+def test_rows_without_room_wait_and_are_decoded_after():
+    """Four rows to the limit, room for two with 64 columns: 32 steps of four, twice 32 of three."""
+    lengths = np.full((1, 8), 64)
+    lengths[0, 4:] = 1
+
+    def fit(columns):
+        return 3 if columns == 64 else 8
+
+    calls = list(schedule(lengths, CONFIG, fit))
+    assert sum(call.parked for call in calls) == 1
+    assert sum(call.steps for call in calls) == 32 + 2 * 32
+    assert {call.rows for call in calls if call.columns == 64} == {3}
+    assert sum(call.parked for call in schedule(lengths, CONFIG)) == 0
 
 
 def test_all_shards_wait_for_the_fullest():

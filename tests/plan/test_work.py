@@ -229,6 +229,8 @@ def test_table_says_what_does_not_fit():
             "calls": 40,
             "step_ms": 2.5,
             "waves": 1,
+            "parked": 0,
+            "parked_at_worst": 3,
             "launches": 2072,
             "hops": 240,
             "is_compiled": True,
@@ -241,6 +243,7 @@ def test_table_says_what_does_not_fit():
     assert "17.00 TOO LARGE" in text
     assert "AR 12.0 MiB |      2240 MiB" in text
     assert "2048 steps of 2.50 ms in 40 calls and 1 waves (the HLO of three sizes)" in text
+    assert "0 halves of a batch wait on the host, 3 if every answer reaches its limit" in text
     assert "0.4 h for 165 steps and 0.1 h for evaluations: 0.5 h, 32 chip-hours" in text
     assert "2560 calls a step, 1000 for evaluations, 423400 in all" in text
     assert "cost: at least 64 at 2 per chip-hour" in text
