@@ -16,7 +16,7 @@ import pytest
 from speciarl_jax.cli.main import main
 from speciarl_jax.config.recipes import load_recipe
 from speciarl_jax.plan import hlo
-from speciarl_jax.plan.chips import open_topology
+from speciarl_jax.plan.chips import open_topology, worker_environment
 from speciarl_jax.plan.make import open_plan
 from speciarl_jax.plan.measure import measure
 from speciarl_jax.plan.programs import (
@@ -272,6 +272,42 @@ def test_decoding_without_early_exit_needs_no_collective(early_exit):
             r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(", text
         )
     assert found == {"decode": ["all-reduce"] * early_exit, "shrink": []}
+
+
+DECODE = """
+import json, sys
+from speciarl_jax.config.recipes import load_recipe
+from speciarl_jax.plan.chips import open_topology, worker_environment
+from speciarl_jax.plan.make import open_plan
+from speciarl_jax.plan.measure import measure
+from speciarl_jax.plan.programs import decode_program, largest_size
+
+config, _ = load_recipe(sys.argv[1], [])
+planned = open_plan(config, open_topology(sys.argv[2]))
+size = largest_size(planned.session, planned.shapes)
+found = measure(decode_program(planned.session, planned.shapes, *size))
+print(json.dumps([found.temporaries, found.traffic.in_loop[0], found.traffic.around]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install 'speciarl-jax[plan]'")
+@pytest.mark.parametrize(
+    ("recipe", "topology"), [("qwen2_5_vl_7b_v5e", "v5e:8x8"), ("qwen2_5_vl_7b_v6e", "v6e:4x4")]
+)
+def test_decoding_on_a_pod_gathers_no_head_and_copies_no_cache(recipe, topology):
+    """The whole slice samples as one, `tensor` 4; the head would be 1,040 MiB in every step."""
+    config = str(ROOT / "configs" / f"{recipe}.py")
+    result = subprocess.run(
+        [sys.executable, "-c", DECODE, config, topology],
+        cwd=ROOT, env=worker_environment(topology), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    temporaries, in_loop, around = json.loads(result.stdout.splitlines()[-1])
+    assert temporaries <= 1.1 * 2**30
+    assert in_loop <= 100 * 2**20
+    assert around <= 100 * 2**20  # the adapter in bfloat16; a cache would be gigabytes
 
 
 @pytest.mark.tpu_aot
