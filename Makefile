@@ -9,7 +9,7 @@ RUN = runs/$(subst =,-,$(subst $(comma),_,$(subst :,_,$(basename $(notdir $(firs
 comma := ,
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill trajectory mutants witness tiny
+.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill trajectory mutants witness tiny scale
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev
@@ -70,6 +70,10 @@ bench-update: setup-dev
 evidence: setup-dev
 	$(BIN)/python -m tests.evidence.run $(ARGS)
 	$(BIN)/python -m tests.evidence.tables
+
+# The tables of docs/scale.md (about half an hour; needs the extra `plan`); a second call resumes.
+scale: setup-dev
+	$(BIN)/python -m tests.plan.scale $(ARGS)
 
 # Long (about 25 minutes): floods of faulty judge replies, a judge gone for a minute and for good,
 # a run killed 20 times and stopped 5 times.

@@ -18,7 +18,7 @@ def get_config(arg=None):
     """The recipe; `arg` as in `qwen2_5_vl_7b_cub.py`."""
     config = recipes.neighbour(__file__, "qwen2_5_vl_7b_cub.py", arg)
     config.name = "qwen2_5_vl_7b_v5p"
-    config.mesh.auto, config.mesh.tensor = False, 1
+    config.mesh.auto, config.mesh.tensor = False, 4
     config.data.prompt_buckets, config.data.max_prompt_tokens = (512,), 512
     config.data.window_buckets, config.data.max_pixels = (25,), 504 * 504
     config.rollout.max_cache_mb = 50_000

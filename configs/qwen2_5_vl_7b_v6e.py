@@ -19,12 +19,11 @@ def get_config(arg=None):
     """The recipe; `arg` as in `qwen2_5_vl_7b_cub.py`."""
     config = recipes.neighbour(__file__, "qwen2_5_vl_7b_cub.py", arg)
     config.name = "qwen2_5_vl_7b_v6e"
-    config.mesh.auto, config.mesh.tensor = False, 1
+    config.mesh.auto, config.mesh.tensor = False, 4
     config.data.prompt_buckets, config.data.max_prompt_tokens = (512,), 512
     config.data.window_buckets, config.data.max_pixels = (25,), 504 * 504
     config.rollout.max_cache_mb = 12_000
     config.rollout.max_completion_tokens = 1792
-    config.rollout.early_exit = False
     config.rollout.warm_up = True
     config.train.prompts_per_micro_batch = 1
     return config

@@ -21,11 +21,6 @@ GPU_CAVEAT = (
     "products computed in float32), kernels and collectives are not those of the GPU"
 )
 
-HOST_CAVEAT = (
-    "encode, prefill, decode and shrink are compiled for one host on its own: libtpu does not "
-    "compile them for a part of this slice (docs/scale.md)"
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -37,9 +32,8 @@ class Chip:
         usable_frac: share of it that a program may use; the rest is the runtime's.
         hbm_gb_s: memory bandwidth, 1e9 bytes a second.
         link_gb_s: one link to a neighbour in one direction, 1e9 bytes a second.
+        hop_us: of a transfer between two neighbours, however small, microseconds.
         config_name: libtpu's name of the core configuration, "" for its default.
-        on_part: what libtpu compiles for some chips of a slice of several hosts: ``all``,
-            ``no_collectives`` or ``one_chip``.
     """
 
     kind: str
@@ -48,12 +42,27 @@ class Chip:
     hbm_gb_s: float
     link_gb_s: float
     config_name: str = ""
-    on_part: str = "all"
+    hop_us: float = 1.0
 
     @property
     def usable_bytes(self) -> int:
         """What a program may use, bytes."""
         return int(self.memory_gib * GIB * self.usable_frac)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Memory bandwidth."""
+        return self.hbm_gb_s * 1e9
+
+    @property
+    def wire_bytes_per_s(self) -> float:
+        """Of a ring over neighbours, both directions of one axis."""
+        return 2 * self.link_gb_s * 1e9
+
+    @property
+    def hop_s(self) -> float:
+        """`hop_us` in seconds."""
+        return self.hop_us * 1e-6
 
     @property
     def peak(self) -> float:
@@ -73,20 +82,21 @@ class Chip:
 # TPU: memory and bandwidth from the system architecture pages of cloud.google.com/tpu/docs, links
 # as one-way bandwidth of one of the 4 (v5e, v6e) or 6 (v4, v5p) inter-chip links. XLA keeps about
 # 2 to 4 % of a TPU's memory. GPU: data sheets, memory as nvidia-smi shows it; NVLink is half of the
-# one-way total; 8 to 10 % go to CUDA, cuDNN and fragmentation.
+# one-way total; 8 to 10 % go to CUDA, cuDNN and fragmentation. A hop takes about a microsecond on a
+# TPU ("How to Scale Your Model", sharding); 2.5 on a GPU makes the 10 that NCCL takes for a small
+# sum over four. Frozen: tables of docs/scale.md are compared over months.
 CHIPS = {
     "v4": Chip("TPU v4", 32, 0.96, 1228, 45, "megacore"),
-    "v5e": Chip("TPU v5 lite", 16, 0.98, 819, 45, on_part="one_chip"),
+    "v5e": Chip("TPU v5 lite", 16, 0.98, 819, 45),
     "v5p": Chip("TPU v5", 95, 0.98, 2765, 90),
-    "v6e": Chip("TPU v6 lite", 32, 0.97, 1640, 90, on_part="no_collectives"),
-    "h200": Chip("NVIDIA H200", 139, 0.92, 4800, 225),
-    "h100": Chip("NVIDIA H100", 79, 0.92, 3350, 225),
-    "a100": Chip("NVIDIA A100", 79, 0.92, 2039, 150),
-    "l4": Chip("NVIDIA L4", 22, 0.90, 300, 8),
-    "a10g": Chip("NVIDIA A10G", 22, 0.90, 600, 8),
+    "v6e": Chip("TPU v6 lite", 32, 0.97, 1640, 90),
+    "h200": Chip("NVIDIA H200", 139, 0.92, 4800, 225, hop_us=2.5),
+    "h100": Chip("NVIDIA H100", 79, 0.92, 3350, 225, hop_us=2.5),
+    "a100": Chip("NVIDIA A100", 79, 0.92, 2039, 150, hop_us=2.5),
+    "l4": Chip("NVIDIA L4", 22, 0.90, 300, 8, hop_us=2.5),
+    "a10g": Chip("NVIDIA A10G", 22, 0.90, 600, 8, hop_us=2.5),
 }
 _TPUS, _GPUS = ("v4", "v5e", "v5p", "v6e"), ("h200", "h100", "a100", "l4", "a10g")
-_HOST_SHAPE = "2x2"  # chips of one host of a v5e or v6e slice of several hosts
 _LOOP_MOTION = ("while-loop-invariant-code-motion", "while-loop-expensive-invariant-code-motion")
 _MAX_GPUS = 8  # of one host; a replica lies within one
 
@@ -98,9 +108,7 @@ class Topology:
     Attributes:
         name, chip: as given, ``v5e:8x8``, and what each device is.
         devices: jax devices that programs can be compiled for, not run on.
-        local_devices: those of one process, which samples on them.
-        host_devices: as many of a host that is no part of a slice, for programs that libtpu does
-            not compile for `local_devices`; empty if there are none.
+        local_devices: those of one process.
         caveat: what the figures do not say; "" for TPU.
     """
 
@@ -108,7 +116,6 @@ class Topology:
     chip: Chip
     devices: tuple[jax.Device, ...]
     local_devices: tuple[jax.Device, ...]
-    host_devices: tuple[jax.Device, ...] = ()
     caveat: str = ""
 
     @property
@@ -180,10 +187,7 @@ def open_topology(name: str) -> Topology:
         )
     devices = _tpu_devices(name, f"{chip_name}:{shape}", chip)
     local = tuple(device for device in devices if device.process_index == 0)
-    host: tuple[jax.Device, ...] = ()
-    if chip.on_part != "all" and len(local) < len(devices):
-        host = _tpu_devices(name, f"{chip_name}:{_HOST_SHAPE}", chip)
-    return Topology(name, chip, devices, local, host)
+    return Topology(name, chip, devices, local)
 
 
 def _tpu_devices(name: str, shape: str, chip: Chip) -> tuple[jax.Device, ...]:

@@ -11,6 +11,7 @@ from speciarl_jax.config.schema import Config
 from speciarl_jax.data.sources.catalog import count_examples
 from speciarl_jax.errors import NoSuchSplit
 from speciarl_jax.plan.chips import Chip
+from speciarl_jax.plan.decode_cost import Cost
 from speciarl_jax.plan.shapes import StepShapes, rollout_shape
 from speciarl_jax.plan.work import Layout, step_work
 from speciarl_jax.rollout import memory
@@ -81,6 +82,7 @@ def exam_seconds(
     shapes: StepShapes,
     place: Layout,
     chip: Chip,
+    cost: Cost | None = None,
 ) -> float:
     """Roofline of sampling them, batch by batch; as in `work`, a lower bound.
 
@@ -91,6 +93,7 @@ def exam_seconds(
         shapes: of a training step.
         place: how the model lies on the devices.
         chip: one of them.
+        cost: of a decode step, as of `work.step_work`.
 
     Raises:
         ValueError: a prompt's answers do not fit ``rollout.max_cache_mb``.
@@ -113,7 +116,7 @@ def exam_seconds(
             )
             wave = memory.prompts_per_wave(arch.text, rollout_shape(config, batch, place.tensor))
             batch = dataclasses.replace(batch, wave_prompts=wave)
-            work = step_work(config, arch, batch, place, chip)
+            work = step_work(config, arch, batch, place, chip, cost)
             once = sum(work[name].seconds for name in _SAMPLING)
             seconds += one.times * math.ceil(count / size) * once
     return seconds

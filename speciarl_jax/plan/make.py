@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.config.schema import Config, MeshConfig
 from speciarl_jax.devices.mesh import check_mesh, choose_mesh, make_mesh
-from speciarl_jax.plan.chips import GIB, HOST_CAVEAT, Topology
+from speciarl_jax.plan.chips import GIB, Topology
+from speciarl_jax.plan.decode_cost import Compiled, Cost
 from speciarl_jax.plan.exams import exam_rounds, exam_seconds
 from speciarl_jax.plan.measure import Measured, measure
 from speciarl_jax.plan.models import planned_arch
@@ -20,18 +21,23 @@ from speciarl_jax.plan.programs import (
     AbstractSession,
     Program,
     abstract_session,
+    decode_program,
     decode_programs,
     device_bytes,
     encode_program,
+    largest_size,
     learning_programs,
     prefill_program,
     step_programs,
 )
 from speciarl_jax.plan.shapes import StepShapes, all_shapes, plan_shapes
-from speciarl_jax.plan.table import Plan, ProgramRow, Totals
-from speciarl_jax.plan.work import Layout, Work, step_work
+from speciarl_jax.plan.table import DecodingRow, Plan, ProgramRow, Totals
+from speciarl_jax.plan.work import Layout, Work, decode_calls, decode_steps, step_work
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import abstract_policy, count_parameters
+from speciarl_jax.rollout import layout
+
+_MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +57,15 @@ class Planned:
     layout: Layout
     caveat: str = ""
 
-    def work(self) -> dict[str, Work]:
-        """Work of each program."""
+    @property
+    def sampling_shapes(self) -> StepShapes:
+        """Those of all prompts that are sampled at a time, kept or not."""
+        return dataclasses.replace(self.shapes, num_prompts=self.shapes.sampled_prompts)
+
+    def work(self, cost: Cost | None = None) -> dict[str, Work]:
+        """Work of each program; `cost` as of `work.step_work`."""
         arch, chip = self.session.arch, self.topology.chip
-        return step_work(self.config, arch, self.shapes, self.layout, chip)
+        return step_work(self.config, arch, self.shapes, self.layout, chip, cost)
 
 
 def open_plan(config: Config, topology: Topology) -> Planned:
@@ -68,23 +79,27 @@ def open_plan(config: Config, topology: Topology) -> Planned:
         config = dataclasses.replace(config, mesh=_choose_mesh(config, arch, topology))
     mesh = make_mesh(config.mesh, topology.devices)
     check_mesh(mesh, arch)
+    is_job = _samples_as_one(config, topology)
     local_shape = MeshConfig(-1, mesh.shape["fsdp"], mesh.shape["tensor"])
-    local_devices, caveat = _sampling_devices(config, topology, dict(mesh.shape))
-    local = make_mesh(local_shape, local_devices)
+    local = mesh if is_job else make_mesh(local_shape, topology.local_devices)
     session = abstract_session(config, arch, mesh, local)
-    shapes = plan_shapes(config, arch, dict(mesh.shape), topology.num_hosts)
-    return Planned(config, topology, session, shapes, _layout(session), caveat)
+    shapes = plan_shapes(config, arch, dict(mesh.shape), 1 if is_job else topology.num_hosts)
+    return Planned(config, topology, session, shapes, _layout(session), topology.caveat)
 
 
-def _sampling_devices(
-    config: Config, topology: Topology, mesh: dict[str, int]
-) -> tuple[tuple[jax.Device, ...], str]:
-    """What a process samples on, and what is to be said about it."""
-    has_collectives = config.rollout.early_exit or mesh["fsdp"] * mesh["tensor"] > 1
-    on_part = topology.chip.on_part
-    if not topology.host_devices or (on_part == "no_collectives" and not has_collectives):
-        return topology.local_devices, topology.caveat
-    return topology.host_devices, HOST_CAVEAT
+def _samples_as_one(config: Config, topology: Topology) -> bool:
+    """Whether a sampling program spans the whole job, as ``rollout.scope`` says.
+
+    Raises:
+        ValueError: not, on several TPU hosts.
+    """
+    is_pod = topology.num_hosts > 1 and topology.chip.kind.startswith("TPU")
+    if config.rollout.scope == "host" and is_pod:
+        raise ValueError(
+            f"rollout.scope=host on {topology.name}: libtpu refuses or crashes programs over a "
+            "part of a slice (docs/scale.md); set rollout.scope=auto"
+        )
+    return config.rollout.scope == "job" or is_pod
 
 
 def _choose_mesh(config: Config, arch: Arch, topology: Topology) -> MeshConfig:
@@ -144,13 +159,12 @@ def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> Plan:
         has_all_buckets: the smaller shapes too.
         price: of one chip, money per hour; 0 if unknown.
     """
-    work = planned.work()
     programs = step_programs(planned.session, planned.shapes)
-    rows = []
-    for program in [*programs, *(bucket_programs(planned) if has_all_buckets else [])]:
-        found = measure(program)
-        log(f"{found.name}: {found.peak / GIB:.2f} GiB, compiled in {found.compile_s:.0f} s")
-        rows.append(_row(planned, found, work.get(found.name)))
+    programs += bucket_programs(planned) if has_all_buckets else []
+    found = {program.name: _measured(program) for program in programs}
+    cost = decode_cost(planned, found["decode"])
+    work = with_latency(planned, found, planned.work(cost))
+    rows = [_row(planned, one, work.get(one.name)) for one in found.values()]
     return {
         "recipe": planned.config.name,
         "model": planned.config.model.path,
@@ -163,9 +177,79 @@ def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> Plan:
         "shapes": dataclasses.asdict(planned.shapes) | {"num_waves": planned.shapes.num_waves},
         "programs": rows,
         "fits": all(row["fits"] for row in rows),
-        "totals": _totals(planned, work, price),
+        "decoding": _decoding_row(planned, found["decode"], cost),
+        "totals": _totals(planned, work, cost, price),
         "caveat": planned.caveat,
     }
+
+
+def _measured(program: Program) -> Measured:
+    found = measure(program)
+    log(f"{found.name}: {found.peak / GIB:.2f} GiB, compiled in {found.compile_s:.0f} s")
+    return found
+
+
+def decode_cost(planned: Planned, largest: Measured) -> Cost | None:
+    """A decode step between three compiled sizes, the largest and two on an expected step's way.
+
+    None if XLA refuses one of them; what must move is then counted.
+    """
+    shapes, limit = planned.shapes, planned.shapes.completion_tokens
+    full = shapes.wave_shard_prompts * shapes.group_size
+    rows, columns = layout.row_sizes(full), _columns(planned)
+    sizes = {largest_size(planned.session, shapes): largest}
+    for size in ((full, columns[:2][-1]), (rows[len(rows) * 2 // 3], limit)):
+        if size not in sizes:
+            probe = decode_program(planned.session, shapes, *size)
+            name = f"decode {size[0]} rows, {size[1]} columns"
+            sizes[size] = _measured(dataclasses.replace(probe, name=name))
+    if any(one.is_too_large for one in sizes.values()):
+        return None
+    return Compiled(tuple((*size, one.traffic) for size, one in sizes.items()))
+
+
+def _columns(planned: Planned) -> list[int]:
+    rollout = planned.config.rollout
+    return layout.column_sizes(rollout.chunk_tokens, rollout.max_completion_tokens, rollout.compact)
+
+
+def with_latency(
+    planned: Planned, found: dict[str, Measured], work: dict[str, Work]
+) -> dict[str, Work]:
+    """Work whose seconds count the hops of transfers too; those of decoding are counted already."""
+    shapes, hop_s = planned.shapes, planned.topology.chip.hop_s
+    calls = {"prefill": shapes.num_waves, "update": shapes.num_updates}
+
+    def slower(name: str, one: Work) -> Work:
+        hops = found[name].traffic.loop_hops * calls.get(name, 1)
+        return dataclasses.replace(one, seconds=one.seconds + hops * hop_s)
+
+    return {name: one if name == "decode" else slower(name, one) for name, one in work.items()}
+
+
+def _decoding_row(planned: Planned, largest: Measured, cost: Cost | None) -> DecodingRow:
+    chip = planned.topology.chip
+    parts = (planned.session.arch, planned.sampling_shapes, planned.layout, chip)
+    steps = decode_steps(planned.config, *parts, cost)
+    return {
+        "steps": steps.num_steps,
+        "calls": steps.num_calls,
+        "step_ms": 1000 * steps.seconds / steps.num_steps,
+        "waves": planned.shapes.num_waves,
+        "parked": steps.num_parked,
+        "parked_at_worst": _parked_at_worst(planned),
+        "launches": largest.traffic.launches,
+        "hops": largest.traffic.loop_hops,
+        "is_compiled": cost is not None,
+    }
+
+
+def _parked_at_worst(planned: Planned) -> int:
+    """Halves that wait on the host if every answer reaches its limit."""
+    shapes, arch = planned.sampling_shapes, planned.session.arch
+    lengths = np.full((shapes.num_prompts, shapes.group_size), shapes.completion_tokens)
+    calls = decode_calls(planned.config, arch, shapes, planned.layout.tensor, lengths)
+    return sum(call.parked for call in calls)
 
 
 def _row(planned: Planned, measured: Measured, work: Work | None) -> ProgramRow:
@@ -176,7 +260,10 @@ def _row(planned: Planned, measured: Measured, work: Work | None) -> ProgramRow:
         "temporaries_gib": measured.temporaries / GIB,
         "others_gib": measured.others / GIB,
         "peak_gib": measured.peak / GIB,
-        "collectives": measured.collectives,
+        "collectives": measured.traffic.collectives,
+        "in_loop_mib": measured.traffic.in_loop[0] / _MIB,
+        "in_loop_kind": measured.traffic.in_loop[1],
+        "around_mib": measured.traffic.around / _MIB,
         "compile_s": measured.compile_s,
         "fits": measured.fits(chip.usable_bytes),
     }
@@ -191,12 +278,12 @@ def _row(planned: Planned, measured: Measured, work: Work | None) -> ProgramRow:
     return row
 
 
-def _totals(planned: Planned, work: dict[str, Work], price: float) -> Totals:
+def _totals(planned: Planned, work: dict[str, Work], cost: Cost | None, price: float) -> Totals:
     """Judge calls, seconds, hours and money of the training and of its evaluations."""
     train, shapes = planned.config.train, planned.shapes
     rounds = exam_rounds(planned.config)
     parts = (planned.session.arch, shapes, planned.layout, planned.topology.chip)
-    eval_hours = exam_seconds(planned.config, rounds, *parts) / 3600
+    eval_hours = exam_seconds(planned.config, rounds, *parts, cost) / 3600
     eval_calls = sum(one.answers for one in rounds)
     seconds = sum(one.seconds for one in work.values())
     calls = shapes.sampled_prompts * shapes.group_size

@@ -9,15 +9,55 @@ import time
 
 import jax
 
+from speciarl_jax.plan import hlo
 from speciarl_jax.plan.programs import Program, device_bytes
 
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_CALL = re.compile(rf"\s({'|'.join(_COLLECTIVES)})(?:-start)?\(")
 _TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 _TOO_MANY_TEMPORARIES = re.compile(
     r"for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM"
 )
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What the HLO of one program says that it moves on one device, see `plan.hlo`.
+
+    A loop whose trip count XLA does not know counts once: in the decode program one step.
+
+    Attributes:
+        collectives: transfers in the text by kind; one in a loop counts once.
+        in_loop: the largest array that is gathered or summed inside a loop, bytes, and its kind.
+        around: bytes of arrays that are written a second time before and after the loops.
+        loop_bytes: read and written in the main memory inside the loops.
+        loop_wire: that the device sends inside the loops.
+        loop_hops: of those transfers, one after the other.
+        launches: kernels in the loops.
+    """
+
+    collectives: dict[str, int]
+    in_loop: tuple[int, str] = (0, "")
+    around: int = 0
+    loop_bytes: int = 0
+    loop_wire: float = 0
+    loop_hops: int = 0
+    launches: int = 0
+
+    @classmethod
+    def of(cls, text: str) -> Traffic:
+        """Reads an HLO text."""
+        module = hlo.parse(text)
+        calls = hlo.collectives(module)
+        inside = [one for one in calls if one.depth]
+        return cls(
+            collectives=dict(collections.Counter(one.kind for one in calls)),
+            in_loop=max(((one.num_bytes, one.kind) for one in inside), default=(0, "")),
+            around=sum(size for run, size in hlo.copies(module) if not run.depth),
+            loop_bytes=hlo.loop_traffic(module),
+            loop_wire=sum(one.times * one.wire_bytes for one in inside),
+            loop_hops=sum(one.times * one.hops for one in inside),
+            launches=hlo.launches(module),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +69,7 @@ class Measured:
         arguments: bytes of its arguments.
         temporaries: bytes of everything between, results that reuse no argument included.
         others: bytes of what else is alive meanwhile.
-        collectives: calls in the program text by kind; one in a loop counts once.
+        traffic: what its HLO moves.
         compile_s: wall seconds to trace and compile.
         is_too_large: XLA refused it; `temporaries` is then what it says it needs in all.
     """
@@ -38,7 +78,7 @@ class Measured:
     arguments: int
     temporaries: int
     others: int
-    collectives: dict[str, int]
+    traffic: Traffic
     compile_s: float
     is_too_large: bool = False
 
@@ -67,7 +107,8 @@ def measure(program: Program) -> Measured:
         arguments = device_bytes((program.args, program.kwargs))
         more = max(_needed_bytes(str(error), arguments) - arguments, 0)
         seconds = time.perf_counter() - start
-        return Measured(program.name, arguments, more, others, {}, seconds, is_too_large=True)
+        refused = (program.name, arguments, more, others, Traffic({}), seconds)
+        return Measured(*refused, is_too_large=True)
     memory = compiled.memory_analysis()
     try:
         text = compiled.as_text()
@@ -85,7 +126,7 @@ def measure(program: Program) -> Measured:
         memory.argument_size_in_bytes,
         temporaries - memory.alias_size_in_bytes,
         others,
-        count_collectives(text),
+        Traffic.of(text),
         time.perf_counter() - start,
     )
 
@@ -100,8 +141,3 @@ def _needed_bytes(message: str, arguments: int) -> int:
         if found := pattern.search(message):
             return int(float(found[1]) * _UNITS[found[2]]) + more
     raise ValueError(f"XLA refuses a program: {' '.join(message.split())[:500]}")
-
-
-def count_collectives(text: str) -> dict[str, int]:
-    """Collective operations of an HLO text by kind; ``-start`` and ``-done`` count as one."""
-    return dict(collections.Counter(_CALL.findall(text)))

@@ -4,8 +4,8 @@
     -> update
 
 The functions are those that a run calls; here they meet ShapeDtypeStructs instead of arrays, laid
-out as `devices.layout` says. Sampling programs run on the devices of one process, the others
-on the whole mesh. Rollout and update share one layout, so no program moves weights.
+out as `devices.layout` says. Sampling programs run on `AbstractSession.local`, the others on the
+whole mesh. Rollout and update share one layout, so no program moves weights.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, Sharding
 from jax.stages import Lowered
 from jax.typing import DTypeLike
@@ -39,9 +40,9 @@ from speciarl_jax.learner.logprobs import LossConfig, TrainBatch, TreeBatch, bat
 from speciarl_jax.learner.opening import abstract_optim, abstract_parts, place_shapes
 from speciarl_jax.learner.optimizer import OptimState, make_optimizer
 from speciarl_jax.learner.update import update_step
-from speciarl_jax.plan.shapes import StepShapes
+from speciarl_jax.plan.shapes import StepShapes, rollout_shape
 from speciarl_jax.policy.model import PolicyParts, encode_images
-from speciarl_jax.rollout import decode, layout
+from speciarl_jax.rollout import decode, layout, memory, order
 from speciarl_jax.rollout.decode import DecodeState, PromptCache, RowMap, map_rows
 from speciarl_jax.rollout.placement import Placement
 from speciarl_jax.rollout.sampling import training_sampling
@@ -80,7 +81,7 @@ class AbstractSession:
     """A session without arrays: what `speciarl_jax.run.session.Session` opens, by shape.
 
     Attributes:
-        mesh, local: devices of the job, and those of one process.
+        mesh, local: devices of the job, and those that one sampling program spans.
         parts: the policy; `trainable` and `frozen` are laid out on `mesh`.
         optimizer: the run's; jit compares it by identity.
         optim: its state.
@@ -202,7 +203,8 @@ def _prompt_cache(
 
 
 def _placement(session: AbstractSession) -> Placement:
-    return Placement(session.local, session.config.rollout.early_exit)
+    is_tpu = session.local.devices.flat[0].platform == "tpu"
+    return Placement(session.local, session.config.rollout.early_exit, orders_caches=is_tpu)
 
 
 def _on_heads(session: AbstractSession, tree: Abstract) -> Abstract:
@@ -212,8 +214,37 @@ def _on_heads(session: AbstractSession, tree: Abstract) -> Abstract:
 
 def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Program]:
     """The decode loop at its largest caches, and the move to fewer rows from there."""
+    placement, (per_shard, columns) = _placement(session), largest_size(session, shapes)
+    decode_loop = decode_program(session, shapes, per_shard, columns)
+    found, full = [decode_loop], shapes.wave_shard_prompts * shapes.group_size
+    smaller = layout.next_rows(per_shard, full)
+    if session.config.rollout.compact and smaller:
+        keep = _host_array(session)((smaller * placement.num_shards,), jnp.int32)
+        _, states, prompts, _, state, *_ = decode_loop.args
+        alive = (states, *decode_loop.others, prompts)
+        found.append(Program("shrink", decode.shrink, (state, keep, placement), others=alive))
+    return found
+
+
+def largest_size(session: AbstractSession, shapes: StepShapes) -> tuple[int, int]:
+    """(rows of a shard, columns) at which a rollout needs most memory, as `rollout.memory` counts.
+
+    More rows, or more columns, than that wait on the host.
+    """
+    config, arch = session.config.rollout, session.arch.text
+    shape = rollout_shape(session.config, shapes, session.mesh.shape["tensor"])
+    limit = shapes.completion_tokens
+    columns = layout.column_sizes(config.chunk_tokens, limit, config.compact)
+    sizes = [(memory.rows_that_fit(arch, shape, one), one) for one in columns]
+    return max(sizes, key=lambda size: memory.rollout_bytes(arch, shape, *size).peak)
+
+
+def decode_program(
+    session: AbstractSession, shapes: StepShapes, per_shard: int = 0, columns: int = 0
+) -> Program:
+    """The decode loop at `per_shard` rows (0: all) and columns (0: the limit)."""
     placement, host = _placement(session), _host_array(session)
-    rows = shapes.wave_prompts * shapes.group_size
+    rows = (per_shard or shapes.wave_shard_prompts * shapes.group_size) * placement.num_shards
     prompts = _prompt_cache(session, shapes)
     row_map = RowMap[jax.ShapeDtypeStruct](
         host((rows,), jnp.int32),
@@ -221,7 +252,8 @@ def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Progra
         host((shapes.wave_prompts, shapes.group_size), jnp.int32),
     )
     keys, is_done = host((rows, 2), jnp.uint32), host((rows,), jnp.bool_)
-    state = _decode_state(session, shapes, (prompts, row_map, keys, is_done))
+    columns = columns or shapes.completion_tokens
+    state = _decode_state(session, columns, (prompts, row_map, keys, is_done))
     vocabulary = host((session.arch.text.vocab_size,), jnp.bool_)
     stop_ids = host((2,), jnp.int32)
     scalar = host((), jnp.int32)
@@ -229,23 +261,32 @@ def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Progra
         *(session.parts.graphdef, session.states, prompts, row_map, state, is_done),
         *(stop_ids, vocabulary, scalar, scalar, training_sampling(session.config), placement),
     )
-    table = image_table(session, shapes)
-    found = [Program("decode", decode.decode_chunk, args, others=(session.optim, table))]
-    per_shard = rows // placement.num_shards
-    smaller = layout.next_rows(per_shard, per_shard)
-    if session.config.rollout.compact and smaller:
-        keep = host((smaller * placement.num_shards,), jnp.int32)
-        alive = (session.states, session.optim, table, prompts)
-        found.append(Program("shrink", decode.shrink, (state, keep, placement), others=alive))
-    return found
+    alive = (session.optim, image_table(session, shapes))
+    return _in_order(Program("decode", decode.decode_chunk, args, others=alive), placement)
+
+
+def _in_order(loop: Program, placement: Placement) -> Program:
+    """The decode loop with its caches as the run hands them over, see `rollout.order`."""
+    if not placement.orders_caches:
+        return loop
+    graphdef, *arrays, sampling, _ = cast(tuple[Any, ...], loop.args)
+    orders = order.wanted(order.Loop(graphdef, sampling, placement), *arrays)
+    state: DecodeState[jax.ShapeDtypeStruct] = arrays[3]
+    own, tree = jax.tree.flatten(state.own)
+    ordered = [
+        x.update(sharding=Format(Layout(axes), x.sharding))
+        for x, axes in zip(own, orders, strict=True)
+    ]
+    arrays[3] = dataclasses.replace(state, own=jax.tree.unflatten(tree, ordered))
+    function = order.program(orders, tuple(x.sharding for x in own), tree)
+    args = (graphdef, *arrays, sampling, placement)
+    return dataclasses.replace(loop, function=function, args=args)
 
 
 def _decode_state(
-    session: AbstractSession, shapes: StepShapes, arrays: tuple[Abstract, ...]
+    session: AbstractSession, columns: int, arrays: tuple[Abstract, ...]
 ) -> DecodeState[jax.ShapeDtypeStruct]:
-    start = functools.partial(
-        decode.start, num_columns=shapes.completion_tokens, placement=_placement(session)
-    )
+    start = functools.partial(decode.start, num_columns=columns, placement=_placement(session))
     state: DecodeState[jax.ShapeDtypeStruct] = jax.eval_shape(start, *arrays)
     place = prompt_sharding(session.local)
     rest = map_rows(lambda x: x.update(sharding=place), state)

@@ -17,8 +17,6 @@ from speciarl_jax.rollout import layout, memory
 from speciarl_jax.rollout.sampling import training_sampling
 
 _MAX_ASPECT = 2.0  # of photographs; a longer image of the same area needs more windows
-# Completion lengths of the time estimate: log-normal, as measured on this task (docs/design.md).
-MEDIAN_TOKENS, P95_TOKENS = 120, 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +30,9 @@ class StepShapes:
         prompt_tokens: S, padded.
         windows: per image, padded.
         completion_tokens: limit C.
-        num_hosts, num_replicas: processes, and places over which prompts are spread.
-        wave_prompts: prompts that a process samples at once.
+        num_hosts, num_replicas: processes that sample by themselves (one if the job samples as
+            one), and places over which prompts are spread.
+        wave_prompts: prompts that such a process samples at once.
         micro_prompts: prompts of one micro-batch, all replicas together.
         num_micro: micro-batches in one update program.
         num_updates: optimiser updates a step.
@@ -56,6 +55,11 @@ class StepShapes:
     def host_prompts(self) -> int:
         """Prompts that one process samples."""
         return self.sampled_prompts // self.num_hosts
+
+    @property
+    def wave_shard_prompts(self) -> int:
+        """Of those, prompts of one replica."""
+        return self.wave_prompts * self.num_hosts // self.num_replicas
 
     @property
     def num_waves(self) -> int:
@@ -176,10 +180,10 @@ def expected_lengths(shapes: StepShapes) -> Int[np.ndarray, "P G"]:
     """
     count = shapes.num_prompts * shapes.group_size
     normal = statistics.NormalDist()
-    sigma = math.log(P95_TOKENS / MEDIAN_TOKENS) / normal.inv_cdf(0.95)
+    sigma = math.log(memory.P95_TOKENS / memory.MEDIAN_TOKENS) / normal.inv_cdf(0.95)
     quantiles = (np.arange(count) + 0.5) / count
     deviates = np.array([normal.inv_cdf(q) for q in quantiles])
-    lengths: np.ndarray = np.ceil(MEDIAN_TOKENS * np.exp(sigma * deviates))
+    lengths: np.ndarray = np.ceil(memory.MEDIAN_TOKENS * np.exp(sigma * deviates))
     lengths = np.clip(lengths, 1, shapes.completion_tokens).astype(np.int64)
     # Every group gets short and long ones.
     return lengths.reshape(shapes.group_size, shapes.num_prompts).T

@@ -24,6 +24,8 @@ _HEADER = (
     "seconds",
     "MFU <=",
     "collectives",
+    "largest in a loop",
+    "copied around",
     "compile s",
 )
 
@@ -37,6 +39,9 @@ class ProgramRow(TypedDict):
     others_gib: float
     peak_gib: float
     collectives: dict[str, int]
+    in_loop_mib: float
+    in_loop_kind: str
+    around_mib: float
     compile_s: float
     fits: bool
     tflops_per_device: NotRequired[float]
@@ -44,6 +49,20 @@ class ProgramRow(TypedDict):
     wire_gb_per_device: NotRequired[float]
     seconds: NotRequired[float]
     mfu_bound: NotRequired[float]
+
+
+class DecodingRow(TypedDict):
+    """The decode loop over a step: seconds by three compiled sizes, or by what must move."""
+
+    steps: int
+    calls: int
+    step_ms: float
+    waves: int
+    parked: int
+    parked_at_worst: int
+    launches: int
+    hops: int
+    is_compiled: bool
 
 
 class Totals(TypedDict):
@@ -78,6 +97,7 @@ class Plan(TypedDict):
     shapes: dict[str, int]
     programs: list[ProgramRow]
     fits: bool
+    decoding: DecodingRow
     totals: Totals
     caveat: str
     flags: NotRequired[str]
@@ -99,11 +119,22 @@ def plan_text(plan: Plan) -> str:
         *_markdown(_HEADER, [_cells(row) for row in plan["programs"]]),
         "",
         _verdict(plan),
+        _decoding_line(plan["decoding"]),
         *_total_lines(plan["totals"]),
     ]
     if plan["caveat"]:
         lines.append(f"caveat: {plan['caveat']}")
     return "\n".join(lines)
+
+
+def scale_table(plan: Plan) -> str:
+    """The same as a section of docs/scale.md."""
+    title, shapes, *rest = plan_text(plan).splitlines()
+    _, _, after = title.partition(": ")
+    head = f"### `{plan['recipe']}` on {plan['topology']}"
+    places = [place for place, line in enumerate(rest) if line.startswith("|")]
+    tail = [f"- {line}" for line in rest[places[-1] + 1 :] if line]
+    return "\n".join([head, "", f"{after}; {shapes}.", *rest[: places[-1] + 1], "", *tail])
 
 
 def _cells(row: ProgramRow) -> list[str]:
@@ -125,6 +156,10 @@ def _cells(row: ProgramRow) -> list[str]:
         f"{row['peak_gib']:.2f}" + ("" if row["fits"] else " TOO LARGE"),
         *work,
         calls or "-",
+        f"{_SHORT[row['in_loop_kind']]} {row['in_loop_mib']:.1f} MiB"
+        if row["in_loop_kind"]
+        else "-",
+        f"{row['around_mib']:.0f} MiB",
         f"{row['compile_s']:.0f}",
     ]
 
@@ -147,6 +182,16 @@ def _verdict(plan: Plan) -> str:
     return (
         f"{says}: {worst['name']} needs {worst['peak_gib']:.2f} of {plan['usable_gib']:.2f} usable "
         "GiB a device"
+    )
+
+
+def _decoding_line(row: DecodingRow) -> str:
+    how = "the HLO of three sizes" if row["is_compiled"] else "what must move, not HLO"
+    return (
+        f"decoding: {row['steps']} steps of {row['step_ms']:.2f} ms in {row['calls']} calls and "
+        f"{row['waves']} waves ({how}), {row['parked']} halves of a batch wait on the host, "
+        f"{row['parked_at_worst']} if every answer reaches its limit; a step starts "
+        f"{row['launches']} kernels, its transfers take {row['hops']} hops one after the other"
     )
 
 

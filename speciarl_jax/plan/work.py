@@ -3,22 +3,24 @@
 Seconds are a roofline: the larger of FLOPs over peak and bytes over bandwidth, plus collectives,
 which XLA hides only in part. Real kernels reach a share of it; nothing here is measured. Lengths
 are those of a typical step (`shapes.expected_lengths`), prompts are all of the padded length, and
-groups are taken as packed without padding.
+groups are taken as packed without padding. Decoding is priced call by call (`plan.decode_cost`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
 
 import numpy as np
+from jaxtyping import Int
 
 from speciarl_jax.arch import Arch
 from speciarl_jax.config.schema import Config
 from speciarl_jax.plan.chips import Chip
+from speciarl_jax.plan.decode_cost import Call, Cost, Counted, Decoding, deal, price, schedule
 from speciarl_jax.plan.shapes import StepShapes, expected_lengths, rollout_shape
 from speciarl_jax.policy import flops
-from speciarl_jax.rollout.memory import kv_token_bytes
+from speciarl_jax.rollout.memory import kv_token_bytes, rows_that_fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +78,17 @@ class Layout:
 
 
 def step_work(
-    config: Config, arch: Arch, shapes: StepShapes, layout: Layout, chip: Chip
+    config: Config,
+    arch: Arch,
+    shapes: StepShapes,
+    layout: Layout,
+    chip: Chip,
+    cost: Cost | None = None,
 ) -> dict[str, Work]:
-    """Work of each program of a step at the largest shapes, by the names of `plan.programs`."""
+    """Work of each program of a step at the largest shapes, by the names of `plan.programs`.
+
+    `cost` is that of a decode step; None counts what must move.
+    """
     counts = _counts(arch, shapes)
     sampling = dataclasses.replace(shapes, num_prompts=shapes.sampled_prompts)
     sampled_counts = _counts(arch, sampling)
@@ -87,11 +97,9 @@ def step_work(
     learned = flops.learning_flops(arch, counts, training)
     traffic = _Traffic(config, arch, shapes, layout)
 
-    wire_rate = 2 * chip.link_gb_s * 1e9  # of a ring over neighbours, both directions of one axis
-
     def make(model: float, hardware: float, memory: float, wire: float) -> Work:
         compute = hardware / (layout.num_devices * chip.peak)
-        seconds = max(compute, memory / (chip.hbm_gb_s * 1e9)) + wire / wire_rate
+        seconds = max(compute, memory / chip.bytes_per_s) + wire / chip.wire_bytes_per_s
         return Work(model, hardware, memory, wire, seconds)
 
     tree = counts.prompt_tokens + counts.completion_tokens
@@ -100,6 +108,7 @@ def step_work(
     update = learned["forward"] + learned["backward"]
     hardware = flops.update_hardware_flops(arch, counts, training)
     backwards = 3 if config.model.remat == "full" else 2  # forward, backward, recomputation
+    decoding = decode_steps(config, arch, sampling, layout, chip, cost)
     found = {
         "encode": make(sampled["encode"], sampled["encode"], traffic.encode(), 0),
         "prefill": make(
@@ -108,7 +117,13 @@ def step_work(
             shapes.num_waves * layout.text_bytes,
             traffic.wire(sampled_counts.prompt_tokens, 1, shapes.num_waves),
         ),
-        "decode": _decode_work(traffic, expected_lengths(sampling), sampled["decode"], make),
+        "decode": Work(
+            sampled["decode"],
+            sampled["decode"],
+            decoding.device_bytes,
+            decoding.wire_bytes,
+            decoding.seconds,
+        ),
         "update": make(
             update,
             hardware,
@@ -159,21 +174,37 @@ class _Traffic:
         return sums + gathers * (layout.fsdp - 1) * layout.text_bytes
 
 
-def _decode_work(
-    traffic: _Traffic, lengths: np.ndarray, model: float, make: Callable[..., Work]
-) -> Work:
-    """Every step of a wave reads the weights and all caches of rows that are still live."""
-    shapes, layout, text = traffic.shapes, traffic.layout, traffic.arch.text
-    replica_rows = lengths.size / layout.num_replicas
-    steps = np.arange(int(lengths.max()))
-    live = (lengths.reshape(-1)[:, None] > steps).mean(axis=0) * replica_rows  # [steps]
-    waves = shapes.num_waves
-    cache = kv_token_bytes(text, rollout_shape(traffic.config, shapes, layout.tensor))
-    prompts = shapes.sampled_prompts / layout.num_replicas * shapes.prompt_tokens
-    own = float(np.sum(live * (steps + 1)))
-    weights = len(steps) * waves * layout.text_bytes
-    memory = weights + cache * (len(steps) * prompts + own)
-    gathered = live.sum() * text.vocab_size * 4 * (layout.tensor - 1) / layout.tensor  # logits
-    tokens = int(live.sum() * layout.num_replicas)
-    wire = traffic.wire(tokens, 1, len(steps) * waves) + gathered
-    return make(model, model, memory, wire)
+def decode_steps(
+    config: Config,
+    arch: Arch,
+    shapes: StepShapes,
+    layout: Layout,
+    chip: Chip,
+    cost: Cost | None = None,
+) -> Decoding:
+    """All calls of the decode program in a step; `cost` as of `step_work`."""
+    text, lengths = arch.text, expected_lengths(shapes)
+    token_bytes = kv_token_bytes(text, rollout_shape(config, shapes, layout.tensor))
+    if cost is None:
+        prompts = shapes.wave_shard_prompts * shapes.prompt_tokens
+        traffic = _Traffic(config, arch, shapes, layout)
+        logits = text.vocab_size * 4 * (layout.tensor - 1) / layout.tensor**2
+        cost = Counted(
+            fixed=layout.text_bytes + token_bytes * prompts,
+            token=token_bytes,
+            fixed_wire=traffic.wire(0, 1, 1),
+            row_wire=traffic.wire(layout.num_replicas, 1, 0) + logits,
+        )
+    linear = flops.linear_flops(text, 1, layout.adapter_params) + flops.head_flops(text, 1)
+    calls = decode_calls(config, arch, shapes, layout.tensor, lengths)
+    return price(calls, cost, token_bytes, linear / layout.tensor, chip)
+
+
+def decode_calls(
+    config: Config, arch: Arch, shapes: StepShapes, tensor: int, lengths: Int[np.ndarray, "P G"]
+) -> list[Call]:
+    """The calls of the decode program in a step, for answers of these lengths."""
+    fit = functools.partial(rows_that_fit, arch.text, rollout_shape(config, shapes, tensor))
+    width = shapes.wave_shard_prompts * shapes.group_size
+    waves = deal(lengths, shapes.num_replicas, width)
+    return [call for wave in waves for call in schedule(wave, config.rollout, fit)]

@@ -263,17 +263,20 @@ def _write_column(buffer: Array, values: Array, column: Array) -> Array:
 def _sample_step(
     text: TextModel, state: DecodeState, banned: Array, sampling: Sampling, placement: Placement
 ) -> tuple[Array, Array]:
-    logits = placement.rows(text.logits(state.hidden))
+    logits = placement.logits(text.logits(state.hidden))
     logits = allowed_logits(logits, banned, sampling.temperature)
-    keys = jax.random.wrap_key_data(state.keys)
+    keys = jax.random.wrap_key_data(placement.spread(state.keys))
     uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, state.step)))(keys)
     seen = None
     if sampling.repetition_penalty != 1:
-        is_written = jnp.arange(state.num_columns)[None] < state.lengths[:, None]
+        lengths = placement.spread(state.lengths)
+        is_written = jnp.arange(state.num_columns)[None] < lengths[:, None]
         seen = jnp.zeros(logits.shape, bool)
         row_index = jnp.arange(logits.shape[0])[:, None]
-        seen = seen.at[row_index, state.completion_tokens].max(is_written)
-    return sample_tokens(logits, uniforms, sampling, seen)
+        seen = seen.at[row_index, placement.spread(state.completion_tokens)].max(is_written)
+    tokens, logprobs = sample_tokens(logits, uniforms, sampling, seen)
+    num_rows = state.hidden.shape[0]
+    return placement.joined(tokens, num_rows), placement.joined(logprobs, num_rows)
 
 
 def _forward_step(

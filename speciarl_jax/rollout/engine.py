@@ -12,7 +12,8 @@ the rows of the fullest shard of all, from which the sizes of what is launched n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ from speciarl_jax.devices.mesh import own_replicas
 from speciarl_jax.devices.processes import Poll
 from speciarl_jax.policy.model import Policy
 from speciarl_jax.policy.vocabulary import Vocabulary
-from speciarl_jax.rollout import decode, layout, memory
+from speciarl_jax.rollout import decode, layout, memory, order, spill
 from speciarl_jax.rollout.decode import DecodeState, PromptCache, RowMap, merge_text
 from speciarl_jax.rollout.finished import FinishedRow, not_finite, stop_string_length
 from speciarl_jax.rollout.placement import Placement
@@ -46,6 +47,7 @@ class RolloutStats:
         live_steps: those that produced a token of an answer.
         decode_steps: steps of the decode loop.
         waves: parts that the batch was cut into.
+        parked: halves that waited on the host for room.
         recompilations: programs that had to be compiled on the way.
     """
 
@@ -53,6 +55,7 @@ class RolloutStats:
     live_steps: int = 0
     decode_steps: int = 0
     waves: int = 0
+    parked: int = 0
     recompilations: int = 0
 
     @property
@@ -67,6 +70,7 @@ class Wave:
 
     Attributes:
         most_live: unfinished rows of the fullest shard of all processes that sample together.
+        parked: rows that wait on the host.
     """
 
     prompts: layout.PromptArrays
@@ -75,6 +79,7 @@ class Wave:
     state: DecodeState
     step: int = 0
     most_live: int = 0
+    parked: list[spill.Parked] = dataclasses.field(default_factory=list)
 
 
 class RolloutEngine:
@@ -99,6 +104,7 @@ class RolloutEngine:
             config.chunk_tokens, config.max_completion_tokens, config.compact
         )
         self.stats = RolloutStats()
+        self.rows_that_fit: Callable[[int], int] = lambda columns: 0  # set by `plan_waves`
         self._text: tuple[TextArch, int] | None = None  # and bytes of an activation
 
     @property
@@ -188,6 +194,8 @@ class RolloutEngine:
             is_unrolled=self.placement.is_unrolled,
         )
         width = memory.prompts_per_wave(arch, shape)
+        wave = dataclasses.replace(shape, num_prompts=width)
+        self.rows_that_fit = functools.partial(memory.rows_that_fit, arch, wave)
         waves = layout.waves(batch, table_rows, self.own_shards, width)
         are_used = self.agree(*(int(wave.has_prompts) for wave in waves))
         return [wave for wave, is_used in zip(waves, are_used, strict=True) if is_used]
@@ -239,13 +247,19 @@ class RolloutEngine:
             smaller = layout.next_rows(wave.rows.per_shard, full) if self.config.compact else 0
             self.advance(states, wave, row_map, until, smaller, sampling)
             yield self._take_finished(wave, wave.step >= limit)
+            has_moved = False
             if wave.most_live == 0:  # `generate` has agreed on it meanwhile
-                return
-            if self.config.compact and self._shrink(wave, full):
-                row_map = self.row_map(wave.rows, wave.prompts.num_prompts, slots)
-            if wave.step == columns:
+                if not spill.resume(wave):
+                    return
+                has_moved = True
+            if self.config.compact:
+                has_moved |= self._shrink(wave, full)
+            if wave.step == (columns := wave.state.num_columns):
                 wider = self.columns[self.columns.index(columns) + 1]
+                has_moved |= self.make_room(wave, wider, full)
                 wave.state = decode.widen(wave.state, wider, self.placement)
+            if has_moved:
+                row_map = self.row_map(wave.rows, wave.prompts.num_prompts, slots)
 
     def advance(
         self,
@@ -257,7 +271,7 @@ class RolloutEngine:
         sampling: Sampling,
     ) -> None:
         """Decodes to step `until`, or until `enough` rows of a shard are left; counts the work."""
-        wave.state = decode.decode_chunk(
+        wave.state = order.decode_chunk(
             self.graphdef,
             states,
             wave.cache,
@@ -274,6 +288,15 @@ class RolloutEngine:
         previous, wave.step = wave.step, int(wave.state.step)
         self.stats.decode_steps += wave.step - previous
         self.stats.slot_steps += wave.rows.is_free.size * (wave.step - previous)
+
+    def make_room(self, wave: Wave, columns: int, full: int) -> bool:
+        """Parks rows until the others may have so many columns; whether it had to."""
+        has_parked = False
+        while wave.rows.per_shard > self.rows_that_fit(columns):
+            spill.park_half(wave, lambda half: self._shrink(half, full))
+            self.stats.parked += 1
+            has_parked = True
+        return has_parked
 
     def _shrink(self, wave: Wave, full: int) -> bool:
         """Moves live rows to the smallest batch that holds them, size by size."""

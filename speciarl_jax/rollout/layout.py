@@ -190,6 +190,14 @@ class Rows:
         )
         return Rows(prompt, sample, is_free), keep.reshape(-1)
 
+    def halves(self, count: int) -> tuple[Rows, Rows]:
+        """The same rows twice: `count` of a shard are live in the first, others in the second."""
+        order = np.cumsum(~self.is_free, axis=1)
+        return (
+            dataclasses.replace(self, is_free=self.is_free | (order > count)),
+            dataclasses.replace(self, is_free=self.is_free | (order <= count)),
+        )
+
     def without(self, is_done: np.ndarray) -> Rows:
         """The same rows, those of `is_done` [R] free."""
         return dataclasses.replace(self, is_free=self.is_free | is_done.reshape(self.prompt.shape))

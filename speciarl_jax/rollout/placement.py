@@ -12,10 +12,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from speciarl_jax.devices.layout import cache_sharding, prompt_sharding
+from speciarl_jax.devices.layout import PROMPT_AXES, cache_sharding, prompt_sharding
 from speciarl_jax.devices.mesh import num_replicas
 from speciarl_jax.policy.text import TextModel
 
@@ -31,22 +31,31 @@ class Placement:
         is_unrolled: a decode step names its layers instead of scanning them. On CPU a scan copies
             each layer's weights and cache out of their stacks in every step; an accelerator reads
             them in place, and unrolled would hold the weights twice.
+        orders_caches: the decode loop's caches lie as its compiler likes best, see
+            `rollout.order`.
     """
 
     mesh: Mesh | None = None
     has_early_exit: bool = True
     is_unrolled: bool = False
+    orders_caches: bool = False
 
     @classmethod
     def of_run(cls, mesh: Mesh | None, has_early_exit: bool) -> Placement:
         """For the devices of this process, in the form that suits them."""
         device = mesh.devices.flat[0] if mesh else jax.devices()[0]
-        return cls(mesh, has_early_exit, is_unrolled=device.platform == "cpu")
+        is_cpu, is_tpu = device.platform == "cpu", device.platform == "tpu"
+        return cls(mesh, has_early_exit, is_unrolled=is_cpu, orders_caches=is_tpu)
 
     @property
     def num_shards(self) -> int:
         """Blocks that prompts and rows consist of."""
         return num_replicas(self.mesh) if self.mesh else 1
+
+    @property
+    def tensor(self) -> int:
+        """Devices that share a shard's heads, columns and vocabulary."""
+        return int(self.mesh.shape["tensor"]) if self.mesh else 1
 
     def rows(self, x: Array) -> Array:
         """Pins an array whose leading axis is prompts or rows."""
@@ -54,6 +63,40 @@ class Placement:
             return x
         pinned: Array = jax.lax.with_sharding_constraint(x, prompt_sharding(self.mesh))
         return pinned
+
+    def logits(self, x: Float[Array, "R V"]) -> Float[Array, "R2 V"]:
+        """Scores as the head leaves them, vocabulary over `tensor`, then as `spread` has rows.
+
+        The first place must be named: left alone, XLA gathers the head instead, in every step.
+        """
+        if self.mesh is None or self.tensor == 1:
+            return self.rows(x)
+        place = NamedSharding(self.mesh, PartitionSpec(PROMPT_AXES, "tensor"))
+        pinned: Array = jax.lax.with_sharding_constraint(x, place)
+        return self.spread(pinned)
+
+    def spread(self, x: Array) -> Array:
+        """Rows over `tensor` too, so that each device draws tokens for its own.
+
+        A shard's block is filled up to a multiple of `tensor` with rows that `joined` drops.
+        """
+        if self.mesh is None or self.tensor == 1:
+            return x
+        blocks = x.reshape(self.num_shards, -1, *x.shape[1:])
+        fill = [(0, 0)] * blocks.ndim
+        fill[1] = (0, -blocks.shape[1] % self.tensor)
+        filled = jnp.pad(blocks, fill).reshape(-1, *x.shape[1:])
+        place = NamedSharding(self.mesh, PartitionSpec((*PROMPT_AXES, "tensor")))
+        pinned: Array = jax.lax.with_sharding_constraint(filled, place)
+        return pinned
+
+    def joined(self, x: Array, num_rows: int) -> Array:
+        """Undoes `spread`: `num_rows` rows, block by block."""
+        if self.mesh is None or self.tensor == 1:
+            return self.rows(x)
+        blocks = x.reshape(self.num_shards, -1, *x.shape[1:])
+        kept = blocks[:, : num_rows // self.num_shards]
+        return self.rows(kept.reshape(num_rows, *x.shape[1:]))
 
     def cache(self, x: Array, *, is_stacked: bool) -> Array:
         """Pins [L, X, K, ...], without L if not stacked: X over the shards, heads over `tensor`."""

@@ -122,15 +122,18 @@ def _run_sizes(
     sizes = layout.row_sizes(full) if engine.config.compact else [full]
     for place, columns in enumerate(engine.columns):
         wider = engine.columns[place + 1] if columns != engine.columns[-1] else 0
-        corner = dataclasses.replace(wave)
-        for size in sizes:
-            if size != full:
+        corner, largest = dataclasses.replace(wave), wave.rows.per_shard
+        for size in [size for size in sizes if size <= largest]:
+            if size != largest:
                 engine.shrink(corner, size)
             row_map = engine.row_map(corner.rows, num_prompts, slots)
             engine.advance(states, corner, row_map, 0, 0, sampling)
-            if size == full:
+            if size == largest:
                 wave.state = corner.state  # decoding has consumed the one before
-            elif wider:
+            elif wider and size <= engine.rows_that_fit(wider):
                 decode.widen(corner.state, wider, engine.placement)
+        del corner
         if wider:
+            for size in [s for s in sizes if engine.rows_that_fit(wider) <= s < largest]:
+                engine.shrink(wave, size)
             wave.state = decode.widen(wave.state, wider, engine.placement)

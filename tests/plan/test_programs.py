@@ -15,11 +15,13 @@ import pytest
 
 from speciarl_jax.cli.main import main
 from speciarl_jax.config.recipes import load_recipe
-from speciarl_jax.plan.chips import open_topology
+from speciarl_jax.plan import hlo
+from speciarl_jax.plan.chips import open_topology, worker_environment
 from speciarl_jax.plan.make import open_plan
 from speciarl_jax.plan.measure import measure
 from speciarl_jax.plan.programs import (
     Program,
+    decode_program,
     decode_programs,
     device_bytes,
     encode_program,
@@ -90,13 +92,24 @@ def test_xla_counts_the_same_arguments(planned):
     assert measured.peak == measured.arguments + measured.temporaries + measured.others
 
 
+def test_the_head_is_gathered_by_nobody(planned):
+    """With `tensor` above 1 each device makes its part of the scores; these change hands."""
+    vocabulary = planned.session.arch.text.vocab_size
+    head = vocabulary * planned.session.arch.text.hidden_size * 4
+    program = decode_program(planned.session, planned.shapes)
+    calls = hlo.collectives(hlo.parse(program.lower().compile().as_text()))
+    rows = planned.shapes.wave_shard_prompts * planned.shapes.group_size
+    assert max(one.num_bytes for one in calls) <= rows * vocabulary * 4 // 2 < head
+    assert sum(one.kind == "all-to-all" for one in calls) == 1
+
+
 def test_shrinking_needs_the_old_and_the_new_cache(planned):
     decode, shrink = decode_programs(planned.session, planned.shapes)
     state = next(arg for arg in decode.args if hasattr(arg, "own"))
     measured = measure(shrink)
     own = device_bytes(state.own)
     assert 0.7 * own < measured.temporaries < 1.2 * own  # 30 of 40 rows, and small arrays
-    assert measured.collectives == {}
+    assert measured.traffic.collectives == {}
 
 
 @pytest.mark.slow
@@ -259,6 +272,42 @@ def test_decoding_without_early_exit_needs_no_collective(early_exit):
             r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(", text
         )
     assert found == {"decode": ["all-reduce"] * early_exit, "shrink": []}
+
+
+DECODE = """
+import json, sys
+from speciarl_jax.config.recipes import load_recipe
+from speciarl_jax.plan.chips import open_topology, worker_environment
+from speciarl_jax.plan.make import open_plan
+from speciarl_jax.plan.measure import measure
+from speciarl_jax.plan.programs import decode_program, largest_size
+
+config, _ = load_recipe(sys.argv[1], [])
+planned = open_plan(config, open_topology(sys.argv[2]))
+size = largest_size(planned.session, planned.shapes)
+found = measure(decode_program(planned.session, planned.shapes, *size))
+print(json.dumps([found.temporaries, found.traffic.in_loop[0], found.traffic.around]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: pip install 'speciarl-jax[plan]'")
+@pytest.mark.parametrize(
+    ("recipe", "topology"), [("qwen2_5_vl_7b_v5e", "v5e:8x8"), ("qwen2_5_vl_7b_v6e", "v6e:4x4")]
+)
+def test_decoding_on_a_pod_gathers_no_head_and_copies_no_cache(recipe, topology):
+    """The whole slice samples as one, `tensor` 4; the head would be 1,040 MiB in every step."""
+    config = str(ROOT / "configs" / f"{recipe}.py")
+    result = subprocess.run(
+        [sys.executable, "-c", DECODE, config, topology],
+        cwd=ROOT, env=worker_environment(topology), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    temporaries, in_loop, around = json.loads(result.stdout.splitlines()[-1])
+    assert temporaries <= 1.1 * 2**30
+    assert in_loop <= 100 * 2**20
+    assert around <= 100 * 2**20  # the adapter in bfloat16; a cache would be gigabytes
 
 
 @pytest.mark.tpu_aot

@@ -12,10 +12,9 @@ from speciarl_jax.config.recipes import load_recipe
 from speciarl_jax.config.schema import Config, micro_batch_prompts
 from speciarl_jax.plan.chips import CHIPS, parse_topology
 from speciarl_jax.plan.exams import ExamRound, exam_rounds, exam_seconds
-from speciarl_jax.plan.measure import count_collectives
 from speciarl_jax.plan.models import planned_arch
 from speciarl_jax.plan.shapes import all_shapes, expected_lengths, plan_shapes
-from speciarl_jax.plan.table import plan_text
+from speciarl_jax.plan.table import plan_text, scale_table
 from speciarl_jax.plan.work import Layout, step_work
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -183,16 +182,6 @@ def test_recomputation_costs_time_but_no_model_flops():
     assert full["update"].mfu_bound(CHIPS["v5e"], 1) < none["update"].mfu_bound(CHIPS["v5e"], 1)
 
 
-def test_collectives_are_counted_by_kind():
-    text = """
-      %a = f32[8] all-reduce(%x), channel_id=1
-      %b = (f32[8], f32[8]) all-gather-start(%a), dimensions={0}
-      %c = f32[8] all-gather-done(%b)
-      %d = f32[8] get-tuple-element(%all-reduce.3), index=0
-    """
-    assert count_collectives(text) == {"all-reduce": 1, "all-gather": 1}
-
-
 def test_table_says_what_does_not_fit():
     row = {
         "name": "update",
@@ -202,6 +191,9 @@ def test_table_says_what_does_not_fit():
         "peak_gib": 17.0,
         "fits": False,
         "collectives": {"all-reduce": 3},
+        "in_loop_mib": 12.0,
+        "in_loop_kind": "all-reduce",
+        "around_mib": 2240.0,
         "compile_s": 1.0,
     }
     shapes = plan_shapes(recipe(), planned_arch("tiny"), ONE, 1)
@@ -232,15 +224,33 @@ def test_table_says_what_does_not_fit():
         "shapes": {**vars(shapes), "num_waves": shapes.num_waves},
         "programs": [row],
         "fits": False,
+        "decoding": {
+            "steps": 2048,
+            "calls": 40,
+            "step_ms": 2.5,
+            "waves": 1,
+            "parked": 0,
+            "parked_at_worst": 3,
+            "launches": 2072,
+            "hops": 240,
+            "is_compiled": True,
+        },
         "totals": totals,
         "caveat": "",
     }
     text = plan_text(plan)
     assert "does NOT fit: update needs 17.00 of 15.70 usable GiB" in text
     assert "17.00 TOO LARGE" in text
+    assert "AR 12.0 MiB |      2240 MiB" in text
+    assert "2048 steps of 2.50 ms in 40 calls and 1 waves (the HLO of three sizes)" in text
+    assert "0 halves of a batch wait on the host, 3 if every answer reaches its limit" in text
     assert "0.4 h for 165 steps and 0.1 h for evaluations: 0.5 h, 32 chip-hours" in text
     assert "2560 calls a step, 1000 for evaluations, 423400 in all" in text
     assert "cost: at least 64 at 2 per chip-hour" in text
+    section = scale_table(plan).splitlines()
+    assert section[0] == "### `r` on v5e:2x2"
+    assert section[-1].startswith("- cost: at least 64")
+    assert sum(line.startswith("|") for line in section) == 3
 
 
 @pytest.mark.parametrize(
