@@ -3,8 +3,9 @@
 A step can take longer than the grace period, so a stop is looked for between chunks of decoding and
 while labels are awaited, in training as in scoring; the step is then abandoned and the state before
 it saved. Once its update has been given to the device, a step is finished instead. While a run is
-being opened there is nothing to save, and a stop ends that at once. In a job of several processes
-all of them stop together, after the step or the scoring. A second Ctrl-C ends the process at once.
+being opened there is nothing to save, and a stop ends that at once. Processes of a job stop
+together: within the step if they sample together (`run.leaving`), else after it or the scoring. A
+second Ctrl-C ends the process at once.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ def test_two_processes_agree():
         for index in range(2)
     ]
     found = [json.loads(w.communicate(timeout=120)[0].splitlines()[-1]) for w in workers]
+    assert found[0].pop("ended") == ["process 1: nobody answers", True]
+    assert found[1].pop("ended") == ["nobody answers", True]
     for answer in found:
         assert answer == {
             "gathered": [0, 1, 2, 3, 10, 11, 12, 13],
@@ -34,6 +36,7 @@ def test_two_processes_agree():
             "any": [True, False],
             "json": [{"name": "é"}, {"name": "éé"}],
             "first": [0],
+            "together": [1, 7],
         }
 
 

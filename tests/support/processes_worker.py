@@ -6,6 +6,17 @@ import sys
 import numpy as np
 
 from speciarl_jax.devices import processes
+from speciarl_jax.errors import JudgeError
+
+
+def ended_together(index):
+    """What both raise when the second has something to raise."""
+    try:
+        processes.together(0, error=JudgeError("nobody answers") if index else None)
+    except JudgeError as error:
+        return [str(error), error.is_shared]
+    return []
+
 
 if __name__ == "__main__":
     port, count, index = (int(x) for x in sys.argv[1:4])
@@ -22,6 +33,8 @@ if __name__ == "__main__":
                 "any": [processes.any_process(index == 1), processes.any_process(False)],
                 "json": processes.gather_json({"name": "é" * (index + 1)}),
                 "first": processes.from_first([index]),
+                "together": processes.together(index, 7 - index),
+                "ended": ended_together(index),
             }
         )
     )
