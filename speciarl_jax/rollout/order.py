@@ -82,8 +82,8 @@ def _read(loop: Loop, arrays: tuple[PyTree, ...]) -> Orders:
     bare = list(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays))
     free = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), arrays[_STATE].own)
     own, state = bare[_STATE].own, dataclasses.replace(places[_STATE], own=free)
-    bare[_STATE] = dataclasses.replace(bare[_STATE], own=None)
-    places[_STATE] = dataclasses.replace(places[_STATE], own=None)
+    bare[_STATE] = dataclasses.replace(bare[_STATE], own=())
+    places[_STATE] = dataclasses.replace(places[_STATE], own=())
 
     def call(own: Cache, *arrays: PyTree) -> DecodeState:
         given = list(arrays)
