@@ -4,11 +4,11 @@ r"""The paper's run with Qwen2.5-VL-72B on a Cloud TPU v5p slice of 64 chips (v5
         --config.judge.endpoints="('http://HOST:8000/v1',)" \
         --config.eval.judge.endpoints="('http://HOST:8001/v1',)"
 
-NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 76.2 of 93.1 usable GiB
-a chip (update), at least 79 s a step, 3.6 h for 165 steps and 2.2 h for evaluations, together 371
-chip-hours.
-As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is the four chips
-of a host. Images above 504 x 504 px are scaled down (CUB's are smaller).
+NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): at least 45 s a step;
+memory with this layout has not been compiled.
+As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is the eight chips
+of two hosts, all hosts sample as one program. Images above 504 x 504 px are scaled down (CUB's are
+smaller).
 The weights, 147 GB, do not fit a TPU VM's boot disk of 100 GB: `DATA_DISK=NAME` with
 tpu_scripts/create.sh attaches one that holds them, --config.model.path=/mnt/disks/data/FOLDER.
 """

@@ -5,9 +5,7 @@ r"""The paper's run on a Cloud TPU v5e slice of 64 chips (v5litepod-64), 16 GB e
         --config.eval.judge.endpoints="('http://HOST:8001/v1',)"
 
 NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 13.8 of 15.7 usable GiB
-a device (update), at least 26 s a step, 1.2 h for 165 steps and 0.8 h for evaluations, together 129
-chip-hours. libtpu may refuse to sample on a host's part of such a slice (docs/scale.md);
-v5litepod-8 is one host.
+a device (update), at least 16 s a step; the 16 hosts sample as one program.
 As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is the four chips
 of a host. Images above 504 x 504 px are scaled down (CUB's are smaller).
 """

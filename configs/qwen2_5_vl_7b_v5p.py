@@ -4,11 +4,10 @@ r"""The paper's run on a Cloud TPU v5p slice of 16 chips (v5p-32), 95 GB each.
         --config.judge.endpoints="('http://HOST:8000/v1',)" \
         --config.eval.judge.endpoints="('http://HOST:8001/v1',)"
 
-NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 75.6 of 93.1 usable GiB
-a device (update), at least 19 s a step, 0.9 h for 165 steps and 0.9 h for evaluations, together 29
-chip-hours.
-As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is one chip.
-Images above 504 x 504 px are scaled down (CUB's are smaller).
+NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): at least 14 s a step.
+As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is the four chips
+of a host, all hosts sample as one program. Images above 504 x 504 px
+are scaled down (CUB's are smaller).
 """
 
 from speciarl_jax.config import recipes

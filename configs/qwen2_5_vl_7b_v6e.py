@@ -4,12 +4,10 @@ r"""The paper's run on a Cloud TPU v6e slice of 16 chips (v6e-16), 32 GB each.
         --config.judge.endpoints="('http://HOST:8000/v1',)" \
         --config.eval.judge.endpoints="('http://HOST:8001/v1',)"
 
-NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): 30.1 of 31.0 usable GiB
-a chip (update), at least 56 s a step, 2.6 h for 165 steps and 1.5 h for evaluations, together 65
-chip-hours.
-As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is one chip, for a
-host's part of the slice runs no collectives. Completions end at 1,792 tokens (2,048 do not fit),
-images above 504 x 504 px are scaled down (CUB's are smaller).
+NOT YET RUN. Planned (docs/scale.md; a roofline, so a lower bound of time): at least 12 s a step.
+As `qwen2_5_vl_7b_cub.py` (its arguments too), laid out for this slice: a replica is the four chips
+of a host, all hosts sample as one program. Completions end at 1,792 tokens, images above 504 x 504
+px are scaled down (CUB's are smaller).
 """
 
 from speciarl_jax.config import recipes

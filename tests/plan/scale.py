@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -51,19 +52,23 @@ def make(recipe: str, topology: str) -> Plan:
 
 
 def main() -> None:
-    """Writes the tables between the two marks."""
+    """Puts the tables between the two marks; with ``--only`` those of other recipes stay."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", default="", help="recipes whose name holds this; page untouched")
+    parser.add_argument("--only", default="", help="recipes whose name holds this")
     only = parser.parse_args().only
-    tables = [scale_table(make(*one)) for one in PLANS if only in one[0]]
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    text = "\n\n".join(tables)
-    if only:
-        print(text)
-    else:
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n\n{END}{after}")
+    before, rest = PAGE.read_text().split(BEGIN)
+    found, after = rest.split(END)
+    tables = {
+        one.splitlines()[0]: one.strip() for one in re.split(r"^(?=### )", found, flags=re.M)[1:]
+    }
+    if not only:
+        tables = {}
+    for recipe, topology in PLANS:
+        if only in recipe:
+            table = scale_table(make(recipe, topology))
+            tables[table.splitlines()[0]] = table
+            text = "\n\n".join(tables.values())
+            PAGE.write_text(f"{before}{BEGIN}\n{text}\n\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ def test_rows_without_room_wait_and_are_decoded_after():
 
 
 def test_all_shards_wait_for_the_fullest():
-    uneven = np.array([[1, 1, 1, 40], [40, 40, 40, 1]])
-    assert [call.rows for call in schedule(uneven, CONFIG)] == [4, 3, 3, 3]
+    uneven = np.ones((2, 8), np.int64)
+    uneven[0, 0], uneven[1, :6] = 40, 40
+    assert [call.rows for call in schedule(uneven, CONFIG)] == [8, 6, 6, 6]
 
 
 def test_without_early_exit_a_chunk_runs_to_its_end():
