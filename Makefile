@@ -35,7 +35,7 @@ LONGEST = tests/train/test_train.py tests/learner tests/train/test_outage.py tes
 
 # The default suite: what CI runs.
 test: setup-dev
-	$(PYTEST) -m "not slow and not bench and not gpu and not tpu_aot" $(LONGEST) tests
+	$(PYTEST) -m "not slow and not bench and not gpu and not tpu_aot and not gpu_aot" $(LONGEST) tests
 
 # All of it but benchmarks; what needs a GPU, libtpu or a package that is not there is skipped.
 test-all: setup-dev

@@ -101,10 +101,11 @@ def _choose_mesh(config: Config, arch: Arch, topology: Topology) -> MeshConfig:
 def _layout(session: AbstractSession) -> Layout:
     trainable, frozen = session.parts.trainable, session.parts.frozen
     is_adapter = not session.config.model.train_base
+    vision_bytes = device_bytes([part.get("visual", ()) for part in (trainable, frozen)])
     return Layout(
         **dict(session.mesh.shape),
-        text_bytes=device_bytes((trainable, frozen["text"])),
-        vision_bytes=device_bytes(frozen.get("visual", ())),
+        text_bytes=device_bytes((trainable, frozen)) - vision_bytes,
+        vision_bytes=vision_bytes,
         adapter_bytes=device_bytes(trainable),
         adapter_params=count_parameters(trainable) if is_adapter else 0,
     )
@@ -148,7 +149,7 @@ def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> Plan:
     programs = step_programs(planned.session, planned.shapes)
     rows = []
     for program in [*programs, *(bucket_programs(planned) if has_all_buckets else [])]:
-        found = measure(program)
+        found = measure(program, _vocab_sizes(planned, program))
         log(f"{found.name}: {found.peak / GIB:.2f} GiB, compiled in {found.compile_s:.0f} s")
         rows.append(_row(planned, found, work.get(found.name)))
     return {
@@ -168,6 +169,14 @@ def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> Plan:
     }
 
 
+def _vocab_sizes(planned: Planned, program: Program) -> tuple[int, ...]:
+    """Columns of the logits, whole and on one device, where the traffic of decoding is read."""
+    if not program.name.startswith("decode") or planned.topology.devices[0].platform != "gpu":
+        return ()
+    size = planned.session.arch.text.vocab_size
+    return size, size // planned.layout.tensor
+
+
 def _row(planned: Planned, measured: Measured, work: Work | None) -> ProgramRow:
     chip = planned.topology.chip
     row: ProgramRow = {
@@ -180,6 +189,9 @@ def _row(planned: Planned, measured: Measured, work: Work | None) -> ProgramRow:
         "compile_s": measured.compile_s,
         "fits": measured.fits(chip.usable_bytes),
     }
+    if measured.step is not None:
+        step = measured.step
+        row["step"] = {"moved": step.moved, "needed": step.needed, "launches": step.launches}
     if work is not None:
         row |= {
             "tflops_per_device": work.hardware_flops / planned.layout.num_devices / 1e12,

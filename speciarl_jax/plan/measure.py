@@ -10,6 +10,7 @@ import time
 import jax
 
 from speciarl_jax.plan.programs import Program, device_bytes
+from speciarl_jax.plan.traffic import StepTraffic, decode_traffic, entry_bytes
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _CALL = re.compile(rf"\s({'|'.join(_COLLECTIVES)})(?:-start)?\(")
@@ -26,12 +27,13 @@ class Measured:
 
     Attributes:
         name: of the program.
-        arguments: bytes of its arguments.
+        arguments: bytes of the arguments that it uses.
         temporaries: bytes of everything between, results that reuse no argument included.
-        others: bytes of what else is alive meanwhile.
+        others: bytes of what else is alive meanwhile, arguments that it does not use included.
         collectives: calls in the program text by kind; one in a loop counts once.
         compile_s: wall seconds to trace and compile.
         is_too_large: XLA refused it; `temporaries` is then what it says it needs in all.
+        step: what one step of the decode loop moves, read from the program for GPU; else None.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Measured:
     collectives: dict[str, int]
     compile_s: float
     is_too_large: bool = False
+    step: StepTraffic | None = None
 
     @property
     def peak(self) -> int:
@@ -52,8 +55,12 @@ class Measured:
         return not self.is_too_large and self.peak <= usable_bytes
 
 
-def measure(program: Program) -> Measured:
+def measure(program: Program, vocab_sizes: tuple[int, ...] = ()) -> Measured:
     """Compiles one program.
+
+    Args:
+        program: to compile.
+        vocab_sizes: for `traffic.decode_traffic`; () to leave it out.
 
     Raises:
         ValueError: XLA fails for another reason than memory; the message is its own. Or jaxlib
@@ -84,9 +91,11 @@ def measure(program: Program) -> Measured:
         program.name,
         memory.argument_size_in_bytes,
         temporaries - memory.alias_size_in_bytes,
-        others,
+        # jit drops arguments that are not used; they stay on the device nevertheless.
+        others + max(device_bytes((program.args, program.kwargs)) - int(entry_bytes(text)), 0),
         count_collectives(text),
         time.perf_counter() - start,
+        step=decode_traffic(text, vocab_sizes) if vocab_sizes else None,
     )
 
 

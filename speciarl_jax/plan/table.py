@@ -28,8 +28,19 @@ _HEADER = (
 )
 
 
+class StepRow(TypedDict):
+    """`traffic.StepTraffic`."""
+
+    moved: dict[str, float]
+    needed: dict[str, float]
+    launches: int
+
+
 class ProgramRow(TypedDict):
-    """One program of a plan; how long it takes is known for the largest shapes only."""
+    """One program of a plan; how long it takes is known for the largest shapes only.
+
+    ``step`` is there for decoding compiled for GPU.
+    """
 
     name: str
     arguments_gib: float
@@ -44,6 +55,7 @@ class ProgramRow(TypedDict):
     wire_gb_per_device: NotRequired[float]
     seconds: NotRequired[float]
     mfu_bound: NotRequired[float]
+    step: NotRequired[StepRow]
 
 
 class Totals(TypedDict):
@@ -100,6 +112,7 @@ def plan_text(plan: Plan) -> str:
         "",
         _verdict(plan),
         *_total_lines(plan["totals"]),
+        *(_step_line(row["name"], row["step"]) for row in plan["programs"] if "step" in row),
     ]
     if plan["caveat"]:
         lines.append(f"caveat: {plan['caveat']}")
@@ -147,6 +160,17 @@ def _verdict(plan: Plan) -> str:
     return (
         f"{says}: {worst['name']} needs {worst['peak_gib']:.2f} of {plan['usable_gib']:.2f} usable "
         "GiB a device"
+    )
+
+
+def _step_line(name: str, step: StepRow) -> str:
+    def total(parts: dict[str, float]) -> str:
+        each = ", ".join(f"{kind} {amount / 1e9:.2f}" for kind, amount in parts.items())
+        return f"{sum(parts.values()) / 1e9:.2f} GB ({each})"
+
+    return (
+        f"one step of {name} at all its rows and columns moves {total(step['moved'])} in "
+        f"{step['launches']} launches; it must move {total(step['needed'])}"
     )
 
 
