@@ -169,10 +169,10 @@ def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> Plan:
     }
 
 
-def _vocab_sizes(planned: Planned, program: Program) -> tuple[int, ...]:
+def _vocab_sizes(planned: Planned, program: Program) -> tuple[int, int] | None:
     """Columns of the logits, whole and on one device, where the traffic of decoding is read."""
     if not program.name.startswith("decode") or planned.topology.devices[0].platform != "gpu":
-        return ()
+        return None
     size = planned.session.arch.text.vocab_size
     return size, size // planned.layout.tensor
 

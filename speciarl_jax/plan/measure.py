@@ -9,6 +9,7 @@ import time
 
 import jax
 
+from speciarl_jax.plan import hlo
 from speciarl_jax.plan.programs import Program, device_bytes
 from speciarl_jax.plan.traffic import StepTraffic, decode_traffic, entry_bytes
 
@@ -55,12 +56,12 @@ class Measured:
         return not self.is_too_large and self.peak <= usable_bytes
 
 
-def measure(program: Program, vocab_sizes: tuple[int, ...] = ()) -> Measured:
+def measure(program: Program, vocab_sizes: tuple[int, int] | None = None) -> Measured:
     """Compiles one program.
 
     Args:
         program: to compile.
-        vocab_sizes: for `traffic.decode_traffic`; () to leave it out.
+        vocab_sizes: for `traffic.decode_traffic`; None to leave it out.
 
     Raises:
         ValueError: XLA fails for another reason than memory; the message is its own. Or jaxlib
@@ -86,16 +87,17 @@ def measure(program: Program, vocab_sizes: tuple[int, ...] = ()) -> Measured:
             f"{program.name}: this XLA tells neither memory nor operations of a compiled program; "
             "plan with another version of jax"
         )
+    module = hlo.parse(text)
     temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes
     return Measured(
         program.name,
         memory.argument_size_in_bytes,
         temporaries - memory.alias_size_in_bytes,
         # jit drops arguments that are not used; they stay on the device nevertheless.
-        others + max(device_bytes((program.args, program.kwargs)) - int(entry_bytes(text)), 0),
+        others + max(device_bytes((program.args, program.kwargs)) - entry_bytes(module), 0),
         count_collectives(text),
         time.perf_counter() - start,
-        step=decode_traffic(text, vocab_sizes) if vocab_sizes else None,
+        step=decode_traffic(module, vocab_sizes) if vocab_sizes else None,
     )
 
 

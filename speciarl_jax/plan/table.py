@@ -31,8 +31,8 @@ _HEADER = (
 class StepRow(TypedDict):
     """`traffic.StepTraffic`."""
 
-    moved: dict[str, float]
-    needed: dict[str, float]
+    moved: dict[str, int]
+    needed: dict[str, int]
     launches: int
 
 
@@ -164,7 +164,7 @@ def _verdict(plan: Plan) -> str:
 
 
 def _step_line(name: str, step: StepRow) -> str:
-    def total(parts: dict[str, float]) -> str:
+    def total(parts: dict[str, int]) -> str:
         each = ", ".join(f"{kind} {amount / 1e9:.2f}" for kind, amount in parts.items())
         return f"{sum(parts.values()) / 1e9:.2f} GB ({each})"
 

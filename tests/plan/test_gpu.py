@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from speciarl_jax.config.recipes import load_recipe
-from speciarl_jax.plan import chips, gpu, traffic
+from speciarl_jax.plan import chips, gpu, hlo, traffic
 from speciarl_jax.plan.make import open_plan
 from speciarl_jax.policy.flash import attend_cudnn
 
@@ -26,7 +26,7 @@ HLO = pathlib.Path(__file__).with_name("decode_step.hlo").read_text()
 
 
 def test_bytes_of_a_step_worked_by_hand():
-    step = traffic.decode_traffic(HLO, (10,))
+    step = traffic.decode_traffic(hlo.parse(HLO), (10, 10))
     hidden, layer, column, logits, head = 64, 64, 16, 160, 160
     assert step.moved == {
         "weights": 2 * layer + head,  # each layer is sliced once
@@ -47,18 +47,17 @@ def test_an_embedding_beside_a_head_is_read_by_rows():
         "%hidden.1 = bf16[4,8]{1,0} parameter(2), "
         "metadata={op_name=\"states[1][\\'text\\'][\\'lm_head\\'].value\"}",
     )
-    assert traffic.decode_traffic(untied, (10,)).needed["weights"] == 128 + 64
+    assert traffic.decode_traffic(hlo.parse(untied), (10, 10)).needed["weights"] == 128 + 64
 
 
-def test_bytes_of_shapes_and_of_arguments():
-    assert traffic.num_bytes("(f32[3,2]{1,0}, bf16[5], s4[3], pred[])") == 24 + 10 + 1.5 + 1
-    assert traffic.num_bytes("f8e4m3fn[7]{0}") == 7
-    assert traffic.entry_bytes(HLO) == 128 + 192 + 64 + 160
+def test_bytes_of_the_arguments_that_a_program_takes():
+    assert traffic.entry_bytes(hlo.parse(HLO)) == 128 + 192 + 64 + 160
 
 
-def test_a_program_without_a_loop_is_refused():
+def test_a_program_without_a_loop_of_unknown_length_is_refused():
+    known = HLO.replace("body=%step", 'body=%step, backend_config={"known_trip_count":{"n":"2"}}')
     with pytest.raises(ValueError, match="one loop of unknown length; found 0"):
-        traffic.decode_traffic(HLO.replace("body=%step", 'x={"known_trip_count":{"n":"2"}}'), (10,))
+        traffic.decode_traffic(hlo.parse(known), (10, 10))
 
 
 def test_every_card_has_a_target_with_its_own_numbers():
