@@ -7,11 +7,14 @@ RECIPE ?= configs/cpu_smoke.py
 # Run directory: recipe name and arguments, then the seed.
 RUN = runs/$(subst =,-,$(subst $(comma),_,$(subst :,_,$(basename $(notdir $(firstword $(subst :, ,$(RECIPE)))))$(if $(findstring :,$(RECIPE)),_$(word 2,$(subst :, ,$(RECIPE)))))))-seed$(SEED)
 comma := ,
-export JAX_PLATFORMS ?= cpu
+ON_CPU := test test-all bench bench-rollout bench-update evidence drill trajectory mutants witness tiny
+# On the CPU, whatever there is: what tests and recorded figures are of. The rest takes a GPU or TPU.
+$(ON_CPU): export JAX_PLATFORMS ?= cpu
 
 .PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill trajectory mutants witness tiny
 
-setup: $(VENV)/.installed
+# `make setup EXTRA=cuda13` for a GPU, EXTRA=tpu, ...
+setup: $(VENV)/.installed$(EXTRA:%=-%)
 setup-dev: $(VENV)/.installed-dev
 
 $(VENV)/.installed: setup.py
@@ -20,8 +23,8 @@ $(VENV)/.installed: setup.py
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[$*]"
 	touch $@
 
 # Trains and scores the small policy on two CPU cores. A second call resumes.

@@ -13,6 +13,7 @@ import jax
 from jax.experimental import topologies
 from packaging.requirements import Requirement
 
+from speciarl_jax.devices import gpu_memory
 from speciarl_jax.plan import gpu
 from speciarl_jax.policy.flops import peak_flops
 
@@ -69,20 +70,21 @@ class Chip:
 # TPU: memory and bandwidth from the system architecture pages of cloud.google.com/tpu/docs, links
 # as one-way bandwidth of one of the 4 (v5e, v6e) or 6 (v4, v5p) inter-chip links. XLA keeps about
 # 2 to 4 % of a TPU's memory. GPU: data sheets, memory as nvidia-smi shows it; NVLink is half of the
-# one-way total; 8 to 10 % go to CUDA, cuDNN and fragmentation.
+# one-way total; jax takes `devices.gpu_memory.DEFAULT_FRAC` of it, or what the user says.
+_GPU_FRAC = gpu_memory.DEFAULT_FRAC
 CHIPS = {
     "v4": Chip("TPU v4", 32, 0.96, 1228, 45, "megacore"),
     "v5e": Chip("TPU v5 lite", 16, 0.98, 819, 45, on_part="one_chip"),
     "v5p": Chip("TPU v5", 95, 0.98, 2765, 90),
     "v6e": Chip("TPU v6 lite", 32, 0.97, 1640, 90, on_part="no_collectives"),
-    "b200": Chip("NVIDIA B200", 178, 0.92, 7672, 450),
-    "h200": Chip("NVIDIA H200", 139, 0.92, 4800, 225),
-    "h100": Chip("NVIDIA H100", 79, 0.92, 3350, 225),
-    "a100": Chip("NVIDIA A100", 79, 0.92, 2039, 150),
-    "l40s": Chip("NVIDIA L40S", 44, 0.90, 864, 16),
-    "l4": Chip("NVIDIA L4", 22, 0.90, 300, 8),
-    "a10g": Chip("NVIDIA A10G", 22, 0.90, 600, 8),
-    "rtx4090": Chip("NVIDIA GeForce RTX 4090", 23.5, 0.90, 1008, 16),
+    "b200": Chip("NVIDIA B200", 178, _GPU_FRAC, 7672, 450),
+    "h200": Chip("NVIDIA H200", 139, _GPU_FRAC, 4800, 225),
+    "h100": Chip("NVIDIA H100", 79, _GPU_FRAC, 3350, 225),
+    "a100": Chip("NVIDIA A100", 79, _GPU_FRAC, 2039, 150),
+    "l40s": Chip("NVIDIA L40S", 44, _GPU_FRAC, 864, 16),
+    "l4": Chip("NVIDIA L4", 22, _GPU_FRAC, 300, 8),
+    "a10g": Chip("NVIDIA A10G", 22, _GPU_FRAC, 600, 8),
+    "rtx4090": Chip("NVIDIA GeForce RTX 4090", 23.5, _GPU_FRAC, 1008, 16),
 }
 _GPUS = tuple(gpu.TARGETS)
 _TPUS = tuple(name for name in CHIPS if name not in _GPUS)
@@ -169,6 +171,7 @@ def open_topology(name: str) -> Topology:
     chip_name, shape, count = parse_topology(name)
     chip = CHIPS[chip_name]
     if chip_name in _GPUS:
+        chip = dataclasses.replace(chip, usable_frac=gpu_memory.usable_frac(os.environ))
         if gpu.has_compiler():
             memory = int(chip.memory_gib * GIB)
             target = gpu.target_text(chip_name, chip.kind, memory, chip.hbm_gb_s * 1e9)

@@ -32,6 +32,7 @@ from speciarl_jax.plan.table import Plan, ProgramRow, Totals
 from speciarl_jax.plan.work import Layout, Work, step_work
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import abstract_policy, count_parameters
+from speciarl_jax.rollout.placement import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,8 @@ def bucket_programs(planned: Planned) -> list[Program]:
         name = f"{program.name} {what}"
         found.setdefault(name, dataclasses.replace(program, name=name))
 
-    for shapes in all_shapes(planned.config, largest):
+    has_few_sizes = Placement(session.local).has_few_sizes
+    for shapes in all_shapes(planned.config, largest, has_few_sizes):
         prompt, width = f"S={shapes.prompt_tokens}", f"C={shapes.completion_tokens}"
         if shapes.windows < largest.windows:
             add(encode_program(session, shapes), f"W={shapes.windows}")

@@ -232,7 +232,7 @@ def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Progra
     table = image_table(session, shapes)
     found = [Program("decode", decode.decode_chunk, args, others=(session.optim, table))]
     per_shard = rows // placement.num_shards
-    smaller = layout.next_rows(per_shard, per_shard)
+    smaller = layout.next_rows(per_shard, per_shard, placement.has_few_sizes)
     if session.config.rollout.compact and smaller:
         keep = host((smaller * placement.num_shards,), jnp.int32)
         alive = (session.states, session.optim, table, prompts)
