@@ -5,7 +5,8 @@ Sizes come from short fixed lists, so that warm-up can compile all of them:
     rows      full, .75 of it and so on six times, then halves four times: at most 11 sizes
     columns   one chunk, doubled up to the limit: 6 sizes for 64 to 2,048; a program for each pair
 
-On GPU rows are halved three times and columns are a quarter of the limit, then all of it: 8 pairs.
+On GPU rows are quartered twice, columns a quarter of the limit and then all of it: 6 pairs. Moving
+a quarter of the rows also needs little memory beside the caches that they come from.
 
 Rows and columns only move to the next size of their list, which keeps the programs that move them
 as few as the sizes. Eleven row sizes keep 82 % of the slots of 2,560 rows live at log-normal
@@ -23,13 +24,13 @@ from speciarl_jax.data.batch import PromptBatch
 from speciarl_jax.rollout.decode import RowMap
 
 _QUARTERS, _HALVES = 6, 4
-_FEW_HALVES = 3
+_FEW_STEPS = 2
 
 
 def row_sizes(full: int, has_few: bool = False) -> list[int]:
     """Rows of a shard that a decode batch may have, from all of them downwards."""
     sizes = [full]
-    for ratio in [0.5] * _FEW_HALVES if has_few else [0.75] * _QUARTERS + [0.5] * _HALVES:
+    for ratio in [0.25] * _FEW_STEPS if has_few else [0.75] * _QUARTERS + [0.5] * _HALVES:
         smaller = math.ceil(sizes[-1] * ratio)
         if smaller == sizes[-1]:
             break

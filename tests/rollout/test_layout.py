@@ -15,9 +15,9 @@ def test_row_sizes_by_hand():
 
 
 def test_sizes_on_a_gpu_are_few():
-    assert row_sizes(128, has_few=True) == [128, 64, 32, 16]
-    assert row_sizes(3, has_few=True) == [3, 2, 1]
-    assert next_rows(64, 128, has_few=True) == 32
+    assert row_sizes(128, has_few=True) == [128, 32, 8]
+    assert row_sizes(3, has_few=True) == [3, 1]
+    assert next_rows(32, 128, has_few=True) == 8
     assert column_sizes(64, 2048, True, has_few=True) == [512, 2048]
     assert column_sizes(64, 100, True, has_few=True) == [64, 100]
     assert column_sizes(64, 10, True, has_few=True) == [10]
@@ -29,7 +29,7 @@ def test_the_gpu_recipe_warms_up_few_programs():
     rollout, rows = config.rollout, config.train.prompts_per_step * config.rollout.group_size
     columns = column_sizes(rollout.chunk_tokens, rollout.max_completion_tokens, True, has_few=True)
     pairs = len(row_sizes(rows, has_few=True)) * len(columns)
-    assert pairs * len(config.data.prompt_buckets) == 16
+    assert pairs * len(config.data.prompt_buckets) == 12
 
 
 def test_column_sizes_by_hand():
