@@ -11,7 +11,7 @@ ON_CPU := test test-all bench bench-rollout bench-update evidence drill trajecto
 # On the CPU, whatever there is: what tests and recorded figures are of. The rest takes a GPU or TPU.
 $(ON_CPU): export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill trajectory mutants witness tiny
+.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill trajectory mutants witness tiny gpu-check gpu-pack
 
 # `make setup EXTRA=cuda13` for a GPU, EXTRA=tpu, ...
 setup: $(VENV)/.installed$(EXTRA:%=-%)
@@ -90,6 +90,14 @@ trajectory: setup-dev
 mutants: setup-dev
 	$(BIN)/python -m pip install --quiet -e ".[mutants]"
 	$(BIN)/python -m tests.mutants.run $(ARGS)
+
+# What a real card does, against what the plan says of it (at most ten minutes; ARGS=--tiny anywhere).
+gpu-check: setup
+	$(BIN)/python -m tests.gpu.check $(ARGS)
+
+# Wheels for a machine with a GPU and without a network, into runs/gpu_wheels.
+gpu-pack: setup
+	$(BIN)/python -m tests.gpu.pack $(ARGS)
 
 # Proves that a refactor changed no number: this tree against a commit, bit for bit (about 15
 # minutes; BASE's results are kept in .witness/). `make witness BASE=COMMIT ARGS=--smoke`
