@@ -217,7 +217,7 @@ def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Progra
     placement, (per_shard, columns) = _placement(session), largest_size(session, shapes)
     decode_loop = decode_program(session, shapes, per_shard, columns)
     found, full = [decode_loop], shapes.wave_shard_prompts * shapes.group_size
-    smaller = layout.next_rows(per_shard, full)
+    smaller = layout.next_rows(per_shard, full, placement.has_few_sizes)
     if session.config.rollout.compact and smaller:
         keep = _host_array(session)((smaller * placement.num_shards,), jnp.int32)
         _, states, prompts, _, state, *_ = decode_loop.args

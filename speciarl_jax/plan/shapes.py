@@ -159,12 +159,12 @@ def rollout_shape(config: Config, shapes: StepShapes, tensor: int) -> memory.Rol
     )
 
 
-def all_shapes(config: Config, shapes: StepShapes) -> list[StepShapes]:
-    """Every bucket of prompts, and completions of the limit, half of it, ... one chunk."""
+def all_shapes(config: Config, shapes: StepShapes, has_few_sizes: bool = False) -> list[StepShapes]:
+    """Every bucket of prompts, and the columns of `rollout.layout.column_sizes`."""
     prompts = config.data.prompt_buckets or (shapes.prompt_tokens,)
     windows = config.data.window_buckets or (shapes.windows,)
     chunk, limit = config.rollout.chunk_tokens, shapes.completion_tokens
-    columns = layout.column_sizes(chunk, limit, config.rollout.compact)
+    columns = layout.column_sizes(chunk, limit, config.rollout.compact, has_few_sizes)
     return [
         dataclasses.replace(shapes, prompt_tokens=s, windows=w, completion_tokens=c)
         for s in sorted(prompts, reverse=True)

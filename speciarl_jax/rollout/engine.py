@@ -85,8 +85,9 @@ class RolloutEngine:
         self.vocabulary = vocabulary
         self.placement = Placement.of_run(mesh, config.early_exit)
         self.is_int8 = config.kv_cache_dtype == "int8"
+        self.has_few_sizes = self.placement.has_few_sizes
         self.columns = layout.column_sizes(
-            config.chunk_tokens, config.max_completion_tokens, config.compact
+            config.chunk_tokens, config.max_completion_tokens, config.compact, self.has_few_sizes
         )
         self.stats = RolloutStats()
         self.planned_bytes = 0  # counted for the last batch, on a device
@@ -209,7 +210,7 @@ class RolloutEngine:
         while True:
             columns = wave.state.num_columns
             until = min(wave.step + self.config.chunk_tokens, columns)
-            smaller = layout.next_rows(wave.rows.per_shard, full) if self.config.compact else 0
+            smaller = self._next_rows(wave, full) if self.config.compact else 0
             self.advance(states, wave, row_map, until, smaller, sampling)
             yield self._take_finished(wave, wave.step >= limit)
             if wave.rows.is_free.all() and not spill.resume(wave):
@@ -256,10 +257,13 @@ class RolloutEngine:
             spill.park_half(wave, lambda half: self._shrink(half, full))
             self.stats.parked += 1
 
+    def _next_rows(self, wave: Wave, full: int) -> int:
+        return layout.next_rows(wave.rows.per_shard, full, self.has_few_sizes)
+
     def _shrink(self, wave: Wave, full: int) -> bool:
         """Moves live rows to the smallest batch that holds them, size by size."""
         live, has_shrunk = wave.rows.most_live(), False
-        while live <= (smaller := layout.next_rows(wave.rows.per_shard, full)):
+        while live <= (smaller := self._next_rows(wave, full)):
             wave.rows, keep = wave.rows.shrunk(smaller)
             wave.state = decode.shrink(wave.state, keep, self.placement)
             has_shrunk = True

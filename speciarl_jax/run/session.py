@@ -80,7 +80,8 @@ class Session:
         vision = batch.vision
         if self.local.size == 1:
             unit, buckets = self.arch.vision.window_patches, self.config.data.window_buckets
-            return encode_by_size(self.parts.graphdef, states, vision, unit, buckets)
+            parts = (self.parts.graphdef, states, vision, unit, buckets)
+            return encode_by_size(*parts, mesh=self.local)
         place = layout.image_sharding(self.local, len(vision.patches))
         images = jax.device_put((vision.patches, vision.positions, vision.mask), place)
         table: Array = encode_images(self.parts.graphdef, states, *images, self.local)
