@@ -82,7 +82,8 @@ class Chip:
 # 2 to 4 % of a TPU's memory. GPU: data sheets, memory as nvidia-smi shows it; NVLink is half of the
 # one-way total; jax takes `devices.gpu_memory.DEFAULT_FRAC` of it, or what the user says. A hop
 # takes about a microsecond on a TPU ("How to Scale Your Model", sharding); 2.5 on a GPU makes the
-# 10 that NCCL takes for a small sum over four. Frozen: tables of docs/scale.md are compared over months.
+# 10 that NCCL takes for a small sum over four. Frozen: tables of docs/scale.md are compared over
+# months.
 _GPU_FRAC = gpu_memory.DEFAULT_FRAC
 CHIPS = {
     "v4": Chip("TPU v4", 32, 0.96, 1228, 45, "megacore"),
