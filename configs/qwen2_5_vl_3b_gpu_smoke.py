@@ -2,8 +2,8 @@
 
     speciarl train --config=configs/qwen2_5_vl_3b_gpu_smoke.py:memory=24 --workdir=DIR
 
-NOT YET RUN. Planned from XLA for CPU, memory=24 on an L4: 10.1 of 19.8 usable GiB a device
-(update), at least 10 s a step, 5 min for 30 steps; memory=80 on an A100: 15.9 of 72.7 usable GiB a
+NOT YET RUN. Compiled without the card, memory=24 for an L4: 10.0 of 19.8 usable GiB a device
+(update), at least 10 s a step, 5 min for 30 steps; memory=80 for an A100: 12.6 of 71.1 usable GiB a
 device (update), at least 3 s a step, 1 min for 30 steps.
 Arguments: memory=24 (L4, A10G, RTX 4090) or 80 (A100, H100, H200), GB of the card; steps=30. It
 shows that a real checkpoint loads, samples, is judged and learns; the field guide is too easy to

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from speciarl_jax import errors
 from speciarl_jax.cli import check, convert, data, eval, judge, plan, report, sample, tiny, train
+from speciarl_jax.devices import gpu_memory
 
 # A page has `register(verbs)`: its verbs with a `handler` each, a function args -> exit code.
 # Handlers import what they call: jax, flax and orbax take seconds that other verbs do not pay.
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code."""
     # transformers announces that torch is missing; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    gpu_memory.set_default(os.environ)
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]

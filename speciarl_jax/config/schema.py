@@ -287,6 +287,7 @@ class Config:
         check_definition(self.algo)
         _check_sampling(self)
         _check_train(self)
+        _check_lengths(self)
         _check_evaluation(self)
         self.judge.validate()
         if not self.eval.use_train_judge:
@@ -409,6 +410,18 @@ def _check_train(config: Config) -> None:
         "rollout.warm_up=true: set data.prompt_buckets and data.window_buckets, the shapes that "
         "are compiled before step one",
     )
+
+
+def _check_lengths(config: Config) -> None:
+    """In 16 bit a GPU runs cuDNN's attention, which has no gradient for odd lengths."""
+    limit = ("rollout.max_completion_tokens", config.rollout.max_completion_tokens)
+    buckets = [("data.prompt_buckets", size) for size in config.data.prompt_buckets]
+    for field, size in [limit, *buckets] if config.model.compute_dtype != "float32" else []:
+        require(
+            size % 2 == 0,
+            f"{field}: {size} is odd, and with model.compute_dtype={config.model.compute_dtype} a "
+            f"GPU has no gradient of attention over an odd length; set {size + 1}",
+        )
 
 
 def micro_batch_prompts(train: TrainConfig, num_replicas: int) -> int:

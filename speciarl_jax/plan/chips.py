@@ -13,13 +13,11 @@ import jax
 from jax.experimental import topologies
 from packaging.requirements import Requirement
 
+from speciarl_jax.devices import gpu_memory
+from speciarl_jax.plan import gpu
 from speciarl_jax.policy.flops import peak_flops
 
 GIB = 2**30
-GPU_CAVEAT = (
-    "GPU planned from XLA for CPU: temporaries are an upper bound (no fused attention, bfloat16 "
-    "products computed in float32), kernels and collectives are not those of the GPU"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,21 +80,27 @@ class Chip:
 # TPU: memory and bandwidth from the system architecture pages of cloud.google.com/tpu/docs, links
 # as one-way bandwidth of one of the 4 (v5e, v6e) or 6 (v4, v5p) inter-chip links. XLA keeps about
 # 2 to 4 % of a TPU's memory. GPU: data sheets, memory as nvidia-smi shows it; NVLink is half of the
-# one-way total; 8 to 10 % go to CUDA, cuDNN and fragmentation. A hop takes about a microsecond on a
-# TPU ("How to Scale Your Model", sharding); 2.5 on a GPU makes the 10 that NCCL takes for a small
-# sum over four. Frozen: tables of docs/scale.md are compared over months.
+# one-way total; jax takes `devices.gpu_memory.DEFAULT_FRAC` of it, or what the user says. A hop
+# takes about a microsecond on a TPU ("How to Scale Your Model", sharding); 2.5 on a GPU makes the
+# 10 that NCCL takes for a small sum over four. Frozen: tables of docs/scale.md are compared over
+# months.
+_GPU_FRAC = gpu_memory.DEFAULT_FRAC
 CHIPS = {
     "v4": Chip("TPU v4", 32, 0.96, 1228, 45, "megacore"),
     "v5e": Chip("TPU v5 lite", 16, 0.98, 819, 45),
     "v5p": Chip("TPU v5", 95, 0.98, 2765, 90),
     "v6e": Chip("TPU v6 lite", 32, 0.97, 1640, 90),
-    "h200": Chip("NVIDIA H200", 139, 0.92, 4800, 225, hop_us=2.5),
-    "h100": Chip("NVIDIA H100", 79, 0.92, 3350, 225, hop_us=2.5),
-    "a100": Chip("NVIDIA A100", 79, 0.92, 2039, 150, hop_us=2.5),
-    "l4": Chip("NVIDIA L4", 22, 0.90, 300, 8, hop_us=2.5),
-    "a10g": Chip("NVIDIA A10G", 22, 0.90, 600, 8, hop_us=2.5),
+    "b200": Chip("NVIDIA B200", 178, _GPU_FRAC, 7672, 450, hop_us=2.5),
+    "h200": Chip("NVIDIA H200", 139, _GPU_FRAC, 4800, 225, hop_us=2.5),
+    "h100": Chip("NVIDIA H100", 79, _GPU_FRAC, 3350, 225, hop_us=2.5),
+    "a100": Chip("NVIDIA A100", 79, _GPU_FRAC, 2039, 150, hop_us=2.5),
+    "l40s": Chip("NVIDIA L40S", 44, _GPU_FRAC, 864, 16, hop_us=2.5),
+    "l4": Chip("NVIDIA L4", 22, _GPU_FRAC, 300, 8, hop_us=2.5),
+    "a10g": Chip("NVIDIA A10G", 22, _GPU_FRAC, 600, 8, hop_us=2.5),
+    "rtx4090": Chip("NVIDIA GeForce RTX 4090", 23.5, _GPU_FRAC, 1008, 16, hop_us=2.5),
 }
-_TPUS, _GPUS = ("v4", "v5e", "v5p", "v6e"), ("h200", "h100", "a100", "l4", "a10g")
+_GPUS = tuple(gpu.TARGETS)
+_TPUS = tuple(name for name in CHIPS if name not in _GPUS)
 _LOOP_MOTION = ("while-loop-invariant-code-motion", "while-loop-expensive-invariant-code-motion")
 _MAX_GPUS = 8  # of one host; a replica lies within one
 
@@ -131,9 +135,9 @@ def parse_topology(name: str) -> tuple[str, str, int]:
         ValueError: unknown chip, or no sizes.
     """
     tpu = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    gpu = re.fullmatch(r"gpu:([a-z0-9]+?)x(\d+)", name)
-    if gpu and gpu[1] in _GPUS and 1 <= int(gpu[2]) <= _MAX_GPUS:
-        return gpu[1], gpu[2], int(gpu[2])
+    card = re.fullmatch(r"gpu:([a-z0-9]+?)x(\d+)", name)
+    if card and card[1] in _GPUS and 1 <= int(card[2]) <= _MAX_GPUS:
+        return card[1], card[2], int(card[2])
     if tpu and tpu[1] in _TPUS:
         return tpu[1], tpu[2], math.prod(map(int, tpu[2].split("x")))
     raise ValueError(
@@ -176,11 +180,17 @@ def open_topology(name: str) -> Topology:
     chip_name, shape, count = parse_topology(name)
     chip = CHIPS[chip_name]
     if chip_name in _GPUS:
+        chip = dataclasses.replace(chip, usable_frac=gpu_memory.usable_frac(os.environ))
+        if gpu.has_compiler():
+            memory = int(chip.memory_gib * GIB)
+            target = gpu.target_text(chip_name, chip.kind, memory, chip.hbm_gb_s * 1e9)
+            cards = gpu.open_gpus(name, target, count)
+            return Topology(name, chip, cards, cards, caveat=gpu.NO_TUNING)
         fakes = jax.devices("cpu")
         if len(fakes) < count:
             raise ValueError(f"--topology={name}: {len(fakes)} fake devices, expected {count}")
         chosen = tuple(fakes[:count])
-        return Topology(name, chip, chosen, chosen, caveat=GPU_CAVEAT)
+        return Topology(name, chip, chosen, chosen, caveat=gpu.NO_PLUGIN)
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise ValueError(
             f"--topology={name}: compiling for TPU needs libtpu; pip install 'speciarl-jax[plan]'"
@@ -203,13 +213,14 @@ def _tpu_devices(name: str, shape: str, chip: Chip) -> tuple[jax.Device, ...]:
 def worker_environment(name: str) -> dict[str, str]:
     """Environment in which `open_topology` works: no TPU is looked for, fake devices for GPU.
 
-    XLA for CPU turns bfloat16 weights into float32 before a product, and would do so for all layers
-    at once ahead of the loop; a GPU needs no copy, so for GPU plans that motion is switched off.
+    Without the CUDA plugin a GPU is planned from XLA for CPU, which turns bfloat16 weights into
+    float32 before a product, and would do so for all layers at once ahead of the loop; a GPU needs
+    no copy, so that motion is switched off.
     """
     chip_name, _, count = parse_topology(name)
     flags = [os.environ.get("XLA_FLAGS", "")]
     flags.append(f"--xla_force_host_platform_device_count={count}")
-    if chip_name in _GPUS:
+    if chip_name in _GPUS and not gpu.has_compiler():
         flags.append(f"--xla_disable_hlo_passes={','.join(_LOOP_MOTION)}")
     return os.environ | {
         "JAX_PLATFORMS": "cpu",

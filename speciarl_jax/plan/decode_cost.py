@@ -148,6 +148,7 @@ def schedule(
     lengths: Int[np.ndarray, "shards rows"],
     config: RolloutConfig,
     rows_that_fit: Callable[[int], int] | None = None,
+    has_few_sizes: bool = False,
 ) -> Iterator[Call]:
     """The calls of one wave.
 
@@ -155,9 +156,10 @@ def schedule(
         lengths: of the rows of each shard.
         config: the recipe's rollout section.
         rows_that_fit: rows of a shard that may have so many columns; None for all of them.
+        has_few_sizes: see `rollout.placement`.
     """
     fit = rows_that_fit or (lambda columns: lengths.shape[1])
-    start = _Place(lengths.shape[1], lengths.shape[1], 0, 0)
+    start = _Place(lengths.shape[1], lengths.shape[1], 0, 0, has_few_sizes)
     yield from _calls(lengths, config, fit, start)
 
 
@@ -169,29 +171,36 @@ class _Place:
     rows: int
     step: int
     column: int
+    has_few_sizes: bool
+
+    def next_rows(self, rows: int) -> int:
+        """The size after `rows`; 0 if there is none."""
+        return layout.next_rows(rows, self.full, self.has_few_sizes)
 
 
 def _calls(
     lengths: np.ndarray, config: RolloutConfig, fit: Callable[[int], int], place: _Place
 ) -> Iterator[Call]:
-    sizes = layout.column_sizes(config.chunk_tokens, config.max_completion_tokens, config.compact)
+    limit, has_few = config.max_completion_tokens, place.has_few_sizes
+    sizes = layout.column_sizes(config.chunk_tokens, limit, config.compact, has_few)
     live = (lengths[:, :, None] > np.arange(sizes[-1] + 1)).sum(axis=1).max(axis=0)  # [steps]
     rows, step, column = place.rows, place.step, place.column
     moved = 0
     while live[step]:
-        while config.compact and live[step] <= (smaller := layout.next_rows(rows, place.full)):
+        while config.compact and live[step] <= (smaller := place.next_rows(rows)):
             moved += (rows + smaller) * sizes[column]
             rows = smaller
         if step == sizes[column]:
             if rows > fit(sizes[column + 1]):
                 yield Call(rows, sizes[column], 0, moved + 2 * rows * sizes[column], parked=1)
                 for half in _halves(lengths, step, -(-int(live[step]) // 2)):
-                    yield from _calls(half, config, fit, _Place(place.full, rows, step, column))
+                    there = dataclasses.replace(place, rows=rows, step=step, column=column)
+                    yield from _calls(half, config, fit, there)
                 return
             column += 1
             moved += rows * (sizes[column - 1] + sizes[column])
         until = min(step + config.chunk_tokens, sizes[column])
-        smaller = layout.next_rows(rows, place.full) if config.compact else 0
+        smaller = place.next_rows(rows) if config.compact else 0
         steps = range(step + 1, until)
         end = next((t for t in steps if live[t] <= smaller), until) if config.early_exit else until
         yield Call(rows, sizes[column], end - step, moved)

@@ -328,34 +328,43 @@ def copies(module: Module, at_least: int = 2**20) -> list[tuple[Run, int]]:
     ]
 
 
+def is_kernel(one: Instruction) -> bool:
+    """Whether an instruction computes or moves: names, aliases and the ends of transfers do not."""
+    return one.opcode not in _FREE and not one.opcode.endswith("-done")
+
+
 def traffic(module: Module, run: Run) -> int:
     """Bytes that one execution reads from and writes to the main memory."""
-    one, place = run.instruction, run.computation.instructions
-    if one.opcode in _FREE or one.opcode.endswith("-done") or one.opcode == "async-start":
+    if not is_kernel(run.instruction) or run.instruction.opcode == "async-start":
         return 0
+    reads, written = parts(module, run.computation, run.instruction)
+    return sum(reads) + written
+
+
+def parts(module: Module, computation: Computation, one: Instruction) -> tuple[list[int], int]:
+    """(bytes that a kernel reads of each operand, bytes that it writes), in the main memory."""
 
     def size(name: str) -> int:
-        return sum(shape.main_bytes for shape in place[name].shapes)
+        return sum(shape.main_bytes for shape in computation.instructions[name].shapes)
 
+    whole = [size(name) for name in one.operands]
     if one.opcode == "fusion":
         inner = module.computations[one.calls("calls")]
-        reads = (
-            _read(module, inner, number, size(name)) for number, name in enumerate(one.operands)
-        )
-        return sum(reads) + _written(module, inner, one)
+        reads = [_read(module, inner, number, nbytes) for number, nbytes in enumerate(whole)]
+        return reads, _written(module, inner, one)
     if one.opcode == "copy-start":
-        return size(one.operands[0]) + one.shapes[0].main_bytes
+        return whole, one.shapes[0].main_bytes
     if one.opcode == "slice-start":
         chunk = one.shapes[-2] if len(one.shapes) > 2 else one.shapes[-1]
-        return chunk.num_bytes + chunk.main_bytes
+        return [chunk.num_bytes], chunk.main_bytes
     written = sum(shape.main_bytes for shape in _results(one))
     if one.opcode in _LOOKS:
         looked = sum(shape.num_bytes for shape in one.shapes)
-        return written + min(looked, size(one.operands[0])) + sum(map(size, one.operands[1:]))
+        return [min(looked, whole[0]), *whole[1:]], written
     if one.opcode in ("dynamic-update-slice", "scatter"):
-        update = one.operands[1 if one.opcode == "dynamic-update-slice" else -1]
-        return 2 * size(update)
-    return written + sum(map(size, one.operands))
+        place = 1 if one.opcode == "dynamic-update-slice" else len(whole) - 1
+        return [nbytes * (n == place) for n, nbytes in enumerate(whole)], whole[place]
+    return whole, written
 
 
 def _read(module: Module, inner: Computation, number: int, whole: int) -> int:
@@ -405,10 +414,4 @@ def loop_traffic(module: Module) -> int:
 
 def launches(module: Module) -> int:
     """Kernels that the loops start; see `Run` for how often they are counted."""
-    return sum(
-        run.times
-        for run in module.runs
-        if run.depth
-        and run.instruction.opcode not in _FREE
-        and not run.instruction.opcode.endswith("-done")
-    )
+    return sum(run.times for run in module.runs if run.depth and is_kernel(run.instruction))

@@ -30,12 +30,13 @@ from speciarl_jax.plan.programs import (
     prefill_program,
     step_programs,
 )
-from speciarl_jax.plan.shapes import StepShapes, all_shapes, plan_shapes
+from speciarl_jax.plan.shapes import StepShapes, all_shapes, plan_shapes, rollout_shape
 from speciarl_jax.plan.table import DecodingRow, Plan, ProgramRow, Totals
 from speciarl_jax.plan.work import Layout, Work, decode_calls, decode_steps, step_work
 from speciarl_jax.policy.layers import Dtypes
 from speciarl_jax.policy.model import abstract_policy, count_parameters
 from speciarl_jax.rollout import layout
+from speciarl_jax.rollout.placement import Placement
 
 _MIB = 2**20
 
@@ -83,7 +84,8 @@ def open_plan(config: Config, topology: Topology) -> Planned:
     local_shape = MeshConfig(-1, mesh.shape["fsdp"], mesh.shape["tensor"])
     local = mesh if is_job else make_mesh(local_shape, topology.local_devices)
     session = abstract_session(config, arch, mesh, local)
-    shapes = plan_shapes(config, arch, dict(mesh.shape), 1 if is_job else topology.num_hosts)
+    num_hosts, has_few = 1 if is_job else topology.num_hosts, Placement(mesh).has_few_sizes
+    shapes = plan_shapes(config, arch, dict(mesh.shape), num_hosts, has_few)
     return Planned(config, topology, session, shapes, _layout(session), topology.caveat)
 
 
@@ -116,10 +118,11 @@ def _choose_mesh(config: Config, arch: Arch, topology: Topology) -> MeshConfig:
 def _layout(session: AbstractSession) -> Layout:
     trainable, frozen = session.parts.trainable, session.parts.frozen
     is_adapter = not session.config.model.train_base
+    vision_bytes = device_bytes([part.get("visual", ()) for part in (trainable, frozen)])
     return Layout(
         **dict(session.mesh.shape),
-        text_bytes=device_bytes((trainable, frozen["text"])),
-        vision_bytes=device_bytes(frozen.get("visual", ())),
+        text_bytes=device_bytes((trainable, frozen)) - vision_bytes,
+        vision_bytes=vision_bytes,
         adapter_bytes=device_bytes(trainable),
         adapter_params=count_parameters(trainable) if is_adapter else 0,
     )
@@ -161,7 +164,7 @@ def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> Plan:
     """
     programs = step_programs(planned.session, planned.shapes)
     programs += bucket_programs(planned) if has_all_buckets else []
-    found = {program.name: _measured(program) for program in programs}
+    found = {program.name: _measured(planned, program) for program in programs}
     cost = decode_cost(planned, found["decode"])
     work = with_latency(planned, found, planned.work(cost))
     rows = [_row(planned, one, work.get(one.name)) for one in found.values()]
@@ -183,8 +186,8 @@ def make_plan(planned: Planned, *, has_all_buckets: bool, price: float) -> Plan:
     }
 
 
-def _measured(program: Program) -> Measured:
-    found = measure(program)
+def _measured(planned: Planned, program: Program) -> Measured:
+    found = measure(program, _vocab_sizes(planned, program))
     log(f"{found.name}: {found.peak / GIB:.2f} GiB, compiled in {found.compile_s:.0f} s")
     return found
 
@@ -196,21 +199,20 @@ def decode_cost(planned: Planned, largest: Measured) -> Cost | None:
     """
     shapes, limit = planned.shapes, planned.shapes.completion_tokens
     full = shapes.wave_shard_prompts * shapes.group_size
-    rows, columns = layout.row_sizes(full), _columns(planned)
+    rows, columns = layout.row_sizes(full, shapes.has_few_sizes), _columns(planned)
     sizes = {largest_size(planned.session, shapes): largest}
     for size in ((full, columns[:2][-1]), (rows[len(rows) * 2 // 3], limit)):
         if size not in sizes:
             probe = decode_program(planned.session, shapes, *size)
             name = f"decode {size[0]} rows, {size[1]} columns"
-            sizes[size] = _measured(dataclasses.replace(probe, name=name))
+            sizes[size] = _measured(planned, dataclasses.replace(probe, name=name))
     if any(one.is_too_large for one in sizes.values()):
         return None
     return Compiled(tuple((*size, one.traffic) for size, one in sizes.items()))
 
 
 def _columns(planned: Planned) -> list[int]:
-    rollout = planned.config.rollout
-    return layout.column_sizes(rollout.chunk_tokens, rollout.max_completion_tokens, rollout.compact)
+    return rollout_shape(planned.config, planned.shapes, planned.layout.tensor).columns
 
 
 def with_latency(
@@ -252,6 +254,14 @@ def _parked_at_worst(planned: Planned) -> int:
     return sum(call.parked for call in calls)
 
 
+def _vocab_sizes(planned: Planned, program: Program) -> tuple[int, int] | None:
+    """Columns of the logits, whole and on one device, where the traffic of decoding is read."""
+    if not program.name.startswith("decode") or planned.topology.devices[0].platform != "gpu":
+        return None
+    size = planned.session.arch.text.vocab_size
+    return size, size // planned.layout.tensor
+
+
 def _row(planned: Planned, measured: Measured, work: Work | None) -> ProgramRow:
     chip = planned.topology.chip
     row: ProgramRow = {
@@ -267,6 +277,9 @@ def _row(planned: Planned, measured: Measured, work: Work | None) -> ProgramRow:
         "compile_s": measured.compile_s,
         "fits": measured.fits(chip.usable_bytes),
     }
+    if measured.step is not None:
+        step = measured.step
+        row["step"] = {"moved": step.moved, "needed": step.needed, "launches": step.launches}
     if work is not None:
         row |= {
             "tflops_per_device": work.hardware_flops / planned.layout.num_devices / 1e12,

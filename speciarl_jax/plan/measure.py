@@ -11,6 +11,7 @@ import jax
 
 from speciarl_jax.plan import hlo
 from speciarl_jax.plan.programs import Program, device_bytes
+from speciarl_jax.plan.traffic import StepTraffic, decode_traffic, entry_bytes
 
 _TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm")
 _TOO_MANY_TEMPORARIES = re.compile(
@@ -66,12 +67,13 @@ class Measured:
 
     Attributes:
         name: of the program.
-        arguments: bytes of its arguments.
+        arguments: bytes of the arguments that it uses.
         temporaries: bytes of everything between, results that reuse no argument included.
-        others: bytes of what else is alive meanwhile.
+        others: bytes of what else is alive meanwhile, arguments that it does not use included.
         traffic: what its HLO moves.
         compile_s: wall seconds to trace and compile.
         is_too_large: XLA refused it; `temporaries` is then what it says it needs in all.
+        step: what one step of the decode loop moves, read from the program for GPU; else None.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Measured:
     traffic: Traffic
     compile_s: float
     is_too_large: bool = False
+    step: StepTraffic | None = None
 
     @property
     def peak(self) -> int:
@@ -92,8 +95,12 @@ class Measured:
         return not self.is_too_large and self.peak <= usable_bytes
 
 
-def measure(program: Program) -> Measured:
+def measure(program: Program, vocab_sizes: tuple[int, int] | None = None) -> Measured:
     """Compiles one program.
+
+    Args:
+        program: to compile.
+        vocab_sizes: for `traffic.decode_traffic`; None to leave it out.
 
     Raises:
         ValueError: XLA fails for another reason than memory; the message is its own. Or jaxlib
@@ -120,14 +127,17 @@ def measure(program: Program) -> Measured:
             f"{program.name}: this XLA tells neither memory nor operations of a compiled program; "
             "plan with another version of jax"
         )
+    module = hlo.parse(text)
     temporaries = memory.temp_size_in_bytes + memory.output_size_in_bytes
     return Measured(
         program.name,
         memory.argument_size_in_bytes,
         temporaries - memory.alias_size_in_bytes,
-        others,
+        # jit drops arguments that are not used; they stay on the device nevertheless.
+        others + max(device_bytes((program.args, program.kwargs)) - entry_bytes(module), 0),
         Traffic.of(text),
         time.perf_counter() - start,
+        step=decode_traffic(module, vocab_sizes) if vocab_sizes else None,
     )
 
 

@@ -217,7 +217,7 @@ def decode_programs(session: AbstractSession, shapes: StepShapes) -> list[Progra
     placement, (per_shard, columns) = _placement(session), largest_size(session, shapes)
     decode_loop = decode_program(session, shapes, per_shard, columns)
     found, full = [decode_loop], shapes.wave_shard_prompts * shapes.group_size
-    smaller = layout.next_rows(per_shard, full)
+    smaller = layout.next_rows(per_shard, full, placement.has_few_sizes)
     if session.config.rollout.compact and smaller:
         keep = _host_array(session)((smaller * placement.num_shards,), jnp.int32)
         _, states, prompts, _, state, *_ = decode_loop.args
@@ -231,11 +231,11 @@ def largest_size(session: AbstractSession, shapes: StepShapes) -> tuple[int, int
 
     More rows, or more columns, than that wait on the host.
     """
-    config, arch = session.config.rollout, session.arch.text
-    shape = rollout_shape(session.config, shapes, session.mesh.shape["tensor"])
-    limit = shapes.completion_tokens
-    columns = layout.column_sizes(config.chunk_tokens, limit, config.compact)
-    sizes = [(memory.rows_that_fit(arch, shape, one), one) for one in columns]
+    arch, shape = (
+        session.arch.text,
+        rollout_shape(session.config, shapes, session.mesh.shape["tensor"]),
+    )
+    sizes = [(memory.rows_that_fit(arch, shape, one), one) for one in shape.columns]
     return max(sizes, key=lambda size: memory.rollout_bytes(arch, shape, *size).peak)
 
 

@@ -36,6 +36,7 @@ class StepShapes:
         micro_prompts: prompts of one micro-batch, all replicas together.
         num_micro: micro-batches in one update program.
         num_updates: optimiser updates a step.
+        has_few_sizes: of rows and columns in decoding, see `rollout.placement`.
     """
 
     num_prompts: int
@@ -50,6 +51,7 @@ class StepShapes:
     micro_prompts: int
     num_micro: int
     num_updates: int
+    has_few_sizes: bool = False
 
     @property
     def host_prompts(self) -> int:
@@ -68,7 +70,11 @@ class StepShapes:
 
 
 def plan_shapes(
-    config: Config, arch: Arch, mesh_shape: dict[str, int], num_hosts: int
+    config: Config,
+    arch: Arch,
+    mesh_shape: dict[str, int],
+    num_hosts: int,
+    has_few_sizes: bool = False,
 ) -> StepShapes:
     """The largest shapes of a recipe on a mesh of these axis sizes and processes.
 
@@ -100,6 +106,7 @@ def plan_shapes(
         micro_prompts=micro,
         num_micro=num_micro,
         num_updates=config.updates_per_step,
+        has_few_sizes=has_few_sizes,
     )
     wave = rollout_shape(config, shapes, mesh_shape["tensor"])
     return dataclasses.replace(shapes, wave_prompts=memory.prompts_per_wave(arch.text, wave))
@@ -156,15 +163,16 @@ def rollout_shape(config: Config, shapes: StepShapes, tensor: int) -> memory.Rol
         num_shards=shapes.num_replicas // shapes.num_hosts,
         tensor=tensor,
         truncates=training_sampling(config).truncates,
+        has_few_sizes=shapes.has_few_sizes,
     )
 
 
 def all_shapes(config: Config, shapes: StepShapes) -> list[StepShapes]:
-    """Every bucket of prompts, and completions of the limit, half of it, ... one chunk."""
+    """Every bucket of prompts, and the columns of `rollout.layout.column_sizes`."""
     prompts = config.data.prompt_buckets or (shapes.prompt_tokens,)
     windows = config.data.window_buckets or (shapes.windows,)
     chunk, limit = config.rollout.chunk_tokens, shapes.completion_tokens
-    columns = layout.column_sizes(chunk, limit, config.rollout.compact)
+    columns = layout.column_sizes(chunk, limit, config.rollout.compact, shapes.has_few_sizes)
     return [
         dataclasses.replace(shapes, prompt_tokens=s, windows=w, completion_tokens=c)
         for s in sorted(prompts, reverse=True)

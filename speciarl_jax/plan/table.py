@@ -30,8 +30,19 @@ _HEADER = (
 )
 
 
+class StepRow(TypedDict):
+    """`traffic.StepTraffic`."""
+
+    moved: dict[str, int]
+    needed: dict[str, int]
+    launches: int
+
+
 class ProgramRow(TypedDict):
-    """One program of a plan; how long it takes is known for the largest shapes only."""
+    """One program of a plan; how long it takes is known for the largest shapes only.
+
+    ``step`` is there for decoding compiled for GPU.
+    """
 
     name: str
     arguments_gib: float
@@ -49,6 +60,7 @@ class ProgramRow(TypedDict):
     wire_gb_per_device: NotRequired[float]
     seconds: NotRequired[float]
     mfu_bound: NotRequired[float]
+    step: NotRequired[StepRow]
 
 
 class DecodingRow(TypedDict):
@@ -121,6 +133,7 @@ def plan_text(plan: Plan) -> str:
         _verdict(plan),
         _decoding_line(plan["decoding"]),
         *_total_lines(plan["totals"]),
+        *(_step_line(row["name"], row["step"]) for row in plan["programs"] if "step" in row),
     ]
     if plan["caveat"]:
         lines.append(f"caveat: {plan['caveat']}")
@@ -192,6 +205,17 @@ def _decoding_line(row: DecodingRow) -> str:
         f"{row['waves']} waves ({how}), {row['parked']} halves of a batch wait on the host, "
         f"{row['parked_at_worst']} if every answer reaches its limit; a step starts "
         f"{row['launches']} kernels, its transfers take {row['hops']} hops one after the other"
+    )
+
+
+def _step_line(name: str, step: StepRow) -> str:
+    def total(parts: dict[str, int]) -> str:
+        each = ", ".join(f"{kind} {amount / 1e9:.2f}" for kind, amount in parts.items())
+        return f"{sum(parts.values()) / 1e9:.2f} GB ({each})"
+
+    return (
+        f"one step of {name} at all its rows and columns moves {total(step['moved'])} in "
+        f"{step['launches']} launches; it must move {total(step['needed'])}"
     )
 
 

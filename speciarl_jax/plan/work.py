@@ -206,5 +206,5 @@ def decode_calls(
     """The calls of the decode program in a step, for answers of these lengths."""
     fit = functools.partial(rows_that_fit, arch.text, rollout_shape(config, shapes, tensor))
     width = shapes.wave_shard_prompts * shapes.group_size
-    waves = deal(lengths, shapes.num_replicas, width)
-    return [call for wave in waves for call in schedule(wave, config.rollout, fit)]
+    waves, few = deal(lengths, shapes.num_replicas, width), shapes.has_few_sizes
+    return [call for wave in waves for call in schedule(wave, config.rollout, fit, few)]

@@ -32,6 +32,7 @@ PEAK_FLOPS = (
     ("TPU v5e", 197e12),
     ("TPU v5", 459e12),  # v5p calls itself v5 or v5p
     ("TPU v6", 918e12),  # v6e, Trillium
+    ("NVIDIA B200", 2250e12),
     ("NVIDIA H200", 989.4e12),
     ("NVIDIA H100 PCIe", 756e12),
     ("NVIDIA H100 NVL", 835.5e12),
@@ -40,6 +41,7 @@ PEAK_FLOPS = (
     ("NVIDIA L40S", 362e12),
     ("NVIDIA L4", 121e12),
     ("NVIDIA A10G", 70e12),
+    ("NVIDIA GeForce RTX 4090", 165.2e12),
 )
 
 

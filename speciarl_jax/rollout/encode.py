@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from speciarl_jax.data.collate import window_bucket
@@ -28,6 +29,7 @@ def encode_by_size(
     vision: VisionArrays,
     window_patches: int,
     buckets: Sequence[int] = (),
+    mesh: Mesh | None = None,
 ) -> Float[Array, "IM D"]:
     """The table of `policy.model.encode_images` on one device, with less padding encoded.
 
@@ -39,6 +41,7 @@ def encode_by_size(
         vision: arrays of the batch.
         window_patches: patches in a window.
         buckets: padded windows of an image, as the batch was collated with.
+        mesh: of the one device; its platform chooses the attention kernel.
     """
     count, length = vision.mask.shape
     used = vision.mask.reshape(count, -1, window_patches).any(axis=-1).sum(axis=-1)
@@ -47,12 +50,12 @@ def encode_by_size(
     small = window_bucket(max(int(used[order[half - 1]]), 1), buckets) * window_patches
     if count < 2 or small >= length:
         arrays = (vision.patches, vision.positions, vision.mask)
-        whole: Array = encode_images(graphdef, states, *arrays)
+        whole: Array = encode_images(graphdef, states, *arrays, mesh)
         return whole
     tables = []
     for images, size in ((order[:half], small), (order[half:], length)):
         chosen = (x[images, :size] for x in (vision.patches, vision.positions, vision.mask))
-        table: Array = encode_images(graphdef, states, *chosen)
+        table: Array = encode_images(graphdef, states, *chosen, mesh)
         tables.append(table.reshape(len(images), -1, table.shape[-1]))
     joined: Array = _join(*tables, np.argsort(order))
     return joined

@@ -100,8 +100,9 @@ class RolloutEngine:
         self.is_job = mesh is not None and mesh.is_multi_process
         self.own_shards = own_replicas(mesh) if mesh is not None else 1
         self.is_int8 = config.kv_cache_dtype == "int8"
+        self.has_few_sizes = self.placement.has_few_sizes
         self.columns = layout.column_sizes(
-            config.chunk_tokens, config.max_completion_tokens, config.compact
+            config.chunk_tokens, config.max_completion_tokens, config.compact, self.has_few_sizes
         )
         self.stats = RolloutStats()
         self.rows_that_fit: Callable[[int], int] = lambda columns: 0  # set by `plan_waves`
@@ -192,6 +193,7 @@ class RolloutEngine:
             tensor=mesh.shape["tensor"] if mesh else 1,
             truncates=sampling.truncates,
             is_unrolled=self.placement.is_unrolled,
+            has_few_sizes=self.has_few_sizes,
         )
         width = memory.prompts_per_wave(arch, shape)
         wave = dataclasses.replace(shape, num_prompts=width)
@@ -244,7 +246,7 @@ class RolloutEngine:
         while True:
             columns = wave.state.num_columns
             until = min(wave.step + self.config.chunk_tokens, columns)
-            smaller = layout.next_rows(wave.rows.per_shard, full) if self.config.compact else 0
+            smaller = self._next_rows(wave, full) if self.config.compact else 0
             self.advance(states, wave, row_map, until, smaller, sampling)
             yield self._take_finished(wave, wave.step >= limit)
             has_moved = False
@@ -298,10 +300,13 @@ class RolloutEngine:
             has_parked = True
         return has_parked
 
+    def _next_rows(self, wave: Wave, full: int) -> int:
+        return layout.next_rows(wave.rows.per_shard, full, self.has_few_sizes)
+
     def _shrink(self, wave: Wave, full: int) -> bool:
         """Moves live rows to the smallest batch that holds them, size by size."""
         has_shrunk = False
-        while wave.most_live <= (smaller := layout.next_rows(wave.rows.per_shard, full)):
+        while wave.most_live <= (smaller := self._next_rows(wave, full)):
             self.shrink(wave, smaller)
             has_shrunk = True
         return has_shrunk

@@ -36,6 +36,7 @@ class RolloutShape:
         tensor: over which heads are spread.
         truncates: top-p, top-k or min-p is on.
         is_unrolled: caches are stored layer by layer, see `Placement`.
+        has_few_sizes: rows and columns come in few sizes, see `Placement`.
     """
 
     config: RolloutConfig
@@ -47,6 +48,15 @@ class RolloutShape:
     tensor: int = 1
     truncates: bool = False
     is_unrolled: bool = False
+    has_few_sizes: bool = False
+
+    @property
+    def columns(self) -> list[int]:
+        """Sizes of the own cache, in tokens."""
+        limit = self.config.max_completion_tokens
+        return column_sizes(
+            self.config.chunk_tokens, limit, self.config.compact, self.has_few_sizes
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +101,12 @@ def rollout_bytes(
     full = prompts * shape.group_size
     rows = per_shard or full
     token_bytes = kv_token_bytes(arch, shape)
-    sizes = column_sizes(config.chunk_tokens, config.max_completion_tokens, config.compact)
+    sizes = shape.columns
     columns = columns or sizes[-1]
     own = rows * columns * token_bytes
     moving = 0
     if config.compact:
-        smaller = next_rows(rows, full) * columns
+        smaller = next_rows(rows, full, shape.has_few_sizes) * columns
         narrower = rows * [0, *sizes][sizes.index(columns)]
         moving = max(smaller, narrower) * token_bytes
     logit_arrays = _LOGIT_ARRAYS + (_SORT_ARRAYS if shape.truncates else 0)
@@ -130,7 +140,7 @@ def rows_that_fit(arch: TextArch, shape: RolloutShape, columns: int) -> int:
     """
     full = shape.num_prompts // shape.num_shards * shape.group_size
     limit_mb = shape.config.max_cache_mb  # of one device; 0 for no limit
-    for rows in row_sizes(full):
+    for rows in row_sizes(full, shape.has_few_sizes):
         found = rollout_bytes(arch, shape, rows, columns)
         if not limit_mb or found.peak <= limit_mb * _MIB:
             return rows
@@ -163,7 +173,8 @@ def prompts_per_wave(arch: TextArch, shape: RolloutShape) -> int:
         if _fits(arch, dataclasses.replace(shape, num_prompts=wave)):
             return wave
     one = dataclasses.replace(shape, num_prompts=shape.num_shards)
-    fewest = row_sizes(shape.group_size)[-1] if shape.config.compact else 0
+    sizes = row_sizes(shape.group_size, shape.has_few_sizes)
+    fewest = sizes[-1] if shape.config.compact else 0
     found = rollout_bytes(arch, one, fewest)
     raise ValueError(
         f"rollout.max_cache_mb={limit_mb}: one prompt of {shape.prompt_tokens} tokens with "
@@ -178,9 +189,8 @@ def prompts_per_wave(arch: TextArch, shape: RolloutShape) -> int:
 
 def _fits(arch: TextArch, shape: RolloutShape) -> bool:
     """Whether a wave fits at expected lengths, and its fewest rows at the limit."""
-    config = shape.config
     full = shape.num_prompts // shape.num_shards * shape.group_size
-    sizes = column_sizes(config.chunk_tokens, config.max_completion_tokens, config.compact)
+    sizes = shape.columns
     for narrower, columns in zip([0, *sizes], sizes, strict=False):
         expected = min(full, math.ceil(_MARGIN * full * expected_share(narrower)))
         if rows_that_fit(arch, shape, columns) < expected:

@@ -48,6 +48,11 @@ class Placement:
         return cls(mesh, has_early_exit, is_unrolled=is_cpu, orders_caches=is_tpu)
 
     @property
+    def has_few_sizes(self) -> bool:
+        """On GPU a smaller batch gains little, for steps read the weights; compiling takes long."""
+        return self.mesh is not None and self.mesh.devices.flat[0].platform == "gpu"
+
+    @property
     def num_shards(self) -> int:
         """Blocks that prompts and rows consist of."""
         return num_replicas(self.mesh) if self.mesh else 1

@@ -119,7 +119,7 @@ def _run_sizes(
 ) -> None:
     """Every corner and arrow of the module's drawing for one prompt length."""
     num_prompts, full = wave.prompts.num_prompts, wave.rows.per_shard
-    sizes = layout.row_sizes(full) if engine.config.compact else [full]
+    sizes = layout.row_sizes(full, engine.has_few_sizes) if engine.config.compact else [full]
     for place, columns in enumerate(engine.columns):
         wider = engine.columns[place + 1] if columns != engine.columns[-1] else 0
         corner, largest = dataclasses.replace(wave), wave.rows.per_shard

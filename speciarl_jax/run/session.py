@@ -119,7 +119,8 @@ class Session:
         vision, mesh = batch.vision, self.sampling_mesh
         if mesh.size == 1:
             unit, buckets = self.arch.vision.window_patches, self.config.data.window_buckets
-            return encode_by_size(self.parts.graphdef, states, vision, unit, buckets)
+            parts = (self.parts.graphdef, states, vision, unit, buckets)
+            return encode_by_size(*parts, mesh=mesh)
         num_parts = num_replicas(mesh) // self.engine.own_shards
         place = layout.image_sharding(mesh, len(vision.patches) * num_parts)
         images = layout.place_own((vision.patches, vision.positions, vision.mask), place)

@@ -91,6 +91,14 @@ def test_bytes_of_an_activation(dtype, expected):
         ({"lora__alpha": 0.0}, "lora.alpha=0.0: the adapter would be scaled by 0"),
         ({"lora__targets": "(q"}, "lora.targets: not a regular expression"),
         ({"data__prompt_buckets": (64, 32)}, "data.prompt_buckets=.64, 32.: set sizes"),
+        (
+            {"model__compute_dtype": "bfloat16", "data__prompt_buckets": (32, 63)},
+            "data.prompt_buckets: 63 is odd, and with model.compute_dtype=bfloat16 .*; set 64",
+        ),
+        (
+            {"model__compute_dtype": "bfloat16", "rollout__max_completion_tokens": 129},
+            "rollout.max_completion_tokens: 129 is odd, .*; set 130",
+        ),
         ({"seed": -1}, "seed=-1: set it to at least 0"),
         ({"seed": 2**31}, "seed=2147483648: set it below 2"),
     ],
@@ -98,6 +106,10 @@ def test_bytes_of_an_activation(dtype, expected):
 def test_each_field_has_its_range(changes, message):
     with pytest.raises(ValueError, match=message):
         recipe(**changes).validate()
+
+
+def test_odd_lengths_are_for_single_precision():
+    recipe(data__prompt_buckets=(32, 63), rollout__max_completion_tokens=129).validate()
 
 
 def test_a_users_own_reward_and_advantage_are_dotted_paths():

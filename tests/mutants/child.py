@@ -24,7 +24,7 @@ def run_tests(tree: str, tests: tuple[str, ...], core: int, log: str) -> None:
     sys.path.insert(0, tree)
     sys.dont_write_bytecode = True
     os.environ["PYTHONPATH"] = tree  # for what the tests start
-    default = "not slow and not bench and not gpu and not tpu_aot"
+    default = "not slow and not bench and not gpu and not tpu_aot and not gpu_aot"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-m", default]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is loaded already
     code = pytest.main([*options, *tests])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from speciarl_jax.config.recipes import load_recipe
 from speciarl_jax.rollout.layout import Rows, column_sizes, next_rows, row_sizes
 
 
@@ -11,6 +12,24 @@ def test_row_sizes_by_hand():
     assert row_sizes(2) == [2]
     assert next_rows(25, 100) == 19
     assert next_rows(2, 100) == 0
+
+
+def test_sizes_on_a_gpu_are_few():
+    assert row_sizes(128, has_few=True) == [128, 32, 8]
+    assert row_sizes(3, has_few=True) == [3, 1]
+    assert next_rows(32, 128, has_few=True) == 8
+    assert column_sizes(64, 2048, True, has_few=True) == [512, 2048]
+    assert column_sizes(64, 100, True, has_few=True) == [64, 100]
+    assert column_sizes(64, 10, True, has_few=True) == [10]
+    assert column_sizes(64, 500, False, has_few=True) == [500]
+
+
+def test_the_gpu_recipe_warms_up_few_programs():
+    config, _ = load_recipe("configs/qwen2_5_vl_3b_gpu.py", [])
+    rollout, rows = config.rollout, config.train.prompts_per_step * config.rollout.group_size
+    columns = column_sizes(rollout.chunk_tokens, rollout.max_completion_tokens, True, has_few=True)
+    pairs = len(row_sizes(rows, has_few=True)) * len(columns)
+    assert pairs * len(config.data.prompt_buckets) == 12
 
 
 def test_column_sizes_by_hand():

@@ -7,6 +7,7 @@ import pytest
 
 from speciarl_jax.config.schema import Config
 from speciarl_jax.rollout.engine import RolloutEngine
+from speciarl_jax.rollout.layout import column_sizes
 from speciarl_jax.rollout.sampling import Sampling
 from speciarl_jax.rollout.warm_up import BatchShapes, warm_up
 from speciarl_jax.timing import num_compiled
@@ -24,11 +25,14 @@ def stopping_vocabulary(vocabulary, every):
     return dataclasses.replace(vocabulary, stop_ids=np.resize(stops, 60))
 
 
-def run_both(session, sizes, **changes):
+def run_both(session, sizes, has_few_sizes=False, **changes):
     """(programs compiled by warm-up, by a second warm-up, and by rollouts of several lengths)."""
     config = dataclasses.replace(session.config.rollout, **changes)
     vocabulary = stopping_vocabulary(session.vocabulary, 10)
     engine = RolloutEngine(session.parts.graphdef, config, vocabulary, session.sampling_mesh)
+    if has_few_sizes:  # as on a GPU
+        engine.has_few_sizes = True
+        engine.columns = column_sizes(config.chunk_tokens, config.max_completion_tokens, True, True)
     shapes = BatchShapes(sizes[0], sizes[1], (48,), (6,))
 
     def warm() -> int:
@@ -61,6 +65,14 @@ def test_warm_up_reaches_every_size_of_compaction(session):
     first, second, later = run_both(session, (4, 5), compact=True, chunk_tokens=4)
     # rows 20, 15, 12, 9, 7, 6, 5, 3, 2, 1; columns 4, 8, 16: 30 decode, 27 shrink, 20 widen.
     assert 77 <= first <= 81
+    assert (second, later) == (0, 0)
+
+
+@pytest.mark.slow
+def test_warm_up_reaches_every_size_of_a_gpu(session):
+    first, second, later = run_both(session, (4, 6), True, compact=True, chunk_tokens=3)
+    # rows 24, 6, 2; columns 4, 16: 6 decode, 4 shrink, 3 widen.
+    assert 13 <= first <= 17
     assert (second, later) == (0, 0)
 
 
