@@ -4,14 +4,15 @@
         --config.judge.endpoints="('http://HOST:8000/v1',)"
 
 NOT YET RUN. Same code as `cpu_smoke.py`, larger numbers. Compiled for gpu:h100x1 without the card:
-14.7 of 71.1 usable GiB (shrink), at least 3 s a step: 5 min for 100 steps and 7 min for evaluations,
+14.7 of 71.1 usable GiB (shrink), at least 3 s a step: 5 min for 100 steps, 7 min for evaluations:
 CUB's test images before and after and 200 pictures held out of training every ten steps. Warm-up is
 12 decode programs. See `qwen2_5_vl_7b_cub.py` for the paper's.
 
 jax takes nine tenths of the card, so a judge on the same card has to be given its share. Its 30B
 parameters in 8 bit are 29 GiB of weights; with 47 GiB it has room for its caches:
 
-    vllm serve Qwen/Qwen3-30B-A3B-Instruct-2507-FP8 --gpu-memory-utilization 0.6 --max-model-len 4096
+    vllm serve Qwen/Qwen3-30B-A3B-Instruct-2507-FP8 --max-model-len 4096 \
+        --gpu-memory-utilization 0.6
     XLA_CLIENT_MEM_FRACTION=0.3 speciarl train ...         (23.7 GiB; `plan` counts with it as well)
 
 On another machine it is named by ``judge.endpoints``, as above, and needs nothing of this card.
