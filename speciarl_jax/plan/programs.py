@@ -231,11 +231,9 @@ def largest_size(session: AbstractSession, shapes: StepShapes) -> tuple[int, int
 
     More rows, or more columns, than that wait on the host.
     """
-    arch, shape = (
-        session.arch.text,
-        rollout_shape(session.config, shapes, session.mesh.shape["tensor"]),
-    )
-    sizes = [(memory.rows_that_fit(arch, shape, one), one) for one in shape.columns]
+    shape = rollout_shape(session.config, shapes, session.mesh.shape["tensor"])
+    arch, columns = session.arch.text, [c for c in shape.columns if c <= shapes.completion_tokens]
+    sizes = [(memory.rows_that_fit(arch, shape, one), one) for one in columns]
     return max(sizes, key=lambda size: memory.rollout_bytes(arch, shape, *size).peak)
 
 
