@@ -55,5 +55,5 @@ def test_a_run_on_one_device_names_it_so_that_its_kernel_is_used(monkeypatch):
     session.encode(states(session), small_batch(session, 5))
     shapes = plan_shapes(session.config, session.arch, dict(session.mesh.shape), 1)
     planned = encode_program(abstract_session(session.config, session.arch, session.mesh), shapes)
-    assert meshes == [session.local] * len(meshes) != []
+    assert meshes == [session.sampling_mesh] * len(meshes) != []
     assert planned.args[-1] == meshes[0]

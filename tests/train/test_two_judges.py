@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from speciarl_jax import train
 from speciarl_jax.monitor.writer import read_rows
 from tests.support.training import small_config
 
 
+@pytest.mark.slow
 def test_rewards_and_scores_have_a_judge_each(tmp_path):
     """The tree of the evaluation lacks every bird, that of the training has them."""
     (tmp_path / "tree.json").write_text('{"name": "thing", "children": [{"name": "boat"}]}')
