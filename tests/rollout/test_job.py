@@ -113,6 +113,17 @@ def test_uneven_hosts_sample_what_one_device_samples(scenario, scenarios, alone)
     assert work[0]["shape"] == [64 if scenario == "buckets" else 48]
 
 
+def test_rows_that_wait_on_their_hosts_sample_the_same(scenarios):
+    """The fullest shard decides for all when half of the rows are parked, and how many."""
+    first, second = (part["spill"] for part in scenarios)
+    assert first["answers"] == first["whole"]["answers"]
+    assert second["answers"] == second["whole"]["answers"]
+    assert len(first["answers"]) == 2 * len(second["answers"]) == 32
+    assert first["waves"] == second["waves"] == 1
+    assert first["parked"] == second["parked"] >= 2 > first["whole"]["parked"]
+    assert first["steps"] == second["steps"] > first["whole"]["steps"]
+
+
 def test_stop_strings_of_one_host_end_its_rows_only(scenarios, alone):
     first, second = (part["early"] for part in scenarios)
     assert first["answers"] == {k: alone[k] for k in first["answers"]}

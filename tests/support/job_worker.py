@@ -18,6 +18,7 @@ from speciarl_jax.errors import JudgeError, RunEnded
 from speciarl_jax.judge.base import Pair
 from speciarl_jax.learner.batches import join_batches
 from speciarl_jax.policy.vocabulary import Vocabulary
+from speciarl_jax.rollout import memory
 from speciarl_jax.rollout.engine import RolloutEngine
 from speciarl_jax.rollout.groups import await_verdicts, collect_groups
 from speciarl_jax.rollout.sampling import Sampling
@@ -56,12 +57,12 @@ class Job:
     batch: PromptBatch
     vocabulary: Vocabulary
 
-    def sample(self, batch=None, poll=None, spoil=None, group_size=GROUP, **changes):
+    def sample(self, batch=None, poll=None, spoil=None, group_size=GROUP, stops=None, **changes):
         """Answers of this process by (place in the data, sample), and the work they took."""
         session = self.session
         config = dataclasses.replace(session.config.rollout, **changes)
         parts, mesh = session.parts, session.sampling_mesh
-        engine = RolloutEngine(parts.graphdef, config, session.vocabulary, mesh)
+        engine = RolloutEngine(parts.graphdef, config, stops or session.vocabulary, mesh)
         batch = session.pad_alike(self.batch if batch is None else batch)
         states = session.sampling_states(parts.trainable)
         embeds = session.encode(states, batch)
@@ -80,6 +81,7 @@ class Job:
             "steps": engine.stats.decode_steps,
             "slots": engine.stats.slot_steps,
             "waves": engine.stats.waves,
+            "parked": engine.stats.parked,
             "recompilations": engine.stats.recompilations,
         }
 
@@ -110,6 +112,16 @@ def waves(job):
     """Two waves; the second is padding in all processes but the first."""
     whole = real_below(job.batch, PROMPTS // 2 + 1)
     return job.sample(whole, max_cache_mb=0.4)  # MiB: enough for one prompt of a host
+
+
+def spill(job):
+    """Answers are expected to be short and are not; one host has twice the rows of the other."""
+    batch, options = real_below(job.batch, 3), {"group_size": 16, "stops": job.vocabulary}
+    expected = memory.MEDIAN_TOKENS, memory.P95_TOKENS
+    memory.MEDIAN_TOKENS, memory.P95_TOKENS = 2, 8
+    found = job.sample(batch, max_cache_mb=1.4, **options)  # MiB: for 14 rows at their longest
+    memory.MEDIAN_TOKENS, memory.P95_TOKENS = expected
+    return found | {"whole": job.sample(batch, **options)}
 
 
 def early(job):
@@ -205,7 +217,7 @@ def warm(job):
     return {"first": first, "again": again, **job.sample(group_size=1)}
 
 
-SCENARIOS = [plain, buckets, padding, waves, early, stop, sick, judge, warm]
+SCENARIOS = [plain, buckets, padding, waves, spill, early, stop, sick, judge, warm]
 
 if __name__ == "__main__":
     port, count, index, fsdp, tensor = (int(x) for x in sys.argv[1:6])
