@@ -140,7 +140,7 @@ def test_waves_sample_the_same(session):
         np.testing.assert_array_equal(row.logprobs, split[key].logprobs)
 
 
-@pytest.mark.parametrize("shape", [None, (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [None, pytest.param((2, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_rows_that_wait_on_the_host_sample_the_same(session, shape, monkeypatch):
     """Answers are expected to be short and are not: halves wait, twice over; the same tokens."""
     monkeypatch.setattr(memory, "MEDIAN_TOKENS", 4)
