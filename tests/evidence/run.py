@@ -212,7 +212,8 @@ def finish(job: Job) -> str:
     shutil.rmtree(job.workdir / "thumbnails", ignore_errors=True)
     scores = found["scores"]
     stage = scores.get("trained") or scores.get("base") or scores.get("best_of")
-    values = " / ".join(format_value(stage["out_of_domain"][m][0]) for m in METRICS)
+    average = stage["out_of_domain"] or stage["in_domain"]
+    values = " / ".join(format_value(average[m][0]) for m in METRICS)
     print(f"{key(job.row, job.seed)}: {values} in {found['minutes']} min", flush=True)
     return out_of_band(job.row, job.seed, scores)
 

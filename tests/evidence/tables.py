@@ -107,8 +107,8 @@ def _difference(pairs: Sequence[tuple[dict, dict]], suffix: str, metric: str) ->
     values = []
     for run, dynamic in pairs:
         both = final(run, suffix), final(dynamic, suffix)
-        if any(stage is None for stage in both):
-            return ""
+        if any(stage is None or stage["out_of_domain"] is None for stage in both):
+            return ""  # nothing is out of the domain of a row that is trained on all
         mine, its = (stage["out_of_domain"][metric][0] for stage in both)
         values.append(None if mine is None else mine - its)
     return format_estimate(mean_over_seeds(values), is_signed=True)
@@ -159,6 +159,8 @@ def run_table(results: dict) -> str:
 def _three(stage: dict | None) -> str:
     if stage is None:
         return ""
+    if stage["out_of_domain"] is None:  # trained on all
+        return "—"
     return " / ".join(format_value(stage["out_of_domain"][m][0]) for m in METRICS)
 
 
